@@ -1,0 +1,28 @@
+"""Sources of captioned pictures and the stream of batches made from them; numpy only."""
+
+from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.shapes import ShapesSource
+from dalle2_jax.data.sources import (
+    KINDS,
+    FolderConfig,
+    ShapesConfig,
+    Source,
+    SourceConfig,
+    make_source,
+    source_named,
+)
+from dalle2_jax.data.stream import fixed_batch, make_stream
+
+__all__ = [
+    "KINDS",
+    "FolderConfig",
+    "FolderSource",
+    "ShapesConfig",
+    "ShapesSource",
+    "Source",
+    "SourceConfig",
+    "fixed_batch",
+    "make_source",
+    "make_stream",
+    "source_named",
+]

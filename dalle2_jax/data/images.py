@@ -1,0 +1,66 @@
+"""Encoded bytes to square ``uint8`` pictures: decode, fit, crop."""
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+CROPS = ("center", "random")
+
+_JPEG = b"\xff\xd8"
+_JPEG_END, _JPEG_TAIL = b"\xff\xd9", 1024
+
+
+def decode(content: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes a picture file to RGB, upright as its EXIF says; transparency is laid on white.
+
+    Raises:
+        ValueError: when the bytes are not a whole picture.
+    """
+    # cv2 is quicker, but drops transparency, and before version 5 fills what is missing of a cut JPEG with
+    # gray; so it gets whole JPEGs only. Pillow decodes the rest, and refuses a cut file.
+    if content.startswith(_JPEG) and _JPEG_END in content[-_JPEG_TAIL:]:
+        picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if picture is not None:
+            return picture
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as file:
+                return np.asarray(_on_white(ImageOps.exif_transpose(file)))
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Warning) as error:
+        raise ValueError(f"not a readable picture ({type(error).__name__})") from None
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith(("I", "F")):  # 16-bit gray: Pillow's conversion would clip it, not scale it
+        levels = np.asarray(picture, np.float64)
+        top = 65535 if levels.max() > 255 else 255
+        return Image.fromarray(np.rint(levels * (255 / top)).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def fit(picture: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """Scales a picture so that its shorter side is ``side``: by area averages down, by cubic splines up."""
+    height, width = picture.shape[:2]
+    scale = side / min(height, width)
+    if scale == 1:
+        return picture
+    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+
+
+def crop(
+    picture: UInt8[np.ndarray, "H W 3"], side: int, rng: np.random.Generator | None = None
+) -> UInt8[np.ndarray, "S S 3"]:
+    """Cuts a square of ``side`` pixels from the centre, or from a place drawn with ``rng``."""
+    spare = np.array(picture.shape[:2]) - side
+    top, left = spare // 2 if rng is None else rng.integers(0, spare + 1)
+    return np.ascontiguousarray(picture[top : top + side, left : left + side])

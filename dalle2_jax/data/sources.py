@@ -1,0 +1,84 @@
+"""What a data set offers, and data sets by configuration.
+
+A source is random access, so the stream can shuffle, shard and resume it by index alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.shapes import ShapesSource
+from dalle2_jax.types import UserError
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A captioned set of pictures, all of one size; picklable."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict:
+        """Returns ``{"image": uint8[H, W, 3], "captions": tuple[str, ...], "caption": str}``.
+
+        Always the same for an index; ``caption`` is the one of ``captions`` that evaluations use.
+        """
+
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        """Returns the picture as training sees it (a random crop, say) and one of its captions."""
+
+    def captions(self, limit: int) -> Iterator[str]:
+        """Yields captions of at most ``limit`` pictures, for training a tokenizer."""
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    """The embedded data set; see `ShapesSource`."""
+
+    resolution: int = 64
+    max_objects: int = 1
+    num_examples: int = 50_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """A folder of pictures with captions; see `FolderSource`."""
+
+    path: str = ""
+    resolution: int = 64
+    crop: str = "center"
+
+
+SourceConfig = ShapesConfig | FolderConfig
+
+KINDS: dict[str, type] = {"shapes": ShapesConfig, "folder": FolderConfig}
+"""Configurations by the name that a config file gives as ``kind``."""
+
+
+def make_source(config: SourceConfig, split: str) -> Source:
+    """Opens a split (``train``, ``val`` …) of the data set that ``config`` describes.
+
+    Raises:
+        UserError: when the data set has no such split or cannot be read.
+    """
+    if isinstance(config, ShapesConfig):
+        return ShapesSource(split, config.resolution, config.seed, config.max_objects, config.num_examples)
+    return FolderSource(config.path, split, config.resolution, config.crop)
+
+
+def source_named(name: str, split: str, resolution: int) -> Source:
+    """Opens a data set by its name on a command line: ``shapes`` (one or two objects) or ``folder:PATH``.
+
+    Raises:
+        UserError: on any other name, or when the data set cannot be read.
+    """
+    if name == "shapes":
+        return make_source(ShapesConfig(resolution, max_objects=2), split)
+    kind, colon, path = name.partition(":")
+    if kind == "folder" and colon and path:
+        return make_source(FolderConfig(path, resolution), split)
+    raise UserError(f"unknown data set {name!r}: write shapes or folder:PATH")

@@ -1,0 +1,139 @@
+"""Steppers: one step from x_t to x_{t-1}, given what the network says of x_t.
+
+In what follows x_0 and eps are the network's, after clipping; alpha_bar' is alpha_bar of the step
+before (1 before the first), and z ~ N(0, I).
+
+DDPM, ancestral sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2): the posterior with the
+network's x_0 in place of the true one,
+
+    x_{t-1} = c_t x_0 + d_t x_t + sigma_t z                                                   (1)
+    sigma_t^2 = beta_tilde_t  ("fixed_small")   or   beta_t  ("fixed_large")                  (2)
+
+the first being exact when x_0 is certain, the second when the data are N(0, I) (sec. 3.2).
+
+DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16): eta = 0 is deterministic, eta = 1 has the
+variance beta_tilde of DDPM,
+
+    x_{t-1} = sqrt(alpha_bar') x_0 + sqrt(1 - alpha_bar' - sigma_t^2) eps + sigma_t z          (3)
+    sigma_t = eta sqrt((1 - alpha_bar') r_t),       r_t = beta_t / (1 - alpha_bar_t)          (4)
+
+With 1 - r_t = (1 - beta_t) (1 - alpha_bar') / (1 - alpha_bar_t), the root in (3) is computed as
+
+    sqrt(1 - alpha_bar') sqrt((1 - r_t) + r_t (1 - eta) (1 + eta))                            (5)
+
+a sum of positive terms, which loses nothing in float32. In all of them sigma_0 = 0: the last step
+ends in x_0 without noise.
+
+A stepper turns a schedule into *rows*, its coefficients at each step (computed in float64, kept
+as float32), and takes one step with one row. It may ask for several predictions in one step, and
+carry what it likes from step to step (a multistep solver its last x_0).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax.diffusion.process import Denoised
+from dalle2_jax.diffusion.schedule import Level, Schedule, choose
+
+Predict = Callable[[jax.Array, Level], Denoised]
+"""(x_t [B, ...], its level) -> the network's (x_0, eps) of it, already clipped or thresholded."""
+
+Carry = Any
+"""What a stepper takes along from step to step: any tree of arrays of constant shapes."""
+
+
+@runtime_checkable
+class Stepper(Protocol):
+    """One sampler. The loop around it is ``sampler.integrate``."""
+
+    def rows(self, schedule: Schedule) -> Any:
+        """Returns a tree of arrays [T], the coefficients of each step of the schedule."""
+        ...
+
+    def init(self, x_T: jax.Array) -> Carry:
+        """Returns the carry before the first step."""
+        ...
+
+    def step(
+        self, predict: Predict, x_t: jax.Array, row: Any, noise: Callable[[], jax.Array], carry: Carry
+    ) -> tuple[jax.Array, Carry]:
+        """Returns x_{t-1} and the next carry.
+
+        ``row`` is this step's slice of ``rows``; ``noise()`` draws this step's normals [B, ...],
+        the same however often it is called.
+        """
+        ...
+
+
+class DdpmRow(NamedTuple):
+    level: Level
+    x_0_weight: np.ndarray  # c_t
+    x_t_weight: np.ndarray  # d_t
+    std: np.ndarray  # sigma_t
+
+
+VARIANCES = {
+    "fixed_small": lambda schedule: schedule.posterior_variance,
+    "fixed_large": lambda schedule: schedule.betas,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ddpm:
+    """Ancestral sampling, eq. (1), with the variance "fixed_small" or "fixed_large", eq. (2)."""
+
+    variance: str = "fixed_small"
+
+    def __post_init__(self):
+        choose("variance", self.variance, VARIANCES)
+
+    def rows(self, schedule: Schedule) -> DdpmRow:
+        std = np.sqrt(VARIANCES[self.variance](schedule))
+        std[0] = 0.0
+        weights = schedule.posterior_mean_x_0, schedule.posterior_mean_x_t, std
+        return DdpmRow(schedule.levels, *(table.astype(np.float32) for table in weights))
+
+    def init(self, x_T):
+        return ()
+
+    def step(self, predict, x_t, row, noise, carry):
+        x_0, _ = predict(x_t, row.level)
+        return row.x_0_weight * x_0 + row.x_t_weight * x_t + row.std * noise(), carry
+
+
+class DdimRow(NamedTuple):
+    level: Level
+    signal_rate_prev: np.ndarray  # sqrt(alpha_bar')
+    noise_rate_prev: np.ndarray  # sqrt(1 - alpha_bar')
+    fresh: np.ndarray  # r_t, the share of the noise that eta = 1 renews
+    kept: np.ndarray  # 1 - r_t
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ddim:
+    """DDIM, eq. (3)-(5). eta in [0, 1] may be traced; no normals are drawn while it is 0."""
+
+    eta: float | jax.Array = 0.0
+
+    def rows(self, schedule: Schedule) -> DdimRow:
+        noise_var, noise_var_prev = 1.0 - schedule.alpha_bar, 1.0 - schedule.alpha_bar_prev
+        fresh = schedule.betas / noise_var
+        kept = (1.0 - schedule.betas) * noise_var_prev / noise_var
+        tables = np.sqrt(schedule.alpha_bar_prev), np.sqrt(noise_var_prev), fresh, kept
+        return DdimRow(schedule.levels, *(table.astype(np.float32) for table in tables))
+
+    def init(self, x_T):
+        return ()
+
+    def step(self, predict, x_t, row, noise, carry):
+        x_0, eps = predict(x_t, row.level)
+        eta = jnp.asarray(self.eta, jnp.float32)
+        towards = row.noise_rate_prev * jnp.sqrt(row.kept + row.fresh * (1 - eta) * (1 + eta))
+        sigma = eta * row.noise_rate_prev * jnp.sqrt(row.fresh)
+        z = jax.lax.cond(eta > 0, noise, lambda: jnp.zeros_like(x_t))
+        return row.signal_rate_prev * x_0 + towards * eps + sigma * z, carry

@@ -1,0 +1,112 @@
+"""Attention for sequences (with a key-value cache) and for pictures (with a joined context).
+
+Heads keep an axis of their own in every kernel ([D, 3, N, K] in, [N, K, D] out), so that
+sharding the heads is sharding one axis. Logits and softmax are float32. Masks are bool, true
+where a key may be seen; a query that may see nothing gets the plain mean of the values, never NaN.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of tokens already seen, [B, S, N, K] for a layer, [layers, B, S, N, K] for a stack."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def attend(
+    queries: Float[Array, "B Q N K"],
+    keys: Float[Array, "B S N K"],
+    values: Float[Array, "B S N K"],
+    mask: Bool[Array, "_B _N _Q S"] | None = None,
+) -> Float[Array, "B Q N K"]:
+    """Softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, eq. 1), the softmax in float32.
+
+    ``mask`` broadcasts against [B, N, Q, S].
+    """
+    logits = jnp.einsum("bqnk,bsnk->bnqs", queries, keys, preferred_element_type=jnp.float32)
+    logits = logits * queries.shape[-1] ** -0.5
+    if mask is not None:
+        # finite, so that a row without any visible key stays finite
+        logits = jnp.where(mask, logits, -1e30)
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    return jnp.einsum("bnqs,bsnk->bqnk", weights, values)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over [B, S, D] with one fused projection.
+
+    Params: ``qkv`` kernel [D, 3, N, K], bias [3, N, K]; ``out`` kernel [N, K, D], bias [D].
+    """
+
+    heads: int
+    qkv_std: float
+    out_std: float
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], mask: Bool[Array, "_B 1 S R"] | None, past: KeyValues | None
+    ) -> tuple[Float[Array, "B S D"], KeyValues]:
+        """Attends to ``past`` (R - S tokens, none if None) and to x itself; returns x's own keys and values too."""
+        width = x.shape[-1]
+        qkv = nn.DenseGeneral(
+            (3, self.heads, width // self.heads),
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(self.qkv_std),
+            name="qkv",
+        )(x)
+        queries, own = qkv[:, :, 0], KeyValues(qkv[:, :, 1], qkv[:, :, 2])
+        seen = own if past is None else jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), past, own)
+        out = nn.DenseGeneral(
+            width,
+            axis=(-2, -1),
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(self.out_std),
+            name="out",
+        )(attend(queries, seen.keys, seen.values, mask))
+        return out, own
+
+
+class ContextAttention(nn.Module):
+    """Attention of a normalised picture to [context, itself] (GLIDE, Nichol et al. 2021, section 4.1).
+
+    The context's keys and values are joined before the picture's own; the picture is always
+    visible. The output projection starts at zero, so the residual branch does. Params: ``qkv``
+    kernel [C, 3, N, K], ``context_kv`` kernel [Dc, 2, N, K] (only with a context), ``out``
+    kernel [N, K, C].
+    """
+
+    heads: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        context: Float[Array, "B S Dc"] | None,
+        context_mask: Bool[Array, "B S"] | None,
+    ) -> Float[Array, "B H W C"]:
+        batch, height, width, channels = x.shape
+        head_width = channels // self.heads
+        tokens = x.reshape(batch, height * width, channels)
+        qkv = nn.DenseGeneral((3, self.heads, head_width), dtype=self.dtype, name="qkv")(tokens)
+        keys, values = qkv[:, :, 1], qkv[:, :, 2]
+        mask = None
+        if context is not None:
+            joined = nn.DenseGeneral((2, self.heads, head_width), dtype=self.dtype, name="context_kv")(context)
+            keys = jnp.concatenate([joined[:, :, 0], keys], axis=1)
+            values = jnp.concatenate([joined[:, :, 1], values], axis=1)
+            if context_mask is not None:
+                own = jnp.ones((batch, height * width), bool)
+                mask = jnp.concatenate([context_mask, own], axis=1)[:, None, None, :]
+        out = nn.DenseGeneral(
+            channels, axis=(-2, -1), dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out"
+        )(attend(qkv[:, :, 0], keys, values, mask))
+        return out.reshape(batch, height, width, channels)

@@ -1,0 +1,78 @@
+"""What training and sampling may assume of a stage."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.types import Batch, Metrics, Params
+
+
+class Variables(NamedTuple):
+    """A network's arrays: what is learned and, for BatchNorm, what is tracked."""
+
+    params: Params
+    stats: Params
+
+
+class Outputs(NamedTuple):
+    """What ``Stage.loss`` returns beside the scalar: metrics, and the statistics after the step."""
+
+    metrics: Metrics
+    stats: Params
+
+
+class Stage(Protocol):
+    """One trainable part of the system: a frozen, hashable value that holds no arrays.
+
+    Borrowed weights (CLIP under the prior) come in as ``frozen``: they are not differentiated,
+    not optimised and not checkpointed again.
+    """
+
+    name: str
+    borrows: tuple[str, ...]
+
+    def init(self, key: jax.Array) -> Variables:
+        """Returns fresh variables."""
+
+    def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
+        """Returns a larger batch with what the borrowed stages add; nothing is overwritten."""
+
+    def loss(self, params: Params, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Outputs]:
+        """Returns the float32 scalar to minimise over a prepared batch, and the rest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingContract:
+    """Which embedding space a system speaks: which CLIP, and in what normalisation.
+
+    Stages trained under different contracts cannot work together, though every shape fits;
+    most published unCLIP attempts failed on this. ``clip`` is a fingerprint of the CLIP weights.
+    ``normalisation`` is "unit" (to unit length, times ``scale``; 17.2 at 1,024 dimensions in
+    Ramesh et al. 2022, App. C) or "raw" (times ``scale``).
+    """
+
+    clip: str
+    dim: int
+    normalisation: str = "unit"
+    scale: float = 17.2
+
+
+def fingerprint(params: Params) -> str:
+    """Returns a short name of these exact float32 weights, the same however they are sharded."""
+
+    @jax.jit
+    def checksum(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
+        # Odd weights that differ by place, so that exchanged values change the sum; sums wrap at 2^32.
+        places = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2_654_435_761) | jnp.uint32(1)
+        return jnp.sum(bits * places, dtype=jnp.uint32)
+
+    code = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        entry = f"{jax.tree_util.keystr(path)}:{leaf.shape}:{int(checksum(leaf))}"
+        code = zlib.crc32(entry.encode(), code)
+    return f"{code:08x}"

@@ -1,0 +1,177 @@
+"""The training loop: feed, step, log, save, resume. It never names a stage.
+
+The host only dispatches: metrics stay on the device until the next logged step, batches are
+put on the devices while the step before computes, and checkpoints are written by a thread.
+"""
+
+import collections
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from dalle2_jax import rng
+from dalle2_jax.stages.base import Stage, Variables
+from dalle2_jax.training import metrics as metrics_lib
+from dalle2_jax.training.sharding import shard_batch, with_shardings
+from dalle2_jax.training.state import TrainState
+from dalle2_jax.training.step import abstract_state, init_state, make_train_step, state_shardings
+from dalle2_jax.types import Batch, UserError
+from dalle2_jax.workdir import Checkpoints, StageFolder
+
+PREFETCH = 2
+"""Batches on the device beyond the one in use."""
+
+
+class Stream(Protocol):
+    """An infinite iterator of this process's rows of global batches, with one small state."""
+
+    def __next__(self) -> dict[str, Any]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How long a run goes and how often it reports. ``sample_every`` 0 draws no pictures."""
+
+    seed: int = 0
+    total_steps: int = 1000
+    batch_size: int = 64
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    sample_every: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything ``train`` needs, assembled by the entry point."""
+
+    run: RunConfig
+    stage: Stage
+    frozen: Mapping[str, Variables]
+    optimizer: optax.GradientTransformation
+    ema_decay: float
+    stream: Stream
+    mesh: Mesh
+    folder: StageFolder
+    preview: Callable[[Variables, int], None] | None = None
+
+
+def prefetched(stream: Stream, mesh: Mesh) -> Iterator[tuple[Batch, dict[str, Any], float]]:
+    """Yields (batch on the devices, the stream's state after it, seconds waited for the host)."""
+    queue: collections.deque = collections.deque()
+    while True:
+        waited = 0.0
+        while len(queue) <= PREFETCH:
+            start = time.perf_counter()
+            rows = next(stream)
+            waited += time.perf_counter() - start
+            queue.append((shard_batch(rows, mesh), stream.get_state()))
+        batch, state = queue.popleft()
+        yield batch, state, waited
+
+
+class Interrupt:
+    """Turns SIGINT and SIGTERM into a flag, so that the loop ends with a checkpoint. A context manager."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, _: Any) -> None:
+        self.requested = True
+        signal.signal(number, self._previous[number])  # a second signal ends at once
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def restore_or_init(job: Job, key: jax.Array, checkpoints: Checkpoints) -> tuple[TrainState, list[str]]:
+    """Returns the newest readable checkpoint's state, or a fresh one, and what to tell the user.
+
+    The stream is moved to where the checkpoint left it.
+    """
+    shardings = state_shardings(job.stage, job.optimizer, job.mesh)
+    target = with_shardings(abstract_state(job.stage, job.optimizer), shardings)
+    restored = checkpoints.restore(target.trees())
+    if restored is None:
+        return init_state(job.stage, job.optimizer, key, job.mesh), []
+    if restored.skipped:
+        checkpoints.discard_after(restored.step)
+    job.stream.set_state(restored.data_state)
+    state = TrainState.from_trees(restored.step, restored.trees)
+    state = state.replace(step=jax.device_put(state.step, shardings.step))
+    return state, [*restored.skipped, f"{job.stage.name}: continues from step {restored.step}"]
+
+
+def train(job: Job) -> TrainState:
+    """Trains to ``total_steps``, from the newest checkpoint if there is one, and returns the last state.
+
+    Raises:
+      UserError: a loss is not finite, or the run was interrupted (a checkpoint was written first).
+    """
+    run, key = job.run, rng.root(job.run.seed)
+    checkpoints = Checkpoints(job.folder, run.keep_checkpoints)
+    state, messages = restore_or_init(job, key, checkpoints)
+    first = int(state.step)
+    with metrics_lib.MetricWriter(job.folder.path, job.stage.name, first, run.total_steps) as writer:
+        for message in messages:
+            writer.say(message)
+        try:
+            with Interrupt() as interrupt:
+                return _run(job, key, state, first, checkpoints, writer, interrupt)
+        finally:
+            checkpoints.wait()
+
+
+def _run(job, key, state, first, checkpoints, writer, interrupt) -> TrainState:
+    """Runs the steps after ``first``; the caller owns the writer and waits for the checkpoints."""
+    run = job.run
+    step_fn = make_train_step(
+        job.stage, job.optimizer, job.ema_decay, state_shardings(job.stage, job.optimizer, job.mesh)
+    )
+    history, waited, saved, clock = [], 0.0, first, None
+    batches = prefetched(job.stream, job.mesh) if first < run.total_steps else iter(())
+    for step in range(first + 1, run.total_steps + 1):
+        batch, data_state, wait = next(batches)
+        state, metrics = step_fn(state, job.frozen, key, batch)
+        history.append((step, metrics))
+        waited += wait
+        if clock is None:  # the first step compiles; time is counted from its end
+            jax.block_until_ready(metrics)
+            clock, waited, timed_from = time.perf_counter(), 0.0, step
+        last = step == run.total_steps or interrupt.requested
+        save = last or step % run.checkpoint_every == 0
+        if step % run.log_every == 0 or save:
+            good = f"step {saved}" if saved else "none"
+            means = metrics_lib.mean_of_finite(jax.device_get(history), good)
+            seconds = max(time.perf_counter() - clock, 1e-9)
+            rate = (step - timed_from) * run.batch_size / seconds
+            writer.write(step, {**means, "examples_per_second": rate, "data_wait": waited / seconds})
+            history, waited, clock, timed_from = [], 0.0, time.perf_counter(), step
+        if save:
+            checkpoints.save(step, state.trees(), data_state)
+            saved = step
+        if job.preview and run.sample_every and (step % run.sample_every == 0 or step == run.total_steps):
+            job.preview(Variables(state.ema, state.stats), step)
+            clock = time.perf_counter()
+        if interrupt.requested and step < run.total_steps:
+            raise UserError(f"interrupted at step {step}, which is saved; the same command continues from there")
+    return state

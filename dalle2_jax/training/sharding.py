@@ -1,0 +1,105 @@
+"""Which device holds what: a mesh (data, fsdp, tensor) and rules over parameter names.
+
+The batch is split over data and fsdp together. Parameters, their average and the optimizer's
+moments follow the same rules, since a moment's path ends in its parameter's name: ``tensor``
+splits attention heads and hidden units, ``fsdp`` the largest axis that divides. Small arrays are
+replicated; gathering them would cost more than it saves.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dalle2_jax.types import UserError
+from dalle2_jax.training.optim import path_name
+
+SIZE_FLOOR = 2**14
+"""Arrays of fewer elements are replicated."""
+
+TENSOR_RULES = (
+    # (pattern over the path, axis from the right that `tensor` splits)
+    (r"(^|/)(qkv|context_kv)/kernel$", -2),  # [D, 3, N, K]: heads
+    (r"attn\w*/out/kernel$", -3),  # [N, K, D]: heads
+    (r"(^|/)fc/kernel$", -1),  # [D, 4D]: hidden units
+    (r"blocks/proj/kernel$", -2),  # [4D, D]: hidden units
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """Returns the mesh over all devices. UserError when the sizes do not fit the device count."""
+    sizes = [config.data, config.fsdp, config.tensor]
+    devices = jax.device_count()
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh sizes {sizes} must be positive, with at most one -1")
+    if -1 in sizes and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if -1 in sizes or math.prod(sizes) != devices:
+        raise UserError(
+            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not fit the {devices} device(s) "
+            "here: change --config.mesh.* or start on more devices"
+        )
+    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: its first axis over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Returns how one array is split, from its path and shape."""
+    axes: list[str | None] = [None] * len(shape)
+    if math.prod(shape) < SIZE_FLOOR:
+        return PartitionSpec()
+    for pattern, axis in TENSOR_RULES:
+        if re.search(pattern, name) and mesh.shape["tensor"] > 1:
+            if len(shape) >= -axis and shape[axis] % mesh.shape["tensor"] == 0:
+                axes[axis % len(shape)] = "tensor"
+            break
+    if mesh.shape["fsdp"] > 1:
+        # A convolution is split on its output channels alone: gathers of the other axes compile slowly.
+        convolution = name.endswith("/kernel") and len(shape) >= 4
+        candidates = [len(shape) - 1] if convolution else sorted(range(len(shape)), key=lambda i: -shape[i])
+        for axis in candidates:
+            if axes[axis] is None and shape[axis] % mesh.shape["fsdp"] == 0:
+                axes[axis] = "fsdp"
+                break
+    return PartitionSpec(*axes)
+
+
+def tree_shardings(abstract: Any, mesh: Mesh) -> Any:
+    """Returns a tree of NamedSharding for a tree of shapes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh)), abstract
+    )
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """Returns the shapes with their shardings attached, ready to restore into."""
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings)
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this process's rows of a global batch on its devices, asynchronously."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -1,0 +1,182 @@
+"""How a system lies on disk. Orbax is called here alone.
+
+    WORKDIR/                     a system
+      clip/                      one folder a stage
+        config.json              the stage's whole config
+        contract.json            the embedding contract it was trained under
+        tokenizer/               what turns captions into its tokens
+        checkpoints/<step>/      params, ema, opt_state, stats; the data position as metadata
+        metrics.jsonl  tensorboard/  samples/
+
+Whatever trains or converts writes this; whatever samples or evaluates reads it. Every file
+appears under its final name only when it is complete.
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from dalle2_jax.files import write_atomically
+from dalle2_jax.types import UserError
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports each array it writes at INFO and WARNING
+
+MAY_CHANGE = ("total_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints", "mesh", "workers")
+"""Config fields in which a resumed run may differ from the run that made the folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back: its step, the trees asked for, the data position, and what was skipped."""
+
+    step: int
+    trees: dict[str, Any]
+    data_state: dict[str, Any]
+    skipped: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageFolder:
+    """One stage's folder in a system's workdir."""
+
+    root: pathlib.Path
+    stage: str
+
+    @property
+    def path(self) -> pathlib.Path:
+        return self.root / self.stage
+
+    def exists(self) -> bool:
+        """Whether this stage was ever started here."""
+        return (self.path / "config.json").is_file()
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Returns the object in ``name`` or None if there is no such file. UserError if it is not JSON."""
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid JSON ({error}); restore it or remove {self.path}") from error
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes ``value`` to ``name`` in this folder, atomically."""
+        write_atomically(self.path / name, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+    def claim(self, config: Mapping[str, Any]) -> None:
+        """Writes the config, or checks that the folder's checkpoints were made by the same one.
+
+        Raises:
+          UserError: the folder belongs to another config; the message shows the difference.
+        """
+        stored = self.read_json("config.json")
+        if stored is not None and self.latest_step() is not None:
+            lines = difference(stored, config)
+            if lines:
+                raise UserError(
+                    f"{self.path} was made with another config ({'; '.join(lines)}): "
+                    "use another --workdir, or give the stored values"
+                )
+        self.write_json("config.json", config)
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest complete checkpoint, or None."""
+        folder = self.path / "checkpoints"
+        steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+        return max(steps, default=None)
+
+
+def difference(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Returns one "field: stored X, wanted Y" for each field that differs and may not."""
+    lines = []
+    for key in sorted({*stored, *wanted}):
+        if not prefix and key in MAY_CHANGE:
+            continue
+        old, new = (json.loads(json.dumps(tree.get(key))) for tree in (stored, wanted))
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += difference(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: stored {json.dumps(old)}, wanted {json.dumps(new)}")
+    return lines
+
+
+class Checkpoints:
+    """The checkpoints of one stage: asynchronous, atomic, the last ``keep`` preserved.
+
+    Trees are saved side by side (params, ema, opt_state, stats), so that sampling reads the
+    EMA weights alone.
+    """
+
+    def __init__(self, folder: StageFolder, keep: int = 2):
+        self._folder = folder
+        self._writer = None
+        self._keep = keep
+
+    def _open(self) -> ocp.training.Checkpointer:
+        if self._writer is None:
+            self._writer = ocp.training.Checkpointer(
+                (self._folder.path / "checkpoints").absolute(),
+                preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+                cleanup_tmp_directories=True,
+            )
+        return self._writer
+
+    def save(self, step: int, trees: Mapping[str, Any], data_state: Mapping[str, Any]) -> None:
+        """Starts writing a checkpoint and returns as soon as the arrays were copied."""
+        present = {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+        self._open().save_checkpointables_async(
+            step, present, force=True, overwrite=True, custom_metadata={"data_state": dict(data_state)}
+        )
+
+    def wait(self) -> None:
+        """Returns when every started checkpoint is on disk. Raises what went wrong in writing one."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def restore(self, abstract: Mapping[str, Any]) -> Restored | None:
+        """Reads the newest checkpoint that can be read.
+
+        Args:
+          abstract: trees of ShapeDtypeStruct with shardings, by the names they were saved under.
+
+        Returns:
+          None when there is no checkpoint at all.
+
+        Raises:
+          UserError: checkpoints exist and none can be read.
+        """
+        wanted = {name: tree for name, tree in abstract.items() if jax.tree.leaves(tree)}
+        folder = self._folder.path / "checkpoints"
+        steps = sorted((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), reverse=True)
+        skipped = []
+        for step in steps:
+            path = (folder / str(step)).absolute()
+            try:
+                trees = ocp.load_checkpointables(path, wanted)
+                metadata = ocp.checkpointables_metadata(path).custom_metadata
+                data_state = metadata["data_state"]
+            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+                reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+                skipped.append(f"checkpoint {path} cannot be read ({reason})")
+                continue
+            trees |= {name: tree for name, tree in abstract.items() if name not in wanted}
+            return Restored(step, trees, data_state, tuple(skipped))
+        if skipped:
+            raise UserError(f"no checkpoint of stage {self._folder.stage} can be read: {'; '.join(skipped)}")
+        return None
+
+    def discard_after(self, step: int) -> None:
+        """Removes the checkpoints newer than ``step`` (damaged ones, before writing goes on)."""
+        folder = self._folder.path / "checkpoints"
+        for path in folder.glob("[0-9]*"):
+            if path.name.isdigit() and int(path.name) > step:
+                shutil.rmtree(path)

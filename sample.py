@@ -1,0 +1,153 @@
+"""Draws pictures with a trained system: ``python sample.py text2image --help``."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import numpy as np
+import tqdm
+
+import dalle2_jax
+from dalle2_jax import build, entry
+from dalle2_jax.files import captioned_grid, write_atomically, write_png
+from dalle2_jax.generation import Cascade, Member, Request, Settings
+from dalle2_jax.stages import SamplingConfig
+from dalle2_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
+from dalle2_jax.types import UsageError, UserError
+
+SAMPLED = ("prior", "decoder", "upsampler_1", "upsampler_2")
+OPTIONS = {"sampler": ("name", str), "steps": ("steps", str), "eta": ("eta", float), "guidance": ("guidance", float)}
+"""A stage's option on the command line -> its field of SamplingConfig, and its type."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the command line's parser."""
+    example = 'python sample.py text2image --system runs/demo --prompt "a large red circle" --num 4 --out out/'
+    parser = entry.parser("python sample.py", "Draws pictures with a trained system.", example)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "text2image",
+        help="pictures from captions",
+        description="Captions to pictures through prior, decoder and upsamplers.",
+        epilog=f"example:\n  {example} --decoder.guidance 3 --decoder.steps 50",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--system", required=True, type=pathlib.Path, help="the system's folder, as in runs/demo")
+    command.add_argument("--prompt", action="append", help='a caption; "" draws unconditionally; may be repeated')
+    command.add_argument("--prompts", type=pathlib.Path, help="a text file with a caption a line")
+    command.add_argument("--num", type=positive, default=4, help="pictures for each prompt (default %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="decides every picture (default %(default)s)")
+    command.add_argument("--batch_size", type=positive, default=16, help="pictures at a time (default %(default)s)")
+    command.add_argument("--out", required=True, type=pathlib.Path, help="folder for PNGs, grid.png and samples.json")
+    command.add_argument(
+        "--prior.candidates", type=positive, default=2, help="embeddings drawn, the closest to the caption kept"
+    )
+    for stage in SAMPLED:
+        for option, (_, kind) in OPTIONS.items():
+            command.add_argument(f"--{stage}.{option}", type=kind, metavar=option.upper(), help=argparse.SUPPRESS)
+    command.add_argument_group(
+        "sampling of each stage",
+        "--STAGE.sampler, --STAGE.steps, --STAGE.eta and --STAGE.guidance, with STAGE one of "
+        f"{', '.join(SAMPLED)}; left out, they are as the stage's config says",
+    )
+    return parser
+
+
+def positive(word: str) -> int:
+    """Reads a whole number above zero."""
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
+def sampling_of(members: dict[str, Member], arguments: dict[str, object]) -> dict[str, SamplingConfig]:
+    """Returns each stage's own sampling with the command line's options in place.
+
+    Raises:
+      UsageError: an option for a stage that the system does not have.
+    """
+    sampling = {name: member.stage.sampling for name, member in members.items() if name in SAMPLED}
+    for stage in SAMPLED:
+        given = {
+            field: arguments[f"{stage}.{option}"]
+            for option, (field, _) in OPTIONS.items()
+            if arguments[f"{stage}.{option}"] is not None
+        }
+        if given and stage not in sampling:
+            raise UsageError(f"--{stage}.* is given but the system has no stage {stage}")
+        if given.get("name", "ddim") != "ddim" and "eta" not in given:
+            given["eta"] = 0.0  # the config's eta was DDIM's
+        if stage in sampling:
+            sampling[stage] = dataclasses.replace(sampling[stage], **given)
+    return sampling
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """Returns the captions of --prompt and --prompts."""
+    prompts = list(options.prompt or ())
+    if options.prompts:
+        prompts += options.prompts.read_text(encoding="utf-8").splitlines()
+    if not prompts:
+        raise UsageError('give --prompt "a caption" or --prompts FILE')
+    return prompts
+
+
+def text2image(options: argparse.Namespace) -> None:
+    """Draws, and writes ``OUT/<prompt>_<sample>.png``, ``OUT/grid.png`` and ``OUT/samples.json``."""
+    prompts = read_prompts(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    mesh = make_mesh(MeshConfig())
+    members = build.load_system(options.system, mesh)
+    for needed in ("clip", "prior", "decoder"):
+        if needed not in members:
+            raise UserError(build.missing_stage(options.system, needed))
+    for name in ("prior", "decoder"):
+        for i in members[name].tokenizer.truncated(prompts, members[name].context_length):
+            room = members[name].context_length
+            print(f"warning: prompt {i} is longer than the {name}'s {room} tokens; its end is not read", file=sys.stderr)
+    settings = Settings(options.seed, sampling_of(members, vars(options)), getattr(options, "prior.candidates"))
+    cascade = Cascade(members, settings, batch_sharding(mesh), mesh.size)
+    requests = [Request(prompt, i, j) for i, prompt in enumerate(prompts) for j in range(options.num)]
+    drawn = tqdm.tqdm(cascade.text2image(requests, options.batch_size), total=len(requests), desc="drawing", unit="picture")
+    pictures = []
+    for request, picture in drawn:
+        write_png(options.out / f"{request.index}_{request.sample}.png", picture)
+        pictures.append(picture)
+    write_png(options.out / "grid.png", captioned_grid(pictures, [r.prompt for r in requests], max(options.num, 4)))
+    write_atomically(options.out / "samples.json", json.dumps(record(options, members, settings, requests), indent=2))
+    print(f"{len(pictures)} pictures in {options.out}, all of them in {options.out / 'grid.png'}")
+
+
+def record(
+    options: argparse.Namespace, members: dict[str, Member], settings: Settings, requests: list[Request]
+) -> dict:
+    """Returns all that is needed to draw each picture again."""
+    return {
+        "command": options.command,
+        "system": str(options.system),
+        "clip": members["clip"].contract.clip,
+        "checkpoints": {name: member.step for name, member in members.items()},
+        "seed": settings.seed,
+        "candidates": settings.candidates,
+        "sampling": {name: dataclasses.asdict(config) for name, config in settings.sampling.items()},
+        "versions": {"dalle2_jax": dalle2_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "pictures": [{"file": f"{r.index}_{r.sample}.png", **dataclasses.asdict(r)} for r in requests],
+    }
+
+
+def main() -> None:
+    """Runs the command line."""
+    options = make_parser().parse_args()
+    entry.enable_compilation_cache()
+    text2image(options)
+
+
+if __name__ == "__main__":
+    sys.exit(entry.guarded(main))

@@ -1,0 +1,82 @@
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle2_jax.data import images
+
+
+def _encoded(picture, kind, **options):
+    content = io.BytesIO()
+    picture.save(content, kind, **options)
+    return content.getvalue()
+
+
+@pytest.fixture
+def photo():
+    rng = np.random.default_rng(0)
+    return cv2.resize(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8), (90, 60), interpolation=cv2.INTER_CUBIC)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP", "JPEG"])
+def test_decodes_rgb(photo, kind):
+    picture = images.decode(_encoded(Image.fromarray(photo), kind, **({"lossless": True} if kind == "WEBP" else {})))
+    assert picture.dtype == np.uint8 and picture.shape == photo.shape
+    assert np.abs(picture.astype(int) - photo).mean() < (4 if kind == "JPEG" else 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_turns_upright_as_exif_says(photo, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
+    picture = images.decode(_encoded(Image.fromarray(photo), kind, exif=exif.tobytes()))
+    assert np.abs(picture.astype(int) - np.rot90(photo, -1)).mean() < 4
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "CMYK", "I;16"])
+def test_other_modes_become_rgb(mode):
+    gray = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1))
+    if mode == "I;16":
+        picture, kind = Image.fromarray(gray.astype(np.uint16) * 257), "PNG"
+    else:
+        picture, kind = Image.fromarray(gray).convert(mode), "JPEG" if mode == "CMYK" else "PNG"
+    decoded = images.decode(_encoded(picture, kind))
+    assert decoded.shape == (16, 16, 3)
+    if mode != "1":
+        assert np.abs(decoded.astype(int) - gray[:, :, None]).max() <= 6
+
+
+def test_transparency_is_laid_on_white():
+    clear = np.zeros((4, 4, 4), np.uint8)
+    clear[0, 0] = (255, 0, 0, 255)
+    decoded = images.decode(_encoded(Image.fromarray(clear), "PNG"))
+    assert decoded[0, 0].tolist() == [255, 0, 0] and (decoded[1:] == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_cut_or_foreign_bytes_are_refused(photo, kind):
+    content = _encoded(Image.fromarray(photo), kind)
+    for broken in (content[: len(content) // 2], content[:8], b"", b"not a picture"):
+        with pytest.raises(ValueError, match="not a readable picture"):
+            images.decode(broken)
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 60), (5, 7), (32, 32), (33, 400)])
+def test_fit_then_crop(height, width):
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    fitted = images.fit(picture, 32)
+    assert min(fitted.shape[:2]) == 32
+    assert fitted.shape[0] / fitted.shape[1] == pytest.approx(height / width, rel=0.03)
+    assert images.crop(fitted, 32).shape == (32, 32, 3)
+
+
+def test_fit_averages_and_crop_is_central():
+    checks = np.indices((64, 128)).sum(axis=0) % 2 * np.uint8(255)
+    fitted = images.fit(np.repeat(checks[:, :, None].astype(np.uint8), 3, axis=2), 16)
+    assert np.abs(fitted.astype(int) - 127.5).max() <= 1  # no aliasing
+    ramp = np.zeros((4, 10, 3), np.uint8) + np.arange(10, dtype=np.uint8)[:, None]
+    assert images.crop(ramp, 4)[0, :, 0].tolist() == [3, 4, 5, 6]
+    lefts = {int(images.crop(ramp, 4, np.random.default_rng(seed))[0, 0, 0]) for seed in range(100)}
+    assert lefts == set(range(7))

@@ -1,0 +1,129 @@
+import pickle
+
+import numpy as np
+import pytest
+
+from dalle2_jax.data import grammar, shapes
+from dalle2_jax.data.shapes import COLOURS, HELD_OUT, SHAPES, SIZES, ShapesSource
+from dalle2_jax.types import UserError
+
+
+def _pairs(split):
+    source = ShapesSource(split, 8, max_objects=2)
+    return {(thing.colour, thing.shape) for index in range(1500) for thing in source.scene(index).objects}
+
+
+def test_a_scene_depends_on_split_seed_and_index_alone():
+    source = ShapesSource("train", 32, max_objects=2, num_examples=50)
+    again = ShapesSource("train", 32, max_objects=2, num_examples=60)
+    assert [source.scene(i) for i in (7, 3)] == [again.scene(i) for i in (7, 3)]
+    np.testing.assert_array_equal(source[5]["image"], again[5]["image"])
+    assert source.scene(-1) == source.scene(49)
+    assert source.caption(-1) == source.caption(49)
+    others = [ShapesSource("val", 32, max_objects=2), ShapesSource("train", 32, seed=1, max_objects=2)]
+    for other in others:
+        assert [source.scene(i) for i in range(5)] != [other.scene(i) for i in range(5)]
+
+
+def test_scenes_do_not_depend_on_resolution():
+    scenes = [ShapesSource("train", side, max_objects=2).scene(11) for side in (8, 32, 100)]
+    assert scenes[0] == scenes[1] == scenes[2]
+
+
+def test_splits_hold_out_pairs():
+    every = {(colour, shape) for colour in COLOURS for shape in SHAPES}
+    assert _pairs("train") == _pairs("val") == every - HELD_OUT
+    assert _pairs("compositional") == HELD_OUT
+    assert {colour for colour, _ in HELD_OUT} == set(COLOURS)
+    assert {shape for _, shape in HELD_OUT} == set(SHAPES)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_a_picture_averaged_down_is_the_smaller_picture(factor):
+    large, small = (ShapesSource("train", side, max_objects=2) for side in (32 * factor, 32))
+    for index in range(40):
+        averaged = large[index]["image"].astype(float).reshape(32, factor, 32, factor, 3).mean(axis=(1, 3))
+        assert np.abs(averaged - small[index]["image"]).max() <= 1.0  # the rounding of both to bytes
+
+
+@pytest.mark.parametrize("side", [32, 50, 64, 256, 1500])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_coverage_has_the_area_and_centroid_of_the_polygon(side, shape):
+    radius, x, y = SIZES["large"], 0.5 + 3 / 512, 0.5 - 5 / 512
+    patch, top, left = shapes.coverage(shape, radius, x, y, side)
+    assert patch.min() >= 0 and patch.max() <= 1
+    assert patch.sum() == pytest.approx(shapes.AREAS[shape] * (radius * side) ** 2, rel=0.015)
+    rows, columns = np.indices(patch.shape) + 0.5
+    centre = [((columns + left) * patch).sum() / patch.sum() / side, ((rows + top) * patch).sum() / patch.sum() / side]
+    expected = np.array([x, y]) + radius * np.array(shapes.CENTROIDS[shape])
+    np.testing.assert_allclose(centre, expected, atol=3.7e-4)
+
+
+def test_known_areas():
+    assert shapes.AREAS["circle"] == pytest.approx(np.pi, rel=1e-3)
+    assert shapes.AREAS["square"] == pytest.approx(1.72**2)
+    assert shapes.AREAS["triangle"] == pytest.approx(1.8)
+    assert shapes.CENTROIDS["triangle"] == pytest.approx((0, 0.2))
+
+
+def test_pictures_show_pure_colours_inside_and_background_at_the_edge():
+    source = ShapesSource("train", 64, max_objects=2)
+    for index in range(100):
+        scene, image = source.scene(index), source[index]["image"]
+        edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+        assert (edge == shapes.BACKGROUNDS[scene.background]).all()
+        for thing in scene.objects:
+            assert tuple(image[int(thing.y * 64), int(thing.x * 64)]) == COLOURS[thing.colour]
+
+
+def test_two_objects_are_apart_in_every_relation():
+    source = ShapesSource("train", 64, max_objects=2)
+    scenes = [scene for scene in map(source.scene, range(600)) if len(scene.objects) == 2]
+    assert 240 < len(scenes) < 360
+    relations = [scene.relation for scene in scenes]
+    for relation in grammar.RELATION_WORDS:
+        assert 0.17 < relations.count(relation) / len(relations) < 0.33
+    for scene in scenes:
+        first, second = scene.objects
+        apart, across = sorted([abs(first.x - second.x), abs(first.y - second.y)], reverse=True)
+        assert apart - shapes.EXTENT * (SIZES[first.size] + SIZES[second.size]) > 0.04
+        assert across <= 0.52 * apart
+
+
+def test_relation_is_where_the_first_object_lies():
+    def place(x, y):
+        return shapes.SceneObject("circle", "red", "small", x, y)
+
+    assert shapes.relation_of(place(0.2, 0.5), place(0.8, 0.6)) == "left"
+    assert shapes.relation_of(place(0.8, 0.5), place(0.2, 0.6)) == "right"
+    assert shapes.relation_of(place(0.5, 0.1), place(0.6, 0.9)) == "above"
+    assert shapes.relation_of(place(0.5, 0.9), place(0.6, 0.1)) == "below"
+
+
+def test_source_draws_and_lists():
+    source = pickle.loads(pickle.dumps(ShapesSource("val", 16, num_examples=30)))
+    example = source[4]
+    assert len(source) == 30
+    assert example["image"].shape == (16, 16, 3) and example["image"].dtype == np.uint8
+    assert example["caption"] in example["captions"]
+    image, caption = source.draw(4, np.random.default_rng(0))
+    np.testing.assert_array_equal(image, example["image"])
+    assert caption in example["captions"]
+    assert len(list(source.captions(1000))) == 30 and len(list(source.captions(3))) == 3
+    assert len(repr(source)) < 100
+    with pytest.raises(IndexError):
+        source[30]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"split": "test"}, "no split 'test'"),
+        ({"max_objects": 3}, "max_objects=3"),
+        ({"resolution": 4}, "resolution 4"),
+        ({"num_examples": 0}, "num_examples"),
+    ],
+)
+def test_mistakes_are_answered(wrong, message):
+    with pytest.raises(UserError, match=message):
+        ShapesSource(**{"split": "train", "resolution": 64} | wrong)

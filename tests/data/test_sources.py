@@ -1,0 +1,28 @@
+import dataclasses
+
+import pytest
+
+from dalle2_jax.data import KINDS, FolderConfig, ShapesConfig, make_source, source_named
+from dalle2_jax.types import UserError
+
+
+def test_configurations_are_frozen_and_hashable():
+    for config in KINDS.values():
+        assert hash(config()) == hash(config())
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config().resolution = 1
+
+
+def test_every_field_reaches_the_source(tmp_path):
+    source = make_source(ShapesConfig(resolution=24, max_objects=2, num_examples=7, seed=5), "val")
+    assert repr(source) == "ShapesSource('val', 24, seed=5, max_objects=2, num_examples=7)"
+    with pytest.raises(UserError, match="no pictures"):
+        make_source(FolderConfig(str(tmp_path)), "train")
+    with pytest.raises(UserError, match="crop 'x'"):
+        make_source(FolderConfig(str(tmp_path), crop="x"), "train")
+
+
+@pytest.mark.parametrize("name", ["shape", "folder", "folder:", "coco:x", ""])
+def test_unknown_names(name):
+    with pytest.raises(UserError, match="write shapes or folder:PATH"):
+        source_named(name, "train", 64)

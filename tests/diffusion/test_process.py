@@ -1,0 +1,111 @@
+"""Noising has the stated law, the posterior is Bayes' rule, conversions are inverses; then parity."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from analytic_denoisers import normals, relative_error
+from public_recordings import CASES, RECORDED
+
+from dalle2_jax.diffusion import from_x0_eps, make_schedule, posterior, q_sample, respace, to_x0_eps
+from dalle2_jax.types import UserError
+
+
+def public(name):
+    return jnp.asarray(RECORDED[name])
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    name, spec = CASES[request.param]
+    t = jnp.asarray(RECORDED[f"inputs/{request.param}/t"].astype(np.int32))
+    return f"outputs/{request.param}", respace(make_schedule(name, 1000), spec), t
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_noising_step_by_step_equals_noising_at_once(name):
+    schedule = make_schedule(name, 50)
+    mean, variance = 1.0, 0.0
+    for i, beta in enumerate(schedule.betas):
+        mean, variance = mean * np.sqrt(1 - beta), variance * (1 - beta) + beta
+        t = jnp.array([i], jnp.int32)
+        np.testing.assert_allclose(q_sample(schedule, jnp.ones((1, 1)), t, jnp.zeros((1, 1)))[0, 0], mean, rtol=1e-6)
+        noise = q_sample(schedule, jnp.zeros((1, 1)), t, jnp.ones((1, 1)))[0, 0]
+        np.testing.assert_allclose(noise, np.sqrt(variance), rtol=1e-6)
+
+
+@pytest.mark.parametrize("index", [1, 5, 19])
+def test_posterior_is_bayes_rule_done_numerically(index):
+    schedule, x_0, x_t = respace(make_schedule("cosine", 1000), 20), 0.6, -0.4
+    # p(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0) on a fine grid
+    grid = np.linspace(-8, 8, 400_001)
+    beta, alpha_bar_prev = schedule.betas[index], schedule.alpha_bar[index - 1]
+    log_density = -((x_t - np.sqrt(1 - beta) * grid) ** 2) / (2 * beta)
+    log_density -= (grid - np.sqrt(alpha_bar_prev) * x_0) ** 2 / (2 * (1 - alpha_bar_prev))
+    weights = np.exp(log_density - log_density.max())
+    weights /= weights.sum()
+    expected_mean = (weights * grid).sum()
+    expected_variance = (weights * (grid - expected_mean) ** 2).sum()
+
+    t = jnp.array([index], jnp.int32)
+    mean, variance, log_variance = posterior(schedule, jnp.full((1, 1), x_0), jnp.full((1, 1), x_t), t)
+    np.testing.assert_allclose(mean[0, 0], expected_mean, rtol=1e-5)
+    np.testing.assert_allclose(variance[0, 0], expected_variance, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(log_variance[0, 0]), expected_variance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["eps", "x0", "v"])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_conversions_are_inverses(name, prediction_type):
+    schedule = make_schedule(name, 100)
+    t = jnp.arange(0, 95, 5, dtype=jnp.int32)
+    x_0, eps = normals((19, 3, 2)), normals((19, 3, 2), seed=1)
+    x_t = q_sample(schedule, x_0, t, eps)
+    prediction = from_x0_eps(schedule, prediction_type, x_0, eps, t)
+    x_0_back, eps_back = to_x0_eps(schedule, prediction_type, prediction, x_t, t)
+    np.testing.assert_allclose(x_0_back, x_0, atol=1e-4)
+    np.testing.assert_allclose(eps_back, eps, atol=1e-4)
+
+
+def test_v_is_the_velocity_along_the_circle():
+    """v = dx_t / dphi where a = cos(phi), s = sin(phi) (Salimans & Ho, appendix D)."""
+    schedule = make_schedule("cosine", 100)
+    x_0, eps, t = normals((5, 4)), normals((5, 4), seed=1), jnp.array([0, 20, 40, 60, 99], jnp.int32)
+    phi = np.arctan2(schedule.noise_rate[np.asarray(t)], schedule.signal_rate[np.asarray(t)])[:, None]
+    step = 1e-6
+    x_before, x_after = (np.cos(p) * np.float64(x_0) + np.sin(p) * np.float64(eps) for p in (phi - step, phi + step))
+    np.testing.assert_allclose(
+        from_x0_eps(schedule, "v", x_0, eps, t), (x_after - x_before) / (2 * step), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_unknown_prediction_type_offers_the_nearest():
+    schedule, x, t = make_schedule("cosine", 10), jnp.zeros((1, 1)), jnp.zeros(1, jnp.int32)
+    with pytest.raises(UserError, match="did you mean 'x0'"):
+        from_x0_eps(schedule, "x_0", x, x, t)
+    with pytest.raises(UserError, match="did you mean 'eps'"):
+        to_x0_eps(schedule, "epsilon", x, x, t)
+
+
+def test_q_sample_equals_guided_diffusion(case):
+    prefix, schedule, t = case
+    x_t = q_sample(schedule, public("inputs/x_start"), t, public("inputs/noise"))
+    assert relative_error(x_t, RECORDED[f"{prefix}/q_sample"]) < 1e-6
+
+
+def test_posterior_equals_guided_diffusion(case):
+    prefix, schedule, t = case
+    mean, variance, log_variance = posterior(schedule, public("inputs/x_start"), public("inputs/x_t"), t)
+    assert relative_error(mean, RECORDED[f"{prefix}/q_posterior/mean"]) < 1e-6
+    for value, name in [(variance, "variance"), (log_variance, "log_variance_clipped")]:
+        expected = RECORDED[f"{prefix}/q_posterior/{name}"]
+        np.testing.assert_allclose(jnp.broadcast_to(value, expected.shape), expected, rtol=1e-6)
+
+
+def test_conversions_equal_guided_diffusion(case):
+    prefix, schedule, t = case
+    x_t = public("inputs/x_t")
+    x_0, _ = to_x0_eps(schedule, "eps", public("inputs/noise"), x_t, t)
+    _, eps = to_x0_eps(schedule, "x0", public("inputs/x_start"), x_t, t)
+    for value, name in [(x_0, "predict_xstart_from_eps"), (eps, "predict_eps_from_xstart")]:
+        for b, expected in enumerate(RECORDED[f"{prefix}/{name}"]):
+            assert relative_error(value[b], expected) < 1e-5, (name, int(t[b]))

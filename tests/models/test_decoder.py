@@ -1,0 +1,147 @@
+"""The decoder's conditioning, by theory."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import close, differ, jitted, normal, random_variables, same
+
+from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
+from dalle2_jax.models.transformer import TextConfig
+from dalle2_jax.models.unet import UNetConfig
+from dalle2_jax.types import UserError
+
+UNET = UNetConfig(
+    image_size=8,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    head_channels=8,
+    context_dim=6,
+    norm_groups=4,
+)
+TEXT = TextConfig(vocab_size=11, context_length=5, width=8, layers=1, heads=2)
+IMAGE = DecoderConfig(UNET, image_emb_dim=7, image_tokens=4)
+CONFIGS = {
+    "paper": replace(IMAGE, text_input="tokens", text=TEXT),
+    "glide": DecoderConfig(UNET, None, text_input="tokens", text=replace(TEXT, width=6)),
+    "karlo": replace(IMAGE, text_input="clip", text_width=9, text_emb_proj=True),
+    "image alone": IMAGE,
+}
+T = jnp.array([3, 900], jnp.int32)
+MASK = jnp.array([[True, True, True, False, False], [True, True, True, True, True]])
+FIRST = jnp.array([True, False])
+NO = jnp.array([False, False])
+X = normal(0, 2, 8, 8, 3)
+
+
+def told(config):
+    """(image_emb, text_emb, text, mask) as this decoder takes them."""
+    image_emb = None if config.image_emb_dim is None else normal(1, 2, 7)
+    if config.text_input is None:
+        return image_emb, None, None, None
+    if config.text_input == "clip":
+        return image_emb, normal(2, 2, 7), normal(3, 2, 5, 9), MASK
+    return image_emb, None, jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], jnp.int32), MASK
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def decoder(request):
+    config = CONFIGS[request.param]
+    return config, random_variables(DecoderNetwork(config), X, T, *told(config))
+
+
+def encode(decoder, image_emb, text_emb, text, mask, drop_image=NO, drop_text=NO):
+    config, params = decoder
+    args = image_emb, text_emb, text, mask, drop_image, drop_text
+    return jitted(DecoderNetwork(config), "encode_condition")(params, *args)
+
+
+def rows_equal(a, b, row):
+    return all(np.array_equal(x[row], y[row]) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_condition_shapes(decoder):
+    config = decoder[0]
+    condition = encode(decoder, *told(config))
+    tokens = (4 if config.image_emb_dim else 0) + (5 if config.text_input else 0)
+    assert condition.emb.shape == (2, 32)
+    assert condition.context.shape == (2, tokens, 6)
+    if config.text_input == "clip":
+        np.testing.assert_array_equal(condition.mask, np.concatenate([np.ones((2, 4), bool), MASK], axis=1))
+    else:
+        assert condition.mask is None
+
+
+def test_two_calls_equal_one(decoder):
+    config, params = decoder
+    whole = jitted(DecoderNetwork(config))(params, X, T, *told(config))
+    assert whole.shape == (2, 8, 8, 3) and whole.dtype == jnp.float32
+    close(denoised(decoder, *told(config)), whole)
+
+
+def test_dropped_image_is_forgotten(decoder):
+    config = decoder[0]
+    if config.image_emb_dim is None:
+        pytest.skip("this decoder sees no image embedding")
+    image_emb, *text = told(config)
+    dropped, other = (encode(decoder, emb, *text, FIRST) for emb in (image_emb, image_emb + 1))
+    assert rows_equal(dropped, other, 0) and not rows_equal(dropped, other, 1)
+    kept = encode(decoder, image_emb, *text)
+    assert rows_equal(dropped, kept, 1) and not rows_equal(dropped, kept, 0)
+
+
+def denoised(decoder, *args):
+    config, params = decoder
+    return jitted(DecoderNetwork(config), "denoise")(params, X, T, encode(decoder, *args))
+
+
+def test_dropped_text_is_forgotten(decoder):
+    config = decoder[0]
+    if config.text_input is None:
+        pytest.skip("this decoder reads no caption")
+    image_emb, text_emb, text, mask = told(config)
+    other_emb = None if text_emb is None else text_emb + 1
+    dropped = denoised(decoder, image_emb, text_emb, text, mask, NO, FIRST)
+    other = denoised(decoder, image_emb, other_emb, jnp.flip(text, axis=1), ~mask, NO, FIRST)
+    same(dropped[0], other[0])
+    differ(dropped[1], other[1])
+    kept = denoised(decoder, image_emb, text_emb, text, mask)
+    same(dropped[1], kept[1])
+    differ(dropped[0], kept[0])
+    if image_emb is not None:
+        differ(dropped[0], denoised(decoder, image_emb + 1, text_emb, text, mask, NO, FIRST)[0])
+
+
+def test_padding_is_not_read(decoder):
+    config = decoder[0]
+    if config.text_input is None:
+        pytest.skip("this decoder reads no caption")
+    image_emb, text_emb, text, mask = told(config)
+    out = denoised(decoder, image_emb, text_emb, text, mask)
+    same(out, denoised(decoder, image_emb, text_emb, text.at[0, 3:].set(9), mask))
+
+
+def test_bfloat16_returns_float32():
+    config = CONFIGS["paper"]
+    args = X, T, *told(config), FIRST, FIRST
+    params = random_variables(DecoderNetwork(config), *args)
+    half = DecoderNetwork(replace(config, unet=replace(UNET, dtype="bfloat16")))
+    out = jitted(half)(params, *args)
+    assert out.dtype == jnp.float32
+    close(out, jitted(DecoderNetwork(config))(params, *args), 0.1)
+
+
+def test_bad_config():
+    for change, message in (
+        ({"text_input": "bytes"}, "unknown text_input"),
+        ({"text_input": "tokens"}, "text encoder"),
+        ({"text_width": 9}, "text_width"),
+        ({"text_emb_proj": True}, "text_emb_proj"),
+        ({"image_tokens": 0}, "context_dim"),
+    ):
+        with pytest.raises(UserError, match=message):
+            replace(IMAGE, **change)

@@ -1,0 +1,168 @@
+"""The U-Net, by theory: sizes, conditioning, masks, folding, initial silence, gradients."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import close, differ, jitted, normal, random_variables, same
+
+from dalle2_jax.models.layers import average_pool, fold_patches, unfold_patches, upsample_nearest
+from dalle2_jax.models.unet import UNet, UNetConfig
+from dalle2_jax.types import UserError
+
+CONFIG = UNetConfig(
+    image_size=8,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    head_channels=4,
+    context_dim=6,
+    norm_groups=4,
+)
+PLAIN = replace(CONFIG, context_dim=None, attention_resolutions=(), middle_attention=False, scale_shift=False)
+T = jnp.array([3, 900], jnp.int32)
+
+
+def inputs(config, side=8):
+    context = None if config.context_dim is None else normal(2, 2, 3, config.context_dim)
+    return normal(1, 2, side, side, config.in_channels), T, normal(3, 2, config.time_dim), context
+
+
+MASK = jnp.array([[True, False, True], [True, True, False]])
+ALL = jnp.ones_like(MASK)
+
+
+@pytest.fixture(scope="module")
+def net():
+    args = *inputs(CONFIG), ALL
+    return random_variables(UNet(CONFIG), *args), args
+
+
+VARIANTS = {
+    "context": CONFIG,
+    "plain": PLAIN,
+    "learned variance": replace(PLAIN, in_channels=6, out_channels=12),
+    "folded": replace(PLAIN, patch_size=2),
+    "convolution up and down": replace(PLAIN, resblock_updown=False),
+    "wide embedding": replace(PLAIN, emb_dim=20),
+    "count of heads": replace(CONFIG, num_heads=8),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_shapes(name):
+    config = VARIANTS[name]
+    out, params = jax.eval_shape(lambda: UNet(config).init_with_output(jax.random.key(0), *inputs(config)))
+    assert out.shape == (2, 8, 8, config.out_channels) and out.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_zero_at_init():
+    out, _ = jax.jit(lambda: UNet(CONFIG).init_with_output(jax.random.key(0), *inputs(CONFIG)))()
+    assert not out.any()
+
+
+def test_every_input_matters(net):
+    params, args = net
+    out = jitted(UNet(CONFIG))(params, *args)
+    for i, arg in enumerate(args[:4]):
+        differ(jitted(UNet(CONFIG))(params, *args[:i], arg + 1, *args[i + 1 :]), out)
+
+
+def test_attention_stands_where_the_config_says(net):
+    names = set(net[0]["params"])
+    assert {"down_1_0_attn", "mid_attn", "up_1_0_attn", "up_1_1_attn"} <= names
+    assert not {"down_0_0_attn", "up_0_0_attn"} & names
+    folded = replace(CONFIG, patch_size=2)
+    assert folded.attends(0) and not folded.attends(1)
+    assert replace(CONFIG, num_heads=2).heads(16) == 2 and CONFIG.heads(16) == 4
+
+
+def test_other_sizes_use_the_same_parameters(net):
+    params, (_, t, emb, context, mask) = net
+    for height, width in ((16, 8), (4, 4)):
+        x = jnp.zeros((2, height, width, 3))
+        assert jax.eval_shape(UNet(CONFIG).apply, params, x, t, emb, context, mask).shape == x.shape
+
+
+def test_patches_are_only_folded():
+    folded = replace(PLAIN, patch_size=2)
+    by_hand = replace(PLAIN, in_channels=12, out_channels=12)
+    x, t, emb, _ = inputs(folded)
+    params = random_variables(UNet(folded), x, t, emb)
+    expected = unfold_patches(jitted(UNet(by_hand))(params, fold_patches(x, 2), t, emb), 2)
+    close(jitted(UNet(folded))(params, x, t, emb), expected)
+
+
+def test_nothing_shifts():
+    """Mirrored kernels draw the mirrored picture: padding and resampling favour no side."""
+    x, t, emb, _ = inputs(PLAIN)
+    params = random_variables(UNet(PLAIN), x, t, emb)
+    mirrored = jax.tree.map(lambda p: jnp.flip(p, axis=1) if p.ndim == 4 else p, params)
+    out = jitted(UNet(PLAIN))(params, x, t, emb)
+    close(jnp.flip(jitted(UNet(PLAIN))(mirrored, jnp.flip(x, axis=2), t, emb), axis=2), out)
+
+
+def test_context_mask(net):
+    params, (x, t, emb, context, _) = net
+    apply = jitted(UNet(CONFIG))
+    out = apply(params, x, t, emb, context, MASK)
+    same(out, apply(params, x, t, emb, jnp.where(MASK[:, :, None], context, 50.0), MASK))
+    shown = apply(params, x, t, emb, context, ALL)
+    differ(out, shown)
+    close(apply(params, x, t, emb, context, None), shown)
+
+
+def test_dropout(net):
+    params, args = net
+    model = UNet(replace(CONFIG, dropout=0.5))
+    calm = jitted(model)(params, *args)
+    same(calm, jitted(UNet(CONFIG))(params, *args))
+    differ(jitted(model, train=True)(params, *args, rngs={"dropout": jax.random.key(7)}), calm)
+
+
+def test_remat_has_the_same_gradient(net):
+    params, args = net
+
+    def gradient(remat):
+        model = UNet(replace(CONFIG, remat=remat))
+        return jax.jit(jax.grad(lambda p: jnp.mean(jnp.square(model.apply(p, *args)))))(params)
+
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), gradient(True), gradient(False))
+
+
+def test_bfloat16_returns_float32(net):
+    params, args = net
+    half = jitted(UNet(replace(CONFIG, dtype="bfloat16")))(params, *args)
+    assert half.dtype == jnp.float32
+    close(half, jitted(UNet(CONFIG))(params, *args), 0.1)
+
+
+def test_fold_and_resample():
+    x = normal(0, 2, 4, 6, 3)
+    folded = fold_patches(x, 2)
+    assert folded.shape == (2, 2, 3, 12)
+    np.testing.assert_array_equal(unfold_patches(folded, 2), x)
+    np.testing.assert_array_equal(folded[1, 1, 2].reshape(2, 2, 3), x[1, 2:4, 4:6])
+    large = upsample_nearest(x)
+    np.testing.assert_array_equal(large, jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+    np.testing.assert_allclose(average_pool(large, 2), x, rtol=1e-6)
+    np.testing.assert_allclose(average_pool(x, 2)[0, 1, 2], x[0, 2:4, 4:6].mean((0, 1)), rtol=1e-5)
+
+
+def test_bad_input():
+    x, t, emb, _ = inputs(PLAIN)
+    params = random_variables(UNet(PLAIN), x, t, emb)
+    with pytest.raises(UserError, match="multiples of 2"):
+        UNet(PLAIN).apply(params, x[:, :7], t, emb)
+    with pytest.raises(UserError, match="in_channels is 3"):
+        UNet(PLAIN).apply(params, x[..., :2], t, emb)
+    with pytest.raises(UserError, match="a context is given"):
+        UNet(PLAIN).apply(params, x, t, emb, normal(2, 2, 3, 6))
+    with pytest.raises(UserError, match="norm_groups"):
+        replace(CONFIG, norm_groups=3)
+    with pytest.raises(UserError, match="head_channels"):
+        replace(CONFIG, head_channels=5)

@@ -1,0 +1,153 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from dalle2_jax.text import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from dalle2_jax.text.__main__ import main
+from dalle2_jax.types import UserError
+
+CAPTIONS = [
+    f"a {size} {colour} {shape}" for size in ("small", "large") for colour in ("red", "blue") for shape in ("star", "cross")
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_sentencepiece(CAPTIONS, 300)
+
+
+def test_rows_begin_and_end_and_are_padded(tokenizer):
+    tokens, mask = tokenizer.encode(["a small red star", ""], 16)
+    assert tokens.dtype == np.int32 and mask.dtype == bool and tokens.shape == mask.shape == (2, 16)
+    assert tokens[:, 0].tolist() == [1, 1]
+    assert [row[held][-1] for row, held in zip(tokens, mask, strict=True)] == [2, 2]
+    assert (tokens[~mask] == 0).all() and (tokens[mask] != 0).all()
+    assert tokens[1, :3].tolist() == [1, 2, 0]
+    assert (np.diff(mask.astype(int), axis=1) <= 0).all()
+    assert tokens.max() < tokenizer.vocab_size
+    assert isinstance(tokenizer, Tokenizer)
+
+
+def test_a_long_caption_is_cut_and_keeps_its_end(tokenizer):
+    captions = ["a", "a small red star " * 10]
+    tokens, mask = tokenizer.encode(captions, 8)
+    assert mask[1].all() and tokens[1, -1] == 2
+    np.testing.assert_array_equal(tokens[1, :7], tokenizer.encode(captions, 99)[0][1, :7])
+    assert tokenizer.truncated(captions, 8) == [1]
+    exact = int(tokenizer.encode(["a small red star"], 99)[1].sum())
+    assert tokenizer.truncated(["a small red star"], exact) == []
+    assert tokenizer.truncated(["a small red star"], exact - 1) == [0]
+    with pytest.raises(UserError, match="context_length 1"):
+        tokenizer.encode(["a"], 1)
+
+
+def test_any_unicode_survives_in_normal_form(tokenizer):
+    for text, expected in [("A Small RED Star", "a small red star"), ("ＲＥＤ ﬁ", "red fi"), ("漢字 😀", "漢字 😀")]:
+        tokens, _ = tokenizer.encode([text], 64)
+        assert 3 not in tokens
+        assert tokenizer.decode(tokens[0]) == expected
+    np.testing.assert_array_equal(tokenizer.encode(["STAR"], 9)[0], tokenizer.encode(["star"], 9)[0])
+
+
+def test_whole_words_become_pieces():
+    words = train_sentencepiece(CAPTIONS, 2000)
+    assert words.vocab_size < 2000  # as many as the captions support
+    assert words.encode(["a small red star"], 9)[1].sum() == 4 + 2
+
+
+def test_training_is_deterministic(tokenizer):
+    again = train_sentencepiece(iter(CAPTIONS), 300)
+    assert again == tokenizer and hash(again) == hash(tokenizer)
+    assert train_sentencepiece(CAPTIONS[:5], 280) != tokenizer
+
+
+def test_pickled_and_saved_copies_are_equal(tokenizer, tmp_path):
+    tokenizer.encode(CAPTIONS, 8)
+    assert pickle.loads(pickle.dumps(tokenizer)) == tokenizer
+    tokenizer.save(tmp_path / "clip")
+    assert load_tokenizer(tmp_path / "clip") == tokenizer
+    (tmp_path / "x.model").write_bytes(tokenizer.to_bytes())
+    assert load_tokenizer(tmp_path / "x.model") == tokenizer
+    assert sorted(path.name for path in (tmp_path / "clip").iterdir()) == ["tokenizer.json", "tokenizer.model"]
+
+
+def test_mistakes_are_answered(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="no tokenizer at"):
+        load_tokenizer(tmp_path / "none.model")
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.to_bytes()[:500])
+    with pytest.raises(UserError, match="tokenizer.model: this is not a sentencepiece model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "morse", "file": "x"}))
+    with pytest.raises(UserError, match="unknown kind 'morse'"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"kind": "sente')
+    with pytest.raises(UserError, match="damaged"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="no captions"):
+        train_sentencepiece(["", "  "], 300)
+    with pytest.raises(UserError, match="more than 260"):
+        train_sentencepiece(CAPTIONS, 260)
+    with pytest.raises(UserError, match="smaller than required_chars"):
+        train_sentencepiece(CAPTIONS, 265)
+
+
+def test_a_model_with_other_control_tokens_is_refused(tmp_path):
+    import io
+
+    import sentencepiece
+
+    output = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS), model_writer=output, vocab_size=40, hard_vocab_limit=False, minloglevel=2
+    )
+    with pytest.raises(UserError, match="python -m dalle2_jax.text train"):
+        SentencePieceTokenizer(output.getvalue())
+
+
+def _run(capsys, *arguments):
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr()
+
+
+def test_command_line_trains_from_text_and_from_shapes(tmp_path, capsys):
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))
+    out = tmp_path / "new" / "text.model"
+    code, said = _run(capsys, "train", "--data", tmp_path / "captions.txt", "--vocab_size", 300, "--out", out)
+    assert code == 0 and "300 pieces" in said.out
+    assert load_tokenizer(out) == train_sentencepiece(CAPTIONS, 300)
+    code, said = _run(
+        capsys, "train", "--data", "shapes", "--limit", 500, "--vocab_size", 2000, "--out", tmp_path / "shapes.model"
+    )
+    assert code == 0 and "no more" in said.out
+    assert load_tokenizer(tmp_path / "shapes.model").truncated(["a small red star on a white background"], 10) == []
+
+
+def test_command_line_answers_mistakes_in_one_line(tmp_path, capsys):
+    out = ("--out", tmp_path / "x.model")
+    code, said = _run(capsys, "train", "--data", "shopes", "--vocab_size", 300, *out)
+    assert code == 1 and "unknown data set 'shopes'" in said.err
+    code, said = _run(capsys, "train", "--data", f"folder:{tmp_path / 'none'}", "--vocab_size", 300, *out)
+    assert code == 1 and "there is no folder" in said.err
+    code, said = _run(capsys, "train", "--data", tmp_path / "none.txt", "--vocab_size", 300, *out)
+    assert code == 1 and "name a text file" in said.err
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    code, said = _run(capsys, "train", "--data", tmp_path / "latin.txt", "--vocab_size", 300, *out)
+    assert code == 1 and "not UTF-8" in said.err
+    (tmp_path / "file").write_text("")
+    code, said = _run(
+        capsys, "train", "--data", "shapes", "--limit", 50, "--vocab_size", 300, "--out", tmp_path / "file" / "x.model"
+    )
+    assert code == 1 and said.err.strip().splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "x.model").exists()
+    assert _run(capsys, "train", "--data", "shapes")[0] == 2
+    assert _run(capsys)[0] == 2
+    code, said = _run(capsys, "train", "--help")
+    assert code == 0 and "example:" in said.out

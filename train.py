@@ -1,0 +1,62 @@
+"""Trains one stage of a system; the same command continues an interrupted run.
+
+    python train.py --config configs/shapes.py:decoder --workdir runs/demo [--config.optim.lr=1e-4 ...]
+
+Stages build on each other: clip first, then prior and decoder; the upsamplers need none.
+
+  --config FILE:STAGE    a config file and one of its stages, as in configs/shapes.py:decoder
+  --config.FIELD=VALUE   another value for any field, as in --config.optim.lr=1e-4
+  --workdir FOLDER       the system's folder; the stage gets a folder of its name in it
+  --[no]multihost        join the other hosts of a pod before anything else
+"""
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from dalle2_jax import build, entry
+from dalle2_jax.training.loop import train
+from dalle2_jax.types import UsageError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:STAGE", lock_config=False, accept_new_attributes=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the system")
+MULTIHOST = flags.DEFINE_bool("multihost", False, "join the other hosts of a pod")
+
+
+def parse_flags() -> None:
+    """Reads the command line. UsageError for a word, file or field that is not there."""
+    try:
+        rest = flags.FLAGS(sys.argv)
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no config file {error.filename or error}") from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+    if rest[1:]:
+        raise UsageError(f"unexpected word {rest[1]!r} on the command line; see python train.py --help")
+    if CONFIG.value is None or WORKDIR.value is None:
+        raise UsageError("give --config FILE:STAGE and --workdir FOLDER; see python train.py --help")
+
+
+def main() -> None:
+    """Builds the job that the flags describe, and trains it."""
+    parse_flags()
+    if MULTIHOST.value:
+        jax.distributed.initialize()
+    entry.enable_compilation_cache()
+    job = build.build_job(CONFIG.value, pathlib.Path(WORKDIR.value), flags.FLAGS["config"].config_filename)
+    state = train(job)
+    build.record_contract(job, state.ema)
+    print(f"{job.stage.name}: {int(state.step)} steps, in {job.folder.path}")
+
+
+if __name__ == "__main__":
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(__doc__)
+        sys.exit(0)
+    sys.exit(entry.guarded(main))
