@@ -19,7 +19,7 @@ from dalle2_jax.files import captioned_grid, write_atomically, write_png
 from dalle2_jax.generation import Cascade, Member, Request, Settings
 from dalle2_jax.stages import SamplingConfig
 from dalle2_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
-from dalle2_jax.types import UsageError, UserError
+from dalle2_jax.types import UsageError
 
 SAMPLED = ("prior", "decoder", "upsampler_1", "upsampler_2")
 OPTIONS = {"sampler": ("name", str), "steps": ("steps", str), "eta": ("eta", float), "guidance": ("guidance", float)}
@@ -104,10 +104,7 @@ def text2image(options: argparse.Namespace) -> None:
     prompts = read_prompts(options)
     options.out.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(MeshConfig())
-    members = build.load_system(options.system, mesh)
-    for needed in ("clip", "prior", "decoder"):
-        if needed not in members:
-            raise UserError(build.missing_stage(options.system, needed))
+    members = build.load_cascade(options.system, mesh)
     for name in ("prior", "decoder"):
         for i in members[name].tokenizer.truncated(prompts, members[name].context_length):
             room = members[name].context_length

@@ -255,6 +255,20 @@ def load_system(root: pathlib.Path, mesh: jax.sharding.Mesh, names: tuple[str, .
     return members
 
 
+def load_cascade(root: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, Member]:
+    """Loads a system that can go from captions to pictures. UserError if it lacks a stage for that."""
+    members = load_system(root, mesh)
+    for needed in ("clip", "prior", "decoder"):
+        if needed not in members:
+            raise UserError(missing_stage(root, needed))
+    return members
+
+
+def open_source(config: Mapping[str, Any], split: str) -> data.Source:
+    """Opens a split of the data set that a stage's config names."""
+    return data.make_source(_expand_kind(data.KINDS, config["data"], "data"), split)
+
+
 def missing_stage(root: pathlib.Path, name: str) -> str:
     """Says that a system lacks a stage, and what to do."""
     return f"system {root} has no trained stage {name}: {_how_to_train(root, name)}"
@@ -285,7 +299,7 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
     if run.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(f"batch_size {run.batch_size} does not divide over the mesh {dict(mesh.shape)}")
     folder = StageFolder(root, name)
-    source = data.make_source(_expand_kind(data.KINDS, config["data"], "data"), "train")
+    source = open_source(config, "train")
     members = {"clip": load_member(root, "clip", mesh)} if name in ("prior", "decoder") else {}
     clip = members.get("clip")
     tokenizer, context_length = None, 2

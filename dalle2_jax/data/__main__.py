@@ -1,25 +1,21 @@
 """``python -m dalle2_jax.data``: writes the digits data set, and contact sheets of any data set."""
 
 import argparse
-import io
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from dalle2_jax.data import digits
 from dalle2_jax.data.sources import Source, source_named
-from dalle2_jax.text.storage import write_atomically
+from dalle2_jax.files import captioned_grid, write_png
 from dalle2_jax.types import UserError
 
 _EXAMPLE = """examples:
   python -m dalle2_jax.data digits digits
   python -m dalle2_jax.data preview folder:digits --out digits.png
   python -m dalle2_jax.data preview shapes --split compositional --out shapes.png"""
-_CELL, _LETTERS, _LINE, _LINES, _PAD = 144, 23, 13, 4, 6  # a cell's width, and its caption's, in pixels and letters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             source = source_named(options.source, options.split, options.resolution)
             sheet = contact_sheet(source, range(min(options.num, len(source))))
-            _write_png(options.out, sheet)
+            write_png(options.out, sheet)
             print(f"{options.out}: the first {min(options.num, len(source))} of {source}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -40,27 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def contact_sheet(source: Source, indices: Sequence[int]) -> Image.Image:
+def contact_sheet(source: Source, indices: Sequence[int]) -> np.ndarray:
     """Draws examples of a source side by side, each over one of its captions."""
-    columns = min(len(indices), 6)
-    rows = -(-len(indices) // columns)
-    height = _CELL + _LINES * _LINE
-    sheet = Image.new("RGB", (columns * (_CELL + _PAD) + _PAD, rows * (height + _PAD) + _PAD), (235, 235, 235))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for place, index in enumerate(indices):
-        example = source[index]
-        left, top = (place % columns) * (_CELL + _PAD) + _PAD, (place // columns) * (height + _PAD) + _PAD
-        picture = Image.fromarray(np.asarray(example["image"])).resize((_CELL, _CELL), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (left, top))
-        lines = textwrap.wrap(example["caption"], _LETTERS, max_lines=_LINES, placeholder=" ...")
-        pen.text((left, top + _CELL + 2), "\n".join(lines), fill=(20, 20, 20), font=font, spacing=1)
-    return sheet
-
-
-def _write_png(path: Path, picture: Image.Image) -> None:
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    write_atomically(path, content.getvalue())
+    examples = [source[index] for index in indices]
+    return captioned_grid([example["image"] for example in examples], [example["caption"] for example in examples])
 
 
 def _positive(text: str) -> int:

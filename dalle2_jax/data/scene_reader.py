@@ -31,8 +31,8 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from dalle2_jax.data import grammar, shapes
-from dalle2_jax.data.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, SceneObject
+from dalle2_jax.data import grammar, polygons
+from dalle2_jax.data.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, SceneObject, relation_of, snap
 
 ATTRIBUTES = ("colour", "shape", "size", "count", "relation", "background", "all")
 UNKNOWN = "unknown"
@@ -46,7 +46,7 @@ _FOREGROUND = 45.0  # levels of RGB from the background; noise of sigma 0.05 rea
 _SMOOTHING = 0.6  # sigma of the smoothing before components are formed, in pixels: less than objects are apart
 _SCALES = (0.85, 1.0, 1.15)  # a size a little off is still that size, and must not spoil the shape
 _SPECK = 0.25  # of the smallest shape's area
-_SMALLEST_AREA = SIZES["small"] ** 2 * min(shapes.AREAS.values())
+_SMALLEST_AREA = SIZES["small"] ** 2 * min(polygons.AREAS.values())
 
 
 def read_scene(picture: UInt8[np.ndarray, "H W 3"]) -> Scene:
@@ -74,14 +74,15 @@ def matches(reading: Scene, scene: Scene, caption: str | None = None) -> Mapping
     agree, whatever their order. ``colour``, ``shape`` and ``size`` hold when they agree for every object of the
     scene; so an object too few fails all three. ``count`` holds when neither has more objects. ``relation``
     holds when the two assigned objects lie as asked and the count is right; it holds for a scene of one object.
-    ``background`` holds when it agrees, or when there is a ``caption`` that does not name it. ``all`` is their conjunction.
+    ``background`` holds when it agrees, or when there is a ``caption`` that does not name it. ``all`` is their
+    conjunction.
     """
     wanted = scene.objects
     count = len(reading.objects) == len(wanted)
     agree, relation, best = np.zeros((len(wanted), 3), bool), len(wanted) == 1, -1.0
     for chosen in itertools.permutations(reading.objects, len(wanted)):
         table = np.array([_agreement(seen, asked) for seen, asked in zip(chosen, wanted, strict=True)])
-        placed = len(wanted) == 1 or (count and shapes.relation_of(*chosen) == scene.relation)
+        placed = len(wanted) == 1 or (count and relation_of(*chosen) == scene.relation)
         if table.sum() + 0.5 * placed > best:
             agree, relation, best = table, placed, table.sum() + 0.5 * placed
     colour, shape, size = (bool(column) for column in agree.all(axis=0))
@@ -153,9 +154,9 @@ def _fit(share: np.ndarray, shape: str, radius: float, x: float, y: float) -> tu
     Returns:
         their squared difference, and their intersection over union.
     """
-    dx, dy = shapes.CENTROIDS[shape]
-    place = shapes.snap(x - dx * radius), shapes.snap(y - dy * radius)  # the lattice, for coverage's cache
-    patch, top, left = shapes.coverage(shape, radius, *place, share.shape[0])
+    dx, dy = polygons.CENTROIDS[shape]
+    place = snap(x - dx * radius), snap(y - dy * radius)  # the lattice, for coverage's cache
+    patch, top, left = polygons.coverage(shape, radius, *place, share.shape[0])
     height, width = share.shape
     rows, columns = slice(max(top, 0), top + patch.shape[0]), slice(max(left, 0), left + patch.shape[1])
     seen = share[rows, columns]

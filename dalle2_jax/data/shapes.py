@@ -9,25 +9,21 @@ Splits
     ``train`` and ``val`` never show a colour-shape pair of `HELD_OUT`; ``compositional`` shows no
     other. Each colour and each shape is in `HELD_OUT` at least once, and in ``train`` too.
 
-Drawing
-    A shape is a polygon (the circle has 96 corners) filled on a grid of about 1,024 cells a side and
-    averaged over each pixel, so a picture at 64x64 averaged over 2x2 is the picture at 32x32, to the
-    rounding of a byte. The coverage patch of (shape, size, resolution, sub-pixel phase) is cached.
+Pictures are drawn with `dalle2_jax.data.polygons`, anti-aliased: a picture at 64x64 averaged over 2x2 is the
+picture at 32x32, to the rounding of a byte.
 
 Captions are made by `dalle2_jax.data.grammar`; they always name colour, shape and size, name the
 relation where there is one, and name the background in half of them.
 """
 
-import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
 from dalle2_jax.data import grammar
+from dalle2_jax.data.polygons import EXTENT, SHAPES, coverage
 from dalle2_jax.types import UserError
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -41,10 +37,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (255, 130, 200),
 }
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
-SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES: dict[str, float] = {"small": 0.13, "large": 0.215}
-"""Radius as a fraction of the picture's side; a shape's corners lie within `EXTENT` radii on each axis."""
-EXTENT = 1.05
+"""Radius as a fraction of the picture's side."""
 HELD_OUT = frozenset(
     {
         ("red", "circle"),
@@ -60,8 +54,6 @@ HELD_OUT = frozenset(
 SPLITS = ("train", "val", "compositional")
 
 _LATTICE = 512  # places are multiples of 1/512 of the side, so that coverage patches can be cached
-_FINE = 1024  # cells a side on which polygons are filled before averaging
-_SHIFT = 6  # fractional bits of a corner's coordinate
 _MARGIN, _GAP, _JITTER = 0.02, 0.05, 0.2  # to the edge, between two objects, about the centre; in sides
 
 
@@ -103,71 +95,6 @@ def relation_of(first: SceneObject, second: SceneObject) -> str:
     return "above" if dy < 0 else "below"
 
 
-def _ring(corners: int, radii: tuple[float, ...]) -> np.ndarray:
-    angles = 2 * np.pi * np.arange(corners) / corners - np.pi / 2
-    return np.resize(radii, corners)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-
-def _cross(arm: float, half_width: float) -> np.ndarray:
-    """Corners of an upright cross; ``corner`` is turned about the centre three times."""
-    corner = np.array([(-half_width, -arm), (half_width, -arm), (half_width, -half_width)])
-    turn = np.array([(0, 1), (-1, 0)])  # (x, y) @ turn = (-y, x)
-    return np.concatenate([corner @ np.linalg.matrix_power(turn, quarter) for quarter in range(4)])
-
-
-_POLYGONS: dict[str, np.ndarray] = {  # corners in radii, y downwards
-    "circle": _ring(96, (1.0,)),
-    "square": 0.86 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
-    "triangle": np.array([(0, -1), (1, 0.8), (-1, 0.8)]),
-    "star": _ring(10, (EXTENT, 0.45 * EXTENT)),
-    "cross": _cross(0.95, 0.33),
-}
-
-
-def _moments(corners: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Area and centroid of a polygon whose corners go clockwise on the screen (the shoelace formula)."""
-    following = np.roll(corners, -1, axis=0)
-    doubled = corners[:, 0] * following[:, 1] - corners[:, 1] * following[:, 0]
-    x, y = ((corners + following) * doubled[:, None]).sum(axis=0) / (3 * doubled.sum())
-    return float(doubled.sum() / 2), (float(x), float(y))
-
-
-AREAS = {shape: _moments(corners)[0] for shape, corners in _POLYGONS.items()}
-"""Area of each shape at radius 1."""
-CENTROIDS = {shape: _moments(corners)[1] for shape, corners in _POLYGONS.items()}
-"""Centroid (x, y) of each shape at radius 1, from its centre."""
-
-
-def coverage(
-    shape: str, radius: float, x: float, y: float, resolution: int
-) -> tuple[Float[np.ndarray, "n n"], int, int]:
-    """Returns the share of each pixel that a shape covers, as a patch, and the patch's top and left pixel.
-
-    ``radius`` and the centre (x, y) are fractions of the side. The patch may reach past the picture's edge; it
-    is read-only, and cached, which is of use for places on the lattice (`snap`).
-    """
-    left, top = math.floor(x * resolution), math.floor(y * resolution)
-    phase_x, phase_y = x * resolution - left, y * resolution - top
-    patch = _patch(shape, radius * resolution, resolution, phase_x, phase_y)
-    half = patch.shape[0] // 2
-    return patch, top - half, left - half
-
-
-@functools.lru_cache(maxsize=8192)
-def _patch(shape: str, radius: float, resolution: int, phase_x: float, phase_y: float) -> np.ndarray:
-    """Coverage of a shape of ``radius`` pixels whose centre is at (half + phase) of a (2 half + 1)-pixel patch."""
-    half = math.ceil(EXTENT * radius) + 1
-    side, fine = 2 * half + 1, max(1, _FINE // resolution)
-    corners = _POLYGONS[shape] * radius + (half + phase_x, half + phase_y)
-    # cv2 puts integer coordinates at cell centres, this module at cell corners: hence the half cell.
-    fixed_point = np.rint((corners * fine - 0.5) * 2**_SHIFT).astype(np.int32)
-    cells = np.zeros((side * fine, side * fine), np.uint8)
-    cv2.fillPoly(cells, [fixed_point], 1, shift=_SHIFT)
-    patch = cv2.resize(cells.astype(np.float32), (side, side), interpolation=cv2.INTER_AREA)
-    patch.setflags(write=False)
-    return patch
-
-
 def render(scene: Scene, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
     """Draws a scene as ``uint8[resolution, resolution, 3]``, anti-aliased."""
     picture = np.empty((resolution, resolution, 3), np.uint8)
@@ -206,6 +133,8 @@ class ShapesSource:
             raise UserError(f"shapes draws 1 or 2 objects, not max_objects={max_objects}")
         if resolution < 8:
             raise UserError(f"shapes cannot be told apart at resolution {resolution}: use 8 or more")
+        if not 0 <= seed < 2**64:
+            raise UserError(f"the seed of shapes must be from 0 to 2**64 - 1, not {seed}")
         if num_examples < 1:
             raise UserError(f"shapes needs num_examples of at least 1, not {num_examples}")
         self.split, self.resolution, self.seed = split, resolution, seed
@@ -257,10 +186,8 @@ class ShapesSource:
         )
 
 
-_PAIRS = {
-    held_out: tuple((colour, shape) for colour in COLOURS for shape in SHAPES if ((colour, shape) in HELD_OUT) == held_out)
-    for held_out in (False, True)
-}
+_EVERY_PAIR = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+_PAIRS = {held_out: tuple(pair for pair in _EVERY_PAIR if (pair in HELD_OUT) == held_out) for held_out in (False, True)}
 
 
 def _random_scene(rng: np.random.Generator, held_out: bool, max_objects: int) -> Scene:

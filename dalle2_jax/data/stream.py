@@ -64,10 +64,13 @@ def make_stream(
             module must be guarded by ``if __name__ == "__main__"``.
 
     Raises:
-        UserError: when ``batch_size`` is not a positive multiple of ``process_count``, or the source is empty.
+        UserError: when ``batch_size`` is not a positive multiple of ``process_count``, ``seed`` is not a 32-bit
+            number from 0, or the source is empty.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size {batch_size} is not a positive multiple of the {process_count} processes")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the seed of a stream must be from 0 to 2**32 - 1, not {seed}")
     if len(source) == 0:
         raise UserError(f"{source} has no examples")
     examples = (

@@ -8,7 +8,7 @@ steppers    one step of DDPM, DDIM
 sampler     the loop over steps: noise -> picture
 """
 
-from dalle2_jax.diffusion.guidance import classifier_free, is_guided
+from dalle2_jax.diffusion.guidance import classifier_free
 from dalle2_jax.diffusion.objective import mse_loss
 from dalle2_jax.diffusion.process import Denoised, from_x0_eps, posterior, q_sample, to_x0_eps
 from dalle2_jax.diffusion.sampler import SamplerConfig, integrate, predictor, sample
@@ -26,7 +26,6 @@ __all__ = [
     "classifier_free",
     "from_x0_eps",
     "integrate",
-    "is_guided",
     "make_schedule",
     "mse_loss",
     "posterior",

@@ -31,7 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dalle2_jax.diffusion.schedule import Level, Schedule, choose
+from dalle2_jax.diffusion.schedule import Level, Schedule
+from dalle2_jax.types import choose
 
 
 class Denoised(NamedTuple):

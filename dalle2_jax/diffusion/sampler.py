@@ -23,9 +23,9 @@ from jaxtyping import Array, Float, Key
 
 from dalle2_jax import rng
 from dalle2_jax.diffusion import process
-from dalle2_jax.diffusion.schedule import Schedule, choose, respace
+from dalle2_jax.diffusion.schedule import Schedule, respace
 from dalle2_jax.diffusion.steppers import VARIANCES, Ddim, Ddpm, Predict, Stepper
-from dalle2_jax.types import Denoiser, UserError
+from dalle2_jax.types import Denoiser, UserError, choose
 
 
 @dataclasses.dataclass(frozen=True)

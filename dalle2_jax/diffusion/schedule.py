@@ -34,16 +34,14 @@ remember what they made, so equal arguments return the same object, which is has
 """
 
 import dataclasses
-import difflib
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from dalle2_jax.types import UserError
+from dalle2_jax.types import UserError, choose
 
 
 class Level(NamedTuple):
@@ -125,15 +123,6 @@ class Schedule:
         return Level(
             self.timesteps.astype(np.int32), self.signal_rate.astype(np.float32), self.noise_rate.astype(np.float32)
         )
-
-
-def choose(what: str, name: str, options: Mapping[str, Any]) -> Any:
-    """Returns options[name]; raises UserError with the nearest of the names if there is none."""
-    if name in options:
-        return options[name]
-    near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown {what} {name!r}: {hint}(choose from {', '.join(options)})")
 
 
 def _linear(num_steps: int) -> np.ndarray:

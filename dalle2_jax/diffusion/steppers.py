@@ -38,7 +38,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.diffusion.process import Denoised
-from dalle2_jax.diffusion.schedule import Level, Schedule, choose
+from dalle2_jax.diffusion.schedule import Level, Schedule
+from dalle2_jax.types import choose
 
 Predict = Callable[[jax.Array, Level], Denoised]
 """(x_t [B, ...], its level) -> the network's (x_0, eps) of it, already clipped or thresholded."""

@@ -37,7 +37,7 @@ class UNetConfig:
     in_channels: int = 3
     out_channels: int = 3  # 6 with a learned variance
     channels: int = 192
-    channel_mult: tuple[float, ...] = (1, 2, 3, 4)
+    channel_mult: tuple[int | float, ...] = (1, 2, 3, 4)
     num_res_blocks: int = 3
     attention_resolutions: tuple[int, ...] = (32, 16, 8)
     head_channels: int = 64

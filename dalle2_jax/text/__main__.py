@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from dalle2_jax.data import source_named
 from dalle2_jax.text.sentencepiece import train_sentencepiece
-from dalle2_jax.text.storage import write_atomically
+from dalle2_jax.files import write_atomically
 from dalle2_jax.types import UserError
 
 _EXAMPLE = """example:
@@ -46,9 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     train.add_argument("--data", required=True, help="shapes, folder:PATH, or a text file with a caption a line")
-    train.add_argument("--vocab_size", required=True, type=int, help="pieces, 256 bytes and 4 control tokens among them")
+    train.add_argument("--vocab_size", required=True, type=int, help="pieces, counting 256 bytes and 4 control tokens")
     train.add_argument("--out", required=True, type=Path, help="file to write, ending in .model")
-    train.add_argument("--limit", type=int, default=100_000, help="most pictures to read captions of (default %(default)s)")
+    train.add_argument("--limit", type=int, default=100_000, help="most pictures to read (default %(default)s)")
     return parser
 
 

@@ -3,7 +3,7 @@
 Byte-pair pieces (Sennrich et al., arXiv 1508.07909) over text in NFKC form and lower case, with one piece for
 each of the 256 bytes, so that any Unicode text has tokens. The four control tokens have fixed numbers.
 Byte-pair merges and not the unigram model, because the unigram model's pruning leaves common words of a small
-corpus in letters: on two-object captions of shapes the longest has 46 pieces of 333, against 22 here.
+corpus in letters: on two-object captions of shapes the longest has 48 pieces of 333, against 22 here.
 """
 
 import io
@@ -14,7 +14,8 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Int32
 
-from dalle2_jax.text.storage import write_atomically, write_description
+from dalle2_jax.files import write_atomically
+from dalle2_jax.text.storage import write_description
 from dalle2_jax.text.tokenizer import pack
 from dalle2_jax.types import UserError
 

@@ -1,30 +1,12 @@
 """How a tokenizer lies on disk: ``tokenizer.json`` names its kind and its file in the same folder."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
+from dalle2_jax.files import write_atomically
 from dalle2_jax.types import UserError
 
 DESCRIPTION = "tokenizer.json"
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Writes a file so that it appears under its name only when complete; makes its folder if needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from colleagues
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def write_description(directory: str | Path, kind: str, file: str) -> None:

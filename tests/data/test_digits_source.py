@@ -81,7 +81,7 @@ def test_preview(written, tmp_path, capsys):
     code, said = _run(capsys, "preview", f"folder:{written}", "--split", "val", "--num", 7, "--out", sheet)
     assert code == 0 and "the first 7" in said.out
     picture = cv2.imread(str(sheet))
-    assert picture.shape[1] > 6 * 144 and picture.std() > 40
+    assert picture.shape[1] > 6 * 128 and picture.std() > 40
     assert [path.name for path in sheet.parent.iterdir()] == ["sheet.png"]
     assert _run(capsys, "preview", "shapes", "--num", 2, "--out", tmp_path / "shapes.png")[0] == 0
 

@@ -24,7 +24,8 @@ def _metadata(folder, *records):
 def folder(tmp_path):
     for number in range(4):
         _picture(tmp_path / f"{number}.png", number)
-    _metadata(tmp_path, *({"file_name": f"{number}.png", "text": [f"a {number}", f"no {number}"]} for number in range(4)))
+    records = [{"file_name": f"{number}.png", "text": [f"a {number}", f"no {number}"]} for number in range(4)]
+    _metadata(tmp_path, *records)
     return tmp_path
 
 

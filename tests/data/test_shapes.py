@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.data import grammar, shapes
+from dalle2_jax.data.polygons import EXTENT
 from dalle2_jax.data.shapes import COLOURS, HELD_OUT, SHAPES, SIZES, ShapesSource
 from dalle2_jax.types import UserError
 
@@ -46,26 +47,6 @@ def test_a_picture_averaged_down_is_the_smaller_picture(factor):
         assert np.abs(averaged - small[index]["image"]).max() <= 1.0  # the rounding of both to bytes
 
 
-@pytest.mark.parametrize("side", [32, 50, 64, 256, 1500])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_coverage_has_the_area_and_centroid_of_the_polygon(side, shape):
-    radius, x, y = SIZES["large"], 0.5 + 3 / 512, 0.5 - 5 / 512
-    patch, top, left = shapes.coverage(shape, radius, x, y, side)
-    assert patch.min() >= 0 and patch.max() <= 1
-    assert patch.sum() == pytest.approx(shapes.AREAS[shape] * (radius * side) ** 2, rel=0.015)
-    rows, columns = np.indices(patch.shape) + 0.5
-    centre = [((columns + left) * patch).sum() / patch.sum() / side, ((rows + top) * patch).sum() / patch.sum() / side]
-    expected = np.array([x, y]) + radius * np.array(shapes.CENTROIDS[shape])
-    np.testing.assert_allclose(centre, expected, atol=3.7e-4)
-
-
-def test_known_areas():
-    assert shapes.AREAS["circle"] == pytest.approx(np.pi, rel=1e-3)
-    assert shapes.AREAS["square"] == pytest.approx(1.72**2)
-    assert shapes.AREAS["triangle"] == pytest.approx(1.8)
-    assert shapes.CENTROIDS["triangle"] == pytest.approx((0, 0.2))
-
-
 def test_pictures_show_pure_colours_inside_and_background_at_the_edge():
     source = ShapesSource("train", 64, max_objects=2)
     for index in range(100):
@@ -86,7 +67,7 @@ def test_two_objects_are_apart_in_every_relation():
     for scene in scenes:
         first, second = scene.objects
         apart, across = sorted([abs(first.x - second.x), abs(first.y - second.y)], reverse=True)
-        assert apart - shapes.EXTENT * (SIZES[first.size] + SIZES[second.size]) > 0.04
+        assert apart - EXTENT * (SIZES[first.size] + SIZES[second.size]) > 0.04
         assert across <= 0.52 * apart
 
 
@@ -122,6 +103,7 @@ def test_source_draws_and_lists():
         ({"max_objects": 3}, "max_objects=3"),
         ({"resolution": 4}, "resolution 4"),
         ({"num_examples": 0}, "num_examples"),
+        ({"seed": -1}, "seed of shapes"),
     ],
 )
 def test_mistakes_are_answered(wrong, message):

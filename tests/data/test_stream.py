@@ -107,6 +107,15 @@ def test_processes_share_the_global_batch(tokenizer, count):
     _equal(_take(alone, 3), whole[3:])
 
 
+def test_worker_processes_give_the_same_stream(tokenizer):
+    whole = _take(make_stream(SOURCE, tokenizer, 24, 8, seed=5), 5)
+    stream = make_stream(SOURCE, tokenizer, 24, 8, seed=5, num_workers=1)
+    stream.set_state({"global_next_index": 16})
+    _equal(_take(stream, 3), whole[2:])
+    assert stream.get_state() == {"global_next_index": 40}
+    stream.close()
+
+
 def test_fixed_batches_are_fixed(tokenizer):
     batch, captions = fixed_batch(SOURCE, tokenizer, 24, [3, 1])
     assert captions == [SOURCE.caption(3), SOURCE.caption(1)]
@@ -120,5 +129,8 @@ def test_mistakes_are_answered(tokenizer):
         make_stream(SOURCE, tokenizer, 24, 9, 0, process_count=2)
     with pytest.raises(UserError, match="batch_size 0"):
         make_stream(SOURCE, tokenizer, 24, 0, 0)
+    for seed in (-1, 2**32):
+        with pytest.raises(UserError, match="seed of a stream"):
+            make_stream(SOURCE, tokenizer, 24, 8, seed)
     with pytest.raises(UserError, match="no examples"):
         make_stream(Numbers(0), tokenizer, 24, 8, 0)

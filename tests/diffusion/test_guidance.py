@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from analytic_denoisers import gaussian, normals
 
-from dalle2_jax.diffusion import classifier_free, is_guided, make_schedule, to_x0_eps
+from dalle2_jax.diffusion import classifier_free, make_schedule, to_x0_eps
 
 SCHEDULE = make_schedule("cosine", 50)
 T = jnp.array([3, 10, 25, 40], jnp.int32)
@@ -59,9 +59,3 @@ def test_one_batched_call_and_one_compilation_for_all_scales():
     low, high = (run(normals((4, 3)), jnp.float32(scale)) for scale in (1.0, 4.0))
     assert calls == [(8, 3)]
     assert not np.allclose(low, high)
-
-
-@pytest.mark.parametrize(("scale", "expected"), [(1.0, False), (0.0, True), (3.0, True)])
-def test_only_the_python_number_one_spares_the_second_branch(scale, expected):
-    assert is_guided(scale) is expected
-    assert is_guided(jnp.float32(scale))

@@ -85,7 +85,8 @@ def test_ddim_converges_with_order_one(prediction_type):
 def test_whole_ddim_run_equals_guided_diffusion():
     recorded = RECORDED["outputs/loop/ddim_loop_eps_25_eta0/trajectory"]
     x_T = jnp.asarray(RECORDED["inputs/x_t"])
-    states = run(SamplerConfig(steps=25), recorded_network, 5, (3, 4, 4), prediction_type="eps", x_T=x_T, trajectory=True)
+    config = SamplerConfig(steps=25)
+    states = run(config, recorded_network, 5, (3, 4, 4), prediction_type="eps", x_T=x_T, trajectory=True)
     for state, expected in zip(states, recorded, strict=True):
         assert relative_error(state, expected) < 1e-5
 

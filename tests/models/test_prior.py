@@ -14,10 +14,11 @@ TOKENS = PriorConfig(width=16, layers=2, heads=2, embed_dim=6, context_length=5,
 CLIP = replace(TOKENS, text_input="clip", vocab_size=None, text_width=7)
 MASK = jnp.array([[True, True, True, False, False], [True, True, True, True, True]])
 NO = jnp.array([False, False])
+TEXT = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], jnp.int32)
 
 
 def inputs(config):
-    text = normal(3, 2, 5, 7) if config.text_input == "clip" else jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], jnp.int32)
+    text = TEXT if config.text_input == "tokens" else normal(3, 2, 5, 7)
     return normal(1, 2, 6), jnp.array([3, 900], jnp.int32), normal(2, 2, 6), text, MASK, NO
 
 

@@ -91,11 +91,13 @@ def test_attend_is_softmax_and_keeps_hidden_rows_finite():
     np.testing.assert_allclose(out[0, 1, 0], v[0, :, 0].mean(axis=0), rtol=1e-5)
 
 
-def test_bfloat16_attention_keeps_a_float32_softmax():
-    length = 4096  # a bfloat16 sum of so many equal weights would stop growing at 256
-    q, k = jnp.zeros((1, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, length, 1, 8), jnp.bfloat16)
-    out = jax.jit(attend)(q, k, jnp.ones((1, length, 1, 8), jnp.bfloat16))
-    np.testing.assert_allclose(out.astype(jnp.float32), 1.0, rtol=1e-2)
+def test_bfloat16_attention_keeps_float32_logits():
+    # logits 128 and 128.25: bfloat16 holds neither apart
+    q = jnp.full((1, 1, 1, 64), 16, jnp.bfloat16)
+    k = jnp.ones((1, 2, 1, 64), jnp.bfloat16).at[0, 1, 0, 0].set(1.125)
+    v = jnp.stack([jnp.zeros((1, 1, 64)), jnp.ones((1, 1, 64))], axis=1).astype(jnp.bfloat16)
+    out = jax.jit(attend)(q, k, v)
+    np.testing.assert_allclose(out.astype(jnp.float32), 1 / (1 + np.exp(-0.25)), rtol=1e-2)
 
 
 def test_layer_norm():

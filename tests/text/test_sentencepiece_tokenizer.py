@@ -1,16 +1,17 @@
+import io
 import json
 import pickle
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from dalle2_jax.text import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from dalle2_jax.text.__main__ import main
 from dalle2_jax.types import UserError
 
-CAPTIONS = [
-    f"a {size} {colour} {shape}" for size in ("small", "large") for colour in ("red", "blue") for shape in ("star", "cross")
-]
+LOOKS = ("red star", "red cross", "blue star", "blue cross")
+CAPTIONS = [f"a {size} {look}" for size in ("small", "large") for look in LOOKS]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_a_long_caption_is_cut_and_keeps_its_end(tokenizer):
 
 
 def test_any_unicode_survives_in_normal_form(tokenizer):
-    for text, expected in [("A Small RED Star", "a small red star"), ("ＲＥＤ ﬁ", "red fi"), ("漢字 😀", "漢字 😀")]:
+    for text, expected in [("A RED Star", "a red star"), ("ＲＥＤ ﬁ", "red fi"), ("漢字 😀", "漢字 😀")]:
         tokens, _ = tokenizer.encode([text], 64)
         assert 3 not in tokens
         assert tokenizer.decode(tokens[0]) == expected
@@ -96,11 +97,7 @@ def test_mistakes_are_answered(tokenizer, tmp_path):
         train_sentencepiece(CAPTIONS, 265)
 
 
-def test_a_model_with_other_control_tokens_is_refused(tmp_path):
-    import io
-
-    import sentencepiece
-
+def test_a_model_with_other_control_tokens_is_refused():
     output = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CAPTIONS), model_writer=output, vocab_size=40, hard_vocab_limit=False, minloglevel=2

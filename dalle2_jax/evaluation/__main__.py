@@ -1,0 +1,126 @@
+"""``python -m dalle2_jax.evaluation``: what a system's pictures are worth, in numbers."""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import tqdm
+
+from dalle2_jax import build, data, entry
+from dalle2_jax.data import digits as digits_data
+from dalle2_jax.evaluation import attributes, retrieval
+from dalle2_jax.evaluation import digits as digit_reader
+from dalle2_jax.files import captioned_grid, write_atomically, write_png
+from dalle2_jax.generation import Cascade, Request, Settings
+from dalle2_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
+from dalle2_jax.types import UserError
+from dalle2_jax.workdir import StageFolder
+
+EXAMPLE = "python -m dalle2_jax.evaluation attributes --system runs/demo --num 256"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the command line's parser."""
+    parser = entry.parser("python -m dalle2_jax.evaluation", "Measures a trained system.", EXAMPLE)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, count, help_text in (
+        ("attributes", 256, "of shapes: do pictures show what their captions say? beside it, shuffled captions"),
+        ("retrieval", 64, "does CLIP find each picture's caption among those of other pictures, and the reverse?"),
+        ("digits", 200, "of the digits folder: is each picture read as its caption's digit?"),
+    ):
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.add_argument("--system", required=True, type=pathlib.Path, help="the system's folder")
+        command.add_argument("--num", type=int, default=count, help="how many examples (default %(default)s)")
+        command.add_argument("--out", type=pathlib.Path, help="folder for results.json and the grid")
+        if name != "digits":
+            command.add_argument("--split", default="val", help="val (default), train or compositional")
+        if name != "retrieval":
+            command.add_argument("--seed", type=int, default=1, help="of the samples (default %(default)s)")
+            command.add_argument("--batch_size", type=int, default=64, help="pictures at a time")
+    return parser
+
+
+def open_source(options: argparse.Namespace, stage: str, split: str) -> data.Source:
+    """Opens a split of the data that a stage of the system was trained on."""
+    config = StageFolder(options.system, stage).read_json("config.json")
+    if config is None:
+        raise UserError(build.missing_stage(options.system, stage))
+    return build.open_source(config, split)
+
+
+def draw(options: argparse.Namespace, captions: Sequence[str]) -> np.ndarray:
+    """Draws a picture for each caption with the system's own sampling, uint8[B, H, W, 3]."""
+    mesh = make_mesh(MeshConfig())
+    members = build.load_cascade(options.system, mesh)
+    sampling = {name: member.stage.sampling for name, member in members.items() if name != "clip"}
+    cascade = Cascade(members, Settings(options.seed, sampling), batch_sharding(mesh), mesh.size)
+    requests = [Request(caption, index, 0) for index, caption in enumerate(captions)]
+    drawn = cascade.text2image(requests, options.batch_size)
+    pictures = [picture for _, picture in tqdm.tqdm(drawn, total=len(captions), desc="drawing", unit="picture")]
+    return np.stack(pictures)
+
+
+def measure_attributes(options: argparse.Namespace) -> dict:
+    """Draws pictures of captions never trained on and reads them."""
+    source = open_source(options, "decoder", options.split)
+    if not isinstance(source, data.ShapesSource):
+        raise UserError("attributes are read of shapes alone; this system was trained on other data")
+    captions = [source.caption(index) for index in range(options.num)]
+    pictures = draw(options, captions)
+    scenes = [source.scene(index) for index in range(options.num)]
+    rates = attributes.attribute_accuracy(pictures, scenes, captions)
+    print(retrieval.table(f"{options.num} {options.split} captions", rates))
+    show(options, pictures, captions)
+    return rates
+
+
+def measure_retrieval(options: argparse.Namespace) -> dict:
+    """Embeds distinct examples with CLIP and matches them."""
+    clip = build.load_system(options.system, make_mesh(MeshConfig()), ("clip",))["clip"]
+    source = open_source(options, "clip", options.split)
+    indices = retrieval.distinct_examples(source, options.num)
+    batch, _ = data.fixed_batch(source, clip.tokenizer, clip.context_length, indices)
+    image_emb = clip.stage.encode_image(clip.variables, batch["image"])
+    text_emb = clip.stage.read(clip.variables, batch)["text_emb"]
+    rates = retrieval.recall_at_1(np.asarray(image_emb), np.asarray(text_emb))
+    print(retrieval.table(f"CLIP, {len(indices)} {options.split} examples", {"recall@1": rates}))
+    return rates
+
+
+def measure_digits(options: argparse.Namespace) -> dict:
+    """Draws digits and reads them with a classifier trained on real scans."""
+    labels = np.arange(options.num) % 10
+    captions = [digits_data.captions_of(label)[(i // 10) % 6] for i, label in enumerate(labels)]
+    pictures = draw(options, captions)
+    rates = digit_reader.digit_accuracy(pictures, labels)
+    print(retrieval.table(f"{options.num} sampled digits", {"read right": rates}))
+    show(options, pictures, captions)
+    return rates
+
+
+def show(options: argparse.Namespace, pictures: np.ndarray, captions: Sequence[str]) -> None:
+    """Writes a grid of the first pictures where --out says."""
+    if options.out:
+        write_png(options.out / "grid.png", captioned_grid(list(pictures[:30]), captions[:30]))
+
+
+def main() -> None:
+    """Runs the command line."""
+    options = make_parser().parse_args()
+    if options.num < 1:
+        raise UserError("--num must be at least 1")
+    entry.enable_compilation_cache()
+    measure = {"attributes": measure_attributes, "retrieval": measure_retrieval, "digits": measure_digits}
+    result = measure[options.command](options)
+    if options.out:
+        write_atomically(options.out / "results.json", json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(entry.guarded(main))
