@@ -15,15 +15,21 @@ import tqdm
 
 import dalle2_jax
 from dalle2_jax import build, entry
+from dalle2_jax.diffusion.schedule import respace
 from dalle2_jax.files import captioned_grid, write_atomically, write_png
 from dalle2_jax.generation import Cascade, Member, Request, Settings
-from dalle2_jax.stages import SamplingConfig
+from dalle2_jax.stages import ArSamplingConfig, DiffusionStage, SamplingConfig, Stage
 from dalle2_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
-from dalle2_jax.types import UsageError
+from dalle2_jax.types import UsageError, UserError
 
-SAMPLED = ("prior", "decoder", "upsampler_1", "upsampler_2")
-OPTIONS = {"sampler": ("name", str), "steps": ("steps", str), "eta": ("eta", float), "guidance": ("guidance", float)}
-"""A stage's option on the command line -> its field of SamplingConfig, and its type."""
+DIFFUSED = ("prior", "decoder", "upsampler_1", "upsampler_2")
+GUIDANCE = {"guidance": ("guidance", entry.finite)}
+BY_DIFFUSION = {"sampler": ("name", str), "steps": ("steps", str), "eta": ("eta", float), **GUIDANCE}
+BY_CODES = {"dot_quantile": ("dot_quantile", float), **GUIDANCE}
+OPTIONS = {**dict.fromkeys(DIFFUSED, BY_DIFFUSION), "ar_prior": BY_CODES}
+"""A stage -> its options on the command line -> the field of its sampling, and the type."""
+
+PRIOR_NAMES = {"diffusion": "prior", "ar": "ar_prior"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,51 +47,60 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--system", required=True, type=pathlib.Path, help="the system's folder, as in runs/demo")
     command.add_argument("--prompt", action="append", help='a caption; "" draws unconditionally; may be repeated')
     command.add_argument("--prompts", type=pathlib.Path, help="a text file with a caption a line")
-    command.add_argument("--num", type=positive, default=4, help="pictures for each prompt (default %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="decides every picture (default %(default)s)")
-    command.add_argument("--batch_size", type=positive, default=16, help="pictures at a time (default %(default)s)")
+    command.add_argument("--num", type=entry.positive, default=4, help="pictures for each prompt (default 4)")
+    command.add_argument("--seed", type=entry.seed, default=0, help="decides every picture (default 0)")
+    command.add_argument("--batch_size", type=entry.positive, default=16, help="pictures at a time (default 16)")
     command.add_argument("--out", required=True, type=pathlib.Path, help="folder for PNGs, grid.png and samples.json")
+    command.add_argument("--prior", choices=PRIOR_NAMES, help="which, where the system has both (default diffusion)")
     command.add_argument(
-        "--prior.candidates", type=positive, default=2, help="embeddings drawn, the closest to the caption kept"
+        "--prior.candidates",
+        type=entry.positive,
+        help="embeddings drawn, the closest to the caption kept (default: 2 by diffusion, 1 by the other prior)",
     )
-    for stage in SAMPLED:
-        for option, (_, kind) in OPTIONS.items():
+    for stage, stage_options in OPTIONS.items():
+        for option, (_, kind) in stage_options.items():
             command.add_argument(f"--{stage}.{option}", type=kind, metavar=option.upper(), help=argparse.SUPPRESS)
     command.add_argument_group(
         "sampling of each stage",
         "--STAGE.sampler, --STAGE.steps, --STAGE.eta and --STAGE.guidance, with STAGE one of "
-        f"{', '.join(SAMPLED)}; left out, they are as the stage's config says",
+        f"{', '.join(DIFFUSED)}; --ar_prior.guidance and --ar_prior.dot_quantile (0.5: closeness to the caption from "
+        "the upper half of the training pairs'); left out, they are as the stage's config says",
     )
     return parser
 
 
-def positive(word: str) -> int:
-    """Reads a whole number above zero."""
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not above 0")
-    return number
-
-
-def sampling_of(members: dict[str, Member], arguments: dict[str, object]) -> dict[str, SamplingConfig]:
+def sampling_of(
+    members: dict[str, Member], arguments: dict[str, object]
+) -> dict[str, SamplingConfig | ArSamplingConfig]:
     """Returns each stage's own sampling with the command line's options in place.
 
     Raises:
       UsageError: an option for a stage that the system does not have.
     """
-    sampling = {name: member.stage.sampling for name, member in members.items() if name in SAMPLED}
-    for stage in SAMPLED:
+    sampling = {name: member.stage.sampling for name, member in members.items() if name in OPTIONS}
+    for stage, stage_options in OPTIONS.items():
         given = {
             field: arguments[f"{stage}.{option}"]
-            for option, (field, _) in OPTIONS.items()
+            for option, (field, _) in stage_options.items()
             if arguments[f"{stage}.{option}"] is not None
         }
         if given and stage not in sampling:
-            raise UsageError(f"--{stage}.* is given but the system has no stage {stage}")
+            raise UsageError(f"--{stage}.* is given but no stage {stage} is used here")
         if given.get("name", "ddim") != "ddim" and "eta" not in given:
             given["eta"] = 0.0  # the config's eta was DDIM's
         if stage in sampling:
-            sampling[stage] = dataclasses.replace(sampling[stage], **given)
+            sampling[stage] = checked_sampling(members[stage].stage, given)
+    return sampling
+
+
+def checked_sampling(stage: Stage, given: dict[str, object]) -> SamplingConfig | ArSamplingConfig:
+    """Returns a stage's sampling with other values for some fields. UsageError for a value it refuses."""
+    try:
+        sampling = dataclasses.replace(stage.sampling, **given)
+        if isinstance(stage, DiffusionStage):
+            respace(stage.schedule, sampling.steps)
+    except UserError as error:
+        raise UsageError(f"--{stage.name}.*: {error}") from error
     return sampling
 
 
@@ -102,28 +117,33 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 def text2image(options: argparse.Namespace) -> None:
     """Draws, and writes ``OUT/<prompt>_<sample>.png``, ``OUT/grid.png`` and ``OUT/samples.json``."""
     prompts = read_prompts(options)
-    options.out.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(MeshConfig())
-    members = build.load_cascade(options.system, mesh)
-    for name in ("prior", "decoder"):
+    members = build.load_cascade(options.system, mesh, PRIOR_NAMES.get(options.prior))
+    for name in (name for name, member in members.items() if member.tokenizer and name != "clip"):
         for i in members[name].tokenizer.truncated(prompts, members[name].context_length):
-            room = members[name].context_length
-            print(f"warning: prompt {i} is longer than the {name}'s {room} tokens; its end is not read", file=sys.stderr)
+            room = f"the {name}'s {members[name].context_length} tokens"
+            print(f"warning: prompt {i} is longer than {room}; its end is not read", file=sys.stderr)
     settings = Settings(options.seed, sampling_of(members, vars(options)), getattr(options, "prior.candidates"))
     cascade = Cascade(members, settings, batch_sharding(mesh), mesh.size)
     requests = [Request(prompt, i, j) for i, prompt in enumerate(prompts) for j in range(options.num)]
-    drawn = tqdm.tqdm(cascade.text2image(requests, options.batch_size), total=len(requests), desc="drawing", unit="picture")
+    options.out.mkdir(parents=True, exist_ok=True)
+    drawn = cascade.text2image(requests, options.batch_size)
     pictures = []
-    for request, picture in drawn:
+    for request, picture in tqdm.tqdm(drawn, total=len(requests), desc="drawing", unit="picture"):
         write_png(options.out / f"{request.index}_{request.sample}.png", picture)
         pictures.append(picture)
     write_png(options.out / "grid.png", captioned_grid(pictures, [r.prompt for r in requests], max(options.num, 4)))
-    write_atomically(options.out / "samples.json", json.dumps(record(options, members, settings, requests), indent=2))
+    recorded = record(options, members, settings, cascade.candidates, requests)
+    write_atomically(options.out / "samples.json", json.dumps(recorded, indent=2))
     print(f"{len(pictures)} pictures in {options.out}, all of them in {options.out / 'grid.png'}")
 
 
 def record(
-    options: argparse.Namespace, members: dict[str, Member], settings: Settings, requests: list[Request]
+    options: argparse.Namespace,
+    members: dict[str, Member],
+    settings: Settings,
+    candidates: int,
+    requests: list[Request],
 ) -> dict:
     """Returns all that is needed to draw each picture again."""
     return {
@@ -132,7 +152,7 @@ def record(
         "clip": members["clip"].contract.clip,
         "checkpoints": {name: member.step for name, member in members.items()},
         "seed": settings.seed,
-        "candidates": settings.candidates,
+        "candidates": candidates,
         "sampling": {name: dataclasses.asdict(config) for name, config in settings.sampling.items()},
         "versions": {"dalle2_jax": dalle2_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
         "pictures": [{"file": f"{r.index}_{r.sample}.png", **dataclasses.asdict(r)} for r in requests],

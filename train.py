@@ -33,14 +33,17 @@ def parse_flags() -> None:
     """Reads the command line. UsageError for a word, file or field that is not there."""
     try:
         rest = flags.FLAGS(sys.argv)
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no config file {error.filename or error}") from error
+        if not CONFIG.value or not WORKDIR.value:
+            raise UsageError("give --config FILE:STAGE and --workdir FOLDER; see python train.py --help")
+        _ = CONFIG.value.to_dict  # a file that could not be read shows only when its config is touched
+    except OSError as error:
+        raise UsageError(f"the config file cannot be read: {str(error).splitlines()[-1].strip()}") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(str(error).splitlines()[0]) from error
+        lines = str(error).strip().splitlines()
+        reason = f"{lines[-1]}; --config is FILE:STAGE" if "Traceback" in str(error) else lines[0]
+        raise UsageError(reason) from error
     if rest[1:]:
         raise UsageError(f"unexpected word {rest[1]!r} on the command line; see python train.py --help")
-    if CONFIG.value is None or WORKDIR.value is None:
-        raise UsageError("give --config FILE:STAGE and --workdir FOLDER; see python train.py --help")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
         python train.py --config configs/folder.py:$stage --workdir runs/digits --config.data.path=runs/digits-data
     done
 
-1,797 real scans, 10 classes, 32x32 pictures drawn on a 16x16 grid of 2x2 pixels. For your own
+1,797 real scans, 10 classes, 32x32 pictures drawn on an 8x8 grid of 4x4 pixels. For your own
 pictures: the same commands with your folder, a larger --config.data.resolution and
 --config.model.unet.image_size, more channels and more steps.
 """
@@ -29,8 +29,8 @@ def common(total_steps: int, batch_size: int, lr: float) -> ConfigDict:
             "seed": 0,
             "total_steps": total_steps,
             "batch_size": batch_size,
-            "log_every": 25,
-            "checkpoint_every": 200,
+            "log_every": 50,
+            "checkpoint_every": 500,
             "keep_checkpoints": 2,
             "sample_every": 0,
             "workers": 0,
@@ -63,7 +63,7 @@ def clip() -> ConfigDict:
 
 
 def prior() -> ConfigDict:
-    config = common(800, 128, 1e-3)
+    config = common(1000, 64, 1e-3)
     config.model = {"width": 128, "layers": 4, "heads": 4, "text_input": "tokens"}
     config.conditioning = {"drop_text": 0.1}
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
@@ -72,15 +72,15 @@ def prior() -> ConfigDict:
 
 
 def decoder() -> ConfigDict:
-    config = common(1200, 32, 1e-3)
+    config = common(4000, 16, 1.5e-3)
     config.model = {
         "unet": {
             "image_size": 32,
-            "patch_size": 2,
-            "channels": 48,
+            "patch_size": 4,
+            "channels": 64,
             "channel_mult": (1, 2),
-            "num_res_blocks": 2,
-            "attention_resolutions": (8,),
+            "num_res_blocks": 1,
+            "attention_resolutions": (8, 4),
             "head_channels": 32,
             "norm_groups": 16,
             "context_dim": 64,
@@ -90,7 +90,7 @@ def decoder() -> ConfigDict:
         "text": {"width": 64, "layers": 2, "heads": 4, "activation": "gelu"},
     }
     config.conditioning = {"drop_image": 0.1, "drop_text": 0.5}
-    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "v"}
+    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0", "weighting": "snr"}
     config.sampling = {"name": "ddim", "steps": 25, "guidance": 2.0}
     return config
 

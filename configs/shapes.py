@@ -4,8 +4,17 @@
         python train.py --config configs/shapes.py:$stage --workdir runs/demo
     done
 
-One object a picture, 32x32 base, 64x64 after the upsampler. Pictures enter the U-Nets folded: 2x2
-(4x4) pixels to a position.
+| stage                | pictures             | on two CPU cores | `,large`, for one GPU                 |
+| -------------------- | -------------------- | ---------------- | ------------------------------------- |
+| clip                 | 32x32, patches of 8  | 2 minutes        | 64x64, one or two objects, batch 1024 |
+| prior (or ar_prior)  | embeddings           | 2 minutes        | 8 layers of width 512                 |
+| decoder              | 32x32, folded 2x2    | 6 minutes        | 64x64, 90 M parameters                |
+| upsampler_1          | 32 -> 64, folded 2x2 | 1 minute         | 64 -> 256                             |
+
+The small stages learn from many small batches: at this size the number of steps counts, not their
+precision. They predict x_0, which a narrow network can draw from the first hundred steps on; the
+noise eps would have to pass through it pixel by pixel. Add `,large` to a stage's name for its large
+form (`configs/shapes.py:decoder,large`); all stages of a system must be of one form.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +25,7 @@ from dalle2_jax.types import choose
 def get_config(which: str) -> ConfigDict:
     """Returns the config of one stage."""
     config = choose("config of configs/shapes.py", which, STAGES)()
-    config.stage = which
+    config.stage = which.partition(",")[0]
     return config
 
 
@@ -27,13 +36,13 @@ def common(total_steps: int, batch_size: int, lr: float, resolution: int) -> Con
             "seed": 0,
             "total_steps": total_steps,
             "batch_size": batch_size,
-            "log_every": 25,
-            "checkpoint_every": 200,
+            "log_every": 50,
+            "checkpoint_every": 500,
             "keep_checkpoints": 2,
             "sample_every": 0,
             "workers": 0,
             "data": {"kind": "shapes", "resolution": resolution, "max_objects": 1},
-            "text": {"vocab_size": 400, "context_length": 24},
+            "text": {"vocab_size": 512, "context_length": 16},
             "optim": {
                 "lr": lr,
                 "warmup_steps": total_steps // 20,
@@ -47,16 +56,40 @@ def common(total_steps: int, batch_size: int, lr: float, resolution: int) -> Con
     )
 
 
+def large(total_steps: int, batch_size: int, lr: float, resolution: int) -> ConfigDict:
+    """What the large stages have in common: two objects, longer captions, a GPU's batches."""
+    config = common(total_steps, batch_size, lr, resolution)
+    config.update(log_every=100, checkpoint_every=1000, sample_every=2000, workers=8)
+    config.data.max_objects = 2
+    config.text.context_length = 24
+    config.optim.update(warmup_steps=500, ema_decay=0.9995)
+    return config
+
+
 def clip() -> ConfigDict:
-    config = common(600, 128, 1e-3, resolution=32)
+    config = common(800, 128, 1e-3, resolution=32)
     config.model = {
         "embed_dim": 64,
         "text": {"width": 96, "layers": 3, "heads": 4},
-        "vision": {"kind": "vit", "image_size": 32, "patch_size": 4, "width": 96, "layers": 4, "heads": 4},
+        "vision": {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 96, "layers": 4, "heads": 4},
         "image_mean": (0.5, 0.5, 0.5),
         "image_std": (0.25, 0.25, 0.25),
     }
     config.embedding = {"normalisation": "unit", "scale": 4.3}  # 0.54 a dimension, as the paper's 17.2 at 1,024
+    return config
+
+
+def clip_large() -> ConfigDict:
+    config = large(6000, 1024, 5e-4, resolution=64)
+    config.model = {
+        "embed_dim": 256,
+        "text": {"width": 256, "layers": 6, "heads": 8},
+        "vision": {"kind": "vit", "image_size": 64, "patch_size": 8, "width": 384, "layers": 8, "heads": 6},
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.25, 0.25, 0.25),
+        "dtype": "bfloat16",
+    }
+    config.embedding = {"normalisation": "unit", "scale": 8.6}
     return config
 
 
@@ -65,19 +98,28 @@ def prior() -> ConfigDict:
     config.model = {"width": 128, "layers": 4, "heads": 4, "text_input": "tokens"}
     config.conditioning = {"drop_text": 0.1}
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
-    config.sampling = {"name": "ddpm", "steps": 32, "clip": None, "guidance": 1.0}
+    config.sampling = {"name": "ddpm", "steps": 32, "clip": None}
+    return config
+
+
+def prior_large() -> ConfigDict:
+    config = large(20_000, 512, 3e-4, resolution=64)
+    config.model = {"width": 512, "layers": 8, "heads": 8, "text_input": "tokens", "dtype": "bfloat16"}
+    config.conditioning = {"drop_text": 0.1}
+    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
+    config.sampling = {"name": "ddpm", "steps": 64, "clip": None}
     return config
 
 
 def decoder() -> ConfigDict:
-    config = common(1500, 32, 1e-3, resolution=32)
+    config = common(4000, 8, 1.5e-3, resolution=32)
     config.model = {
         "unet": {
             "image_size": 32,
             "patch_size": 2,
-            "channels": 48,
+            "channels": 64,
             "channel_mult": (1, 2),
-            "num_res_blocks": 2,
+            "num_res_blocks": 1,
             "attention_resolutions": (8,),
             "head_channels": 32,
             "norm_groups": 16,
@@ -88,13 +130,37 @@ def decoder() -> ConfigDict:
         "text": {"width": 64, "layers": 2, "heads": 4, "activation": "gelu"},
     }
     config.conditioning = {"drop_image": 0.1, "drop_text": 0.5}
-    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "v"}
+    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
     config.sampling = {"name": "ddim", "steps": 25, "guidance": 2.0}
     return config
 
 
+def decoder_large() -> ConfigDict:
+    config = large(30_000, 256, 2e-4, resolution=64)
+    config.model = {
+        "unet": {
+            "image_size": 64,
+            "channels": 128,
+            "channel_mult": (1, 2, 3, 4),
+            "num_res_blocks": 2,
+            "attention_resolutions": (16, 8),
+            "head_channels": 64,
+            "dropout": 0.1,
+            "context_dim": 256,
+            "dtype": "bfloat16",
+        },
+        "image_tokens": 4,
+        "text_input": "tokens",
+        "text": {"width": 256, "layers": 6, "heads": 8, "activation": "gelu"},
+    }
+    config.conditioning = {"drop_image": 0.1, "drop_text": 0.5}
+    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "eps"}
+    config.sampling = {"name": "ddim", "steps": 50, "guidance": 2.0}
+    return config
+
+
 def upsampler_1() -> ConfigDict:
-    config = common(400, 32, 1e-3, resolution=64)
+    config = common(1500, 8, 3e-3, resolution=64)
     config.model = {
         "image_size": 64,
         "in_channels": 6,
@@ -108,9 +174,54 @@ def upsampler_1() -> ConfigDict:
         "scale_shift": False,
     }
     config.conditioning = {"low_size": 32, "crop_fraction": 0.5}
-    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "v"}
+    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
     config.sampling = {"name": "ddim", "steps": 8}
     return config
 
 
-STAGES = {"clip": clip, "prior": prior, "decoder": decoder, "upsampler_1": upsampler_1}
+def upsampler_1_large() -> ConfigDict:
+    config = large(20_000, 128, 2e-4, resolution=256)
+    config.model = {
+        "image_size": 256,
+        "in_channels": 6,
+        "channels": 96,
+        "channel_mult": (1, 2, 3, 4),
+        "num_res_blocks": 2,
+        "attention_resolutions": (),
+        "middle_attention": False,
+        "dtype": "bfloat16",
+    }
+    config.conditioning = {"low_size": 64, "crop_fraction": 0.25}
+    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "eps"}
+    config.sampling = {"name": "ddim", "steps": 27}
+    return config
+
+
+def ar_prior() -> ConfigDict:
+    """In place of the diffusion prior: draw with it by ``sample.py text2image --prior ar``."""
+    config = common(1000, 128, 1e-3, resolution=32)
+    config.model = {
+        "text": {"width": 64, "layers": 2, "heads": 4, "activation": "gelu"},
+        "width": 96,
+        "layers": 3,
+        "heads": 4,
+        "context_length": 34,
+        "components": 32,
+        "buckets": 64,
+    }
+    config.conditioning = {"drop_text": 0.1, "calibration_examples": 8192}
+    config.sampling = {"guidance": 1.0, "dot_quantile": 0.5}
+    return config
+
+
+STAGES = {
+    "clip": clip,
+    "prior": prior,
+    "decoder": decoder,
+    "upsampler_1": upsampler_1,
+    "ar_prior": ar_prior,
+    "clip,large": clip_large,
+    "prior,large": prior_large,
+    "decoder,large": decoder_large,
+    "upsampler_1,large": upsampler_1_large,
+}

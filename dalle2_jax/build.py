@@ -5,8 +5,7 @@ Past this file there is no string to look up and no field to misspell.
 
 import dataclasses
 import pathlib
-import types
-import typing
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +13,16 @@ import jax
 from ml_collections import ConfigDict
 
 from dalle2_jax import data, stages, text
+from dalle2_jax.generation.cascade import PRIORS
+from dalle2_jax.generation.preview import make_preview
 from dalle2_jax.generation.system import Member, check_agreement
+from dalle2_jax.models.ar_prior import ArPriorConfig
 from dalle2_jax.models.clip import ClipConfig
 from dalle2_jax.models.decoder import DecoderConfig
 from dalle2_jax.models.prior import PriorConfig
-from dalle2_jax.models.resnet import ResNetConfig
+from dalle2_jax.models.transformer import TextConfig as TransformerTextConfig
 from dalle2_jax.models.unet import UNetConfig
-from dalle2_jax.models.vit import VisionConfig
+from dalle2_jax.sections import expand, expand_kind
 from dalle2_jax.stages import ClipStage, EmbeddingContract, Stage, Variables
 from dalle2_jax.stages.base import fingerprint
 from dalle2_jax.training.loop import Job, RunConfig
@@ -29,11 +31,28 @@ from dalle2_jax.training.sharding import MeshConfig, make_mesh, tree_shardings, 
 from dalle2_jax.types import UsageError, UserError, choose
 from dalle2_jax.workdir import Checkpoints, StageFolder
 
-STAGES = ("clip", "prior", "decoder", "upsampler_1", "upsampler_2")
-SECTIONS = ("stage", "workers", "data", "text", "model", "embedding", "conditioning", "diffusion", "sampling", "optim", "mesh")
-READS_TEXT = ("clip", "prior", "decoder")
+STAGES = ("clip", "prior", "ar_prior", "decoder", "upsampler_1", "upsampler_2")
+BORROWS_CLIP = ("prior", "ar_prior", "decoder")
+READS_TEXT = ("clip", *BORROWS_CLIP)
+DIFFUSED = ("prior", "decoder", "upsampler_1", "upsampler_2")
 RUN_FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
-VISION = {"vit": VisionConfig, "resnet": ResNetConfig}
+COUNTED = ("total_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
+
+PREVIEWED = 12
+"""Held-out pictures drawn at each ``sample_every``."""
+
+SECTIONS = {
+    # section: the stages whose config must have it, and those whose config may
+    "data": (STAGES, ()),
+    "model": (STAGES, ()),
+    "optim": (STAGES, ()),
+    "mesh": (STAGES, ()),
+    "text": (READS_TEXT, STAGES),
+    "diffusion": (DIFFUSED, ()),
+    "sampling": (DIFFUSED, ("ar_prior",)),
+    "embedding": ((), ("clip",)),
+    "conditioning": ((), ("ar_prior", *DIFFUSED)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,66 +62,6 @@ class TextConfig:
     vocab_size: int = 400
     context_length: int = 77
     path: str = ""
-
-
-# --- sections to dataclasses ---------------------------------------------------------------
-
-
-def expand(cls: type, section: Mapping[str, Any], where: str, **derived: Any) -> Any:
-    """Makes a dataclass of a config section.
-
-    Args:
-      cls: a dataclass; nested dataclasses are made of nested sections.
-      section: its fields, any of which may be left to the default.
-      where: the section's name, for errors.
-      **derived: fields that follow from other parts of the system and may not be in the section.
-
-    Raises:
-      UserError: an unknown field (offers the nearest), or a value of the wrong type.
-    """
-    hints = typing.get_type_hints(cls)
-    known = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in derived}
-    values = dict(derived)
-    for key, value in section.items():
-        if key in derived:
-            raise UsageError(f"config.{where}.{key} follows from the rest of the system: leave it out")
-        choose(f"field of config.{where}", key, known)
-        values[key] = _convert(hints[key], value, f"{where}.{key}")
-    try:
-        return cls(**values)
-    except TypeError as error:  # a required field is missing
-        raise UsageError(f"config.{where}: {str(error).split('__init__() ')[-1]}") from None
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    if isinstance(value, Mapping):
-        nested = [option for option in options if dataclasses.is_dataclass(option)]
-        if len(nested) == 1:
-            return expand(nested[0], value, where)
-        if nested:
-            return _expand_kind(VISION, value, where)
-    kinds = tuple(typing.get_origin(option) or option for option in options)
-    if isinstance(value, list | tuple) and tuple in kinds:
-        return tuple(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
-        return float(value)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        expected = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-        raise UsageError(f"config.{where} must be {expected}, not {value!r}")
-    return value
-
-
-def _expand_kind(kinds: Mapping[str, type], section: Mapping[str, Any], where: str) -> Any:
-    fields = dict(section)
-    kind = fields.pop("kind", None)
-    return expand(choose(f"config.{where}.kind", kind, kinds), fields, where)
-
-
-def _without(section: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key not in names}
 
 
 # --- stages ---------------------------------------------------------------------------------
@@ -120,16 +79,18 @@ def build_stage(config: Mapping[str, Any], vocab_size: int | None, clip: ClipSta
       UserError: an unknown stage, section, field or value.
     """
     name = _stage_name(config)
-    for key in config:
-        choose("field of config", key, {**RUN_FIELDS, **dict.fromkeys(SECTIONS)})
     if name == "clip":
         return _build_clip(config, vocab_size)
+    conditioning = config.get("conditioning", {})
+    if name == "ar_prior":
+        sampling = expand(stages.ArSamplingConfig, config.get("sampling", {}), "sampling")
+        parts = {"name": name, "model": _ar_prior_model(config, vocab_size, clip), "clip": clip, "sampling": sampling}
+        return expand(stages.ArPriorStage, conditioning, "conditioning", **parts)
     common = {
         "name": name,
         "diffusion": expand(stages.DiffusionConfig, config["diffusion"], "diffusion"),
         "sampling": expand(stages.SamplingConfig, config["sampling"], "sampling"),
     }
-    conditioning = config.get("conditioning", {})
     if name.startswith("upsampler"):
         model = expand(UNetConfig, config["model"], "model")
         return expand(stages.UpsamplerStage, conditioning, "conditioning", model=model, **common)
@@ -141,47 +102,76 @@ def build_stage(config: Mapping[str, Any], vocab_size: int | None, clip: ClipSta
 
 
 def _stage_name(config: Mapping[str, Any]) -> str:
+    """Returns the name of a config's stage, whose sections are all there, and no others."""
     name = config.get("stage", "")
     choose("stage", name, dict.fromkeys(STAGES))
+    sections = [key for key, (must, may) in SECTIONS.items() if name in must or name in may]
+    for key in config:
+        choose(f"field of stage {name}'s config", key, dict.fromkeys(("stage", "workers", *RUN_FIELDS, *sections)))
+    for key in sections:
+        if (key in config or name in SECTIONS[key][0]) and not isinstance(config.get(key), Mapping):
+            raise UsageError(f"config of stage {name} needs a section {key}")
     return name
 
 
+def _run_config(config: Mapping[str, Any]) -> RunConfig:
+    run = expand(RunConfig, {key: value for key, value in config.items() if key in RUN_FIELDS}, "")
+    for key in COUNTED:
+        if getattr(run, key) < 1:
+            raise UsageError(f"config.{key} must be at least 1, not {getattr(run, key)}")
+    return run
+
+
+def _text_config(config: Mapping[str, Any]) -> TextConfig:
+    return expand(TextConfig, config["text"], "text")
+
+
+def _without(section: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in names}
+
+
 def _build_clip(config: Mapping[str, Any], vocab_size: int) -> ClipStage:
-    tower = _without(config["model"]["text"])
-    text_config = expand(
-        ClipConfig.__dataclass_fields__["text"].default_factory,
-        tower,
-        "model.text",
-        vocab_size=vocab_size,
-        context_length=config["text"]["context_length"],
-    )
+    text_config = _tower_config(config, vocab_size)
     model = expand(ClipConfig, _without(config["model"], "text"), "model", text=text_config)
     return ClipStage(model, expand(stages.EmbeddingConfig, config.get("embedding", {}), "embedding"))
 
 
+def _tower_config(config: Mapping[str, Any], vocab_size: int) -> TransformerTextConfig:
+    """The text transformer of a stage: its vocabulary and length are the tokenizer's."""
+    length = _text_config(config).context_length
+    tower = config["model"].get("text", {})
+    return expand(TransformerTextConfig, tower, "model.text", vocab_size=vocab_size, context_length=length)
+
+
+def _check_length(config: Mapping[str, Any], clip: ClipStage) -> None:
+    """A stage that reads CLIP's text states has as many of them as CLIP."""
+    wanted, length = _text_config(config).context_length, clip.model.text.context_length
+    if config["model"].get("text_input") == "clip" and wanted != length:
+        raise UsageError(f"config.text.context_length must be clip's {length}, not {wanted}: it reads clip's states")
+
+
 def _prior_model(config: Mapping[str, Any], vocab_size: int, clip: ClipStage) -> PriorConfig:
     tokens = config["model"].get("text_input", "tokens") == "tokens"
+    _check_length(config, clip)
     return expand(
         PriorConfig,
         config["model"],
         "model",
         embed_dim=clip.model.embed_dim,
-        context_length=config["text"]["context_length"],
+        context_length=_text_config(config).context_length,
         vocab_size=vocab_size if tokens else None,
         text_width=None if tokens else clip.model.text.width,
     )
 
 
+def _ar_prior_model(config: Mapping[str, Any], vocab_size: int, clip: ClipStage) -> ArPriorConfig:
+    text_config, embed_dim = _tower_config(config, vocab_size), clip.model.embed_dim
+    return expand(ArPriorConfig, _without(config["model"], "text"), "model", text=text_config, embed_dim=embed_dim)
+
+
 def _decoder_model(config: Mapping[str, Any], vocab_size: int, clip: ClipStage) -> DecoderConfig:
-    text_config = None
-    if config["model"].get("text") is not None:
-        text_config = expand(
-            type(clip.model.text),
-            config["model"]["text"],
-            "model.text",
-            vocab_size=vocab_size,
-            context_length=config["text"]["context_length"],
-        )
+    text_config = None if config["model"].get("text") is None else _tower_config(config, vocab_size)
+    _check_length(config, clip)
     return expand(
         DecoderConfig,
         _without(config["model"], "text"),
@@ -206,26 +196,24 @@ def load_member(root: pathlib.Path, name: str, mesh: jax.sharding.Mesh, clip: Cl
     step = folder.latest_step()
     if stored is None or step is None:
         raise UserError(missing_stage(root, name))
-    config = stored
-    if step < config["total_steps"]:
-        raise UserError(
-            f"stage {name} in {root} is unfinished ({step} of {config['total_steps']} steps): {_how_to_train(root, name)}"
-        )
+    config, total = stored, _run_config(stored).total_steps
+    contract = folder.read_json("contract.json")
+    if step < total or (name == "clip" and contract is None):
+        raise UserError(f"stage {name} in {root} is unfinished ({step} of {total} steps): {_how_to_train(root, name)}")
     tokenizer = text.load_tokenizer(folder.path / "tokenizer") if name in READS_TEXT else None
     stage = build_stage(config, tokenizer and tokenizer.vocab_size, clip)
     abstract = jax.eval_shape(stage.init, jax.random.key(0))
     shapes = with_shardings(abstract, tree_shardings(abstract, mesh))
     restored = Checkpoints(folder).restore({"ema": shapes.params, "stats": shapes.stats})
     for message in restored.skipped:
-        print(message)
-    contract = folder.read_json("contract.json")
+        print(f"warning: {message}; step {restored.step} is used", file=sys.stderr)
     return Member(
         stage=stage,
         variables=Variables(restored.trees["ema"], restored.trees["stats"]),
         step=restored.step,
         contract=contract and expand(EmbeddingContract, contract, f"{folder.path}/contract.json"),
         tokenizer=tokenizer,
-        context_length=config["text"]["context_length"] if tokenizer else 0,
+        context_length=_text_config(config).context_length if tokenizer else 0,
     )
 
 
@@ -248,36 +236,48 @@ def load_system(root: pathlib.Path, mesh: jax.sharding.Mesh, names: tuple[str, .
     members: dict[str, Member] = {}
     for name in sorted(names, key=STAGES.index):
         clip = members["clip"].stage if "clip" in members else None
-        if clip is None and name in ("prior", "decoder"):
+        if clip is None and name in BORROWS_CLIP:
             raise UserError(f"stage {name} needs stage clip: {_how_to_train(root, 'clip')}")
         members[name] = load_member(root, name, mesh, clip)
     check_agreement(members, str(root))
     return members
 
 
-def load_cascade(root: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, Member]:
-    """Loads a system that can go from captions to pictures. UserError if it lacks a stage for that."""
-    members = load_system(root, mesh)
-    for needed in ("clip", "prior", "decoder"):
-        if needed not in members:
-            raise UserError(missing_stage(root, needed))
-    return members
+def load_cascade(root: pathlib.Path, mesh: jax.sharding.Mesh, prior: str | None = None) -> dict[str, Member]:
+    """Loads the stages of a system that lead from captions to pictures, with one prior.
+
+    Args:
+      root: the workdir.
+      mesh: where the weights go.
+      prior: one of ``PRIORS``; None takes the first that was started there.
+
+    Raises:
+      UserError: there is no such system, it lacks a stage for that, or two stages disagree.
+    """
+    started = [name for name in STAGES if StageFolder(root, name).exists()]
+    if not started:
+        return load_system(root, mesh)  # says what is wrong
+    prior = prior or next((name for name in PRIORS if name in started), PRIORS[0])
+    needed = {"clip", prior, "decoder"}
+    names = tuple(name for name in STAGES if name in needed or (name in started and name not in PRIORS))
+    return load_system(root, mesh, names)
 
 
 def open_source(config: Mapping[str, Any], split: str) -> data.Source:
     """Opens a split of the data set that a stage's config names."""
-    return data.make_source(_expand_kind(data.KINDS, config["data"], "data"), split)
+    return data.make_source(expand_kind(data.KINDS, config["data"], "data"), split)
 
 
-def missing_stage(root: pathlib.Path, name: str) -> str:
-    """Says that a system lacks a stage, and what to do."""
-    return f"system {root} has no trained stage {name}: {_how_to_train(root, name)}"
+def missing_stage(root: pathlib.Path, name: str, config_path: str = "") -> str:
+    """Says that a system lacks a stage, and what to do; ``config_path`` as `build_job` was told it."""
+    return f"system {root} has no trained stage {name}: {_how_to_train(root, name, config_path)}"
 
 
-def _how_to_train(root: pathlib.Path, name: str) -> str:
-    """The command that trains a stage, guessed from what trained its neighbours."""
+def _how_to_train(root: pathlib.Path, name: str, config_path: str = "") -> str:
+    """The command that trains a stage, guessed from what trained its neighbours or is being trained."""
     files = [StageFolder(root, other).read_json("run.json") for other in STAGES]
-    family = next((run["config"].split(":")[0] for run in files if run), "configs/shapes.py")
+    known = [run["config"] for run in files if run] + [config_path or "configs/shapes.py"]
+    family = known[0].split(":")[0]
     return f"train it with `python train.py --config {family}:{name} --workdir {root}`"
 
 
@@ -294,17 +294,17 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
     """
     config = config.to_dict()
     name = _stage_name(config)
-    run = expand(RunConfig, {key: value for key, value in config.items() if key in RUN_FIELDS}, "")
+    run = _run_config(config)
     mesh = make_mesh(expand(MeshConfig, config["mesh"], "mesh"))
     if run.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(f"batch_size {run.batch_size} does not divide over the mesh {dict(mesh.shape)}")
     folder = StageFolder(root, name)
     source = open_source(config, "train")
-    members = {"clip": load_member(root, "clip", mesh)} if name in ("prior", "decoder") else {}
+    members = {"clip": _load_clip(root, mesh, config_path)} if name in BORROWS_CLIP else {}
     clip = members.get("clip")
     tokenizer, context_length = None, 2
     if name in READS_TEXT:
-        text_config = expand(TextConfig, config["text"], "text")
+        text_config = _text_config(config)
         tokenizer = clip.tokenizer if clip else _tokenizer(folder, text_config, source)
         context_length = text_config.context_length
     stage = build_stage(config, tokenizer and tokenizer.vocab_size, clip and clip.stage)
@@ -330,12 +330,24 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
         if clip:
             folder.write_json("contract.json", dataclasses.asdict(clip.contract))
     frozen = {member: loaded.variables for member, loaded in members.items()}
-    return Job(run, stage, frozen, optimizer, optim.ema_decay, stream, mesh, folder)
+    preview = None
+    if run.sample_every:
+        held_out = open_source(config, "val")
+        shown = range(min(PREVIEWED, len(held_out)))
+        batch, captions = data.fixed_batch(held_out, tokenizer, context_length, shown)
+        preview = make_preview(stage, frozen, batch, captions, folder.path / "samples")
+    return Job(run, stage, frozen, optimizer, optim.ema_decay, stream, mesh, folder, preview)
+
+
+def _load_clip(root: pathlib.Path, mesh: jax.sharding.Mesh, config_path: str) -> Member:
+    if not StageFolder(root, "clip").exists():
+        raise UserError(missing_stage(root, "clip", config_path))
+    return load_member(root, "clip", mesh)
 
 
 def _tokenizer(folder: StageFolder, config: TextConfig, source: data.Source) -> text.Tokenizer:
-    """The stage's own tokenizer if it has one, else the one the config names, else a new one."""
-    if (folder.path / "tokenizer").is_dir():
+    """The stage's own tokenizer once it is in use, else the one the config names, else a new one."""
+    if folder.latest_step() is not None:  # before that, the folder may be another config's false start
         return text.load_tokenizer(folder.path / "tokenizer")
     if config.path:
         return text.load_tokenizer(config.path)

@@ -1,10 +1,12 @@
 """What every front door does: one-line errors, exit codes, and the compilation cache."""
 
 import argparse
+import math
 import os
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 
@@ -20,6 +22,30 @@ def enable_compilation_cache() -> None:
         base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(base / "dalle2_jax" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def positive(word: str) -> int:
+    """Reads a whole number above zero, for an argument parser."""
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
+def seed(word: str) -> int:
+    """Reads a seed, for an argument parser: a whole number of 32 bits, as random keys take."""
+    number = int(word)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is not from 0 to 2**32 - 1")
+    return number
+
+
+def finite(word: str) -> float:
+    """Reads a number that is neither infinite nor nan, for an argument parser."""
+    number = float(word)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{word} is not a finite number")
+    return number
 
 
 def guarded(action: Callable[[], None]) -> int:
@@ -42,9 +68,17 @@ def guarded(action: Callable[[], None]) -> int:
     return 0
 
 
-def parser(prog: str, description: str, example: str, **kwargs) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Says a wrong word in one line, as every other mistake is said; sub-commands inherit it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def parser(prog: str, description: str, example: str, **kwargs) -> Parser:
     """Returns an argument parser whose help ends with an example."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=prog,
         description=description,
         epilog=f"example:\n  {example}",

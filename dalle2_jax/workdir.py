@@ -12,12 +12,15 @@ Whatever trains or converts writes this; whatever samples or evaluates reads it.
 appears under its final name only when it is complete.
 """
 
+import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import pathlib
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from dalle2_jax.files import write_atomically
 from dalle2_jax.types import UserError
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports each array it writes at INFO and WARNING
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs each array, and the traceback of what it raises
 
 MAY_CHANGE = ("total_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints", "mesh", "workers")
 """Config fields in which a resumed run may differ from the run that made the folder."""
@@ -130,17 +133,34 @@ class Checkpoints:
         return self._writer
 
     def save(self, step: int, trees: Mapping[str, Any], data_state: Mapping[str, Any]) -> None:
-        """Starts writing a checkpoint and returns as soon as the arrays were copied."""
+        """Starts writing a checkpoint and returns as soon as the arrays were copied.
+
+        Raises:
+          UserError: this one cannot be written, or the one before could not.
+        """
         present = {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
-        self._open().save_checkpointables_async(
-            step, present, force=True, overwrite=True, custom_metadata={"data_state": dict(data_state)}
-        )
+        with self._explained():
+            self._open().save_checkpointables_async(
+                step, present, force=True, overwrite=True, custom_metadata={"data_state": dict(data_state)}
+            )
 
     def wait(self) -> None:
-        """Returns when every started checkpoint is on disk. Raises what went wrong in writing one."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Returns when every started checkpoint is on disk. UserError when one could not be written."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with self._explained():
+                writer.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"a checkpoint cannot be written to {self._folder.path} ({reason}): "
+                "make room or change permissions; the same command continues from the last one"
+            ) from error
 
     def restore(self, abstract: Mapping[str, Any]) -> Restored | None:
         """Reads the newest checkpoint that can be read.
@@ -161,12 +181,9 @@ class Checkpoints:
         for step in steps:
             path = (folder / str(step)).absolute()
             try:
-                trees = ocp.load_checkpointables(path, wanted)
-                metadata = ocp.checkpointables_metadata(path).custom_metadata
-                data_state = metadata["data_state"]
-            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-                reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-                skipped.append(f"checkpoint {path} cannot be read ({reason})")
+                trees, data_state = _read(path, wanted)
+            except _Damaged as damage:
+                skipped.append(f"checkpoint {path} cannot be read ({damage})")
                 continue
             trees |= {name: tree for name, tree in abstract.items() if name not in wanted}
             return Restored(step, trees, data_state, tuple(skipped))
@@ -180,3 +197,21 @@ class Checkpoints:
         for path in folder.glob("[0-9]*"):
             if path.name.isdigit() and int(path.name) > step:
                 shutil.rmtree(path)
+
+
+class _Damaged(Exception):
+    """A checkpoint that cannot be read; its one line says why."""
+
+
+def _read(path: pathlib.Path, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns a checkpoint's trees and data position."""
+    with warnings.catch_warnings():
+        # orbax forgets its own coroutines when a file is damaged; they are collected here and not later, aloud
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        try:
+            trees = ocp.load_checkpointables(path, wanted)
+            return trees, ocp.checkpointables_metadata(path).custom_metadata["data_state"]
+        except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+            reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        gc.collect()
+    raise _Damaged(reason)

@@ -72,6 +72,8 @@ class Stepper(Protocol):
 
 
 class DdpmRow(NamedTuple):
+    """What DDPM knows of a step; each field float32[steps]."""
+
     level: Level
     x_0_weight: np.ndarray  # c_t
     x_t_weight: np.ndarray  # d_t
@@ -108,6 +110,8 @@ class Ddpm:
 
 
 class DdimRow(NamedTuple):
+    """What DDIM knows of a step; each field float32[steps]."""
+
     level: Level
     signal_rate_prev: np.ndarray  # sqrt(alpha_bar')
     noise_rate_prev: np.ndarray  # sqrt(1 - alpha_bar')

@@ -36,13 +36,14 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.add_argument("--system", required=True, type=pathlib.Path, help="the system's folder")
-        command.add_argument("--num", type=int, default=count, help="how many examples (default %(default)s)")
+        examples = "how many examples (default %(default)s)"
+        command.add_argument("--num", type=entry.positive, default=count, help=examples)
         command.add_argument("--out", type=pathlib.Path, help="folder for results.json and the grid")
         if name != "digits":
             command.add_argument("--split", default="val", help="val (default), train or compositional")
         if name != "retrieval":
-            command.add_argument("--seed", type=int, default=1, help="of the samples (default %(default)s)")
-            command.add_argument("--batch_size", type=int, default=64, help="pictures at a time")
+            command.add_argument("--seed", type=entry.seed, default=1, help="of the samples (default %(default)s)")
+            command.add_argument("--batch_size", type=entry.positive, default=64, help="pictures at a time")
     return parser
 
 
@@ -71,6 +72,8 @@ def measure_attributes(options: argparse.Namespace) -> dict:
     source = open_source(options, "decoder", options.split)
     if not isinstance(source, data.ShapesSource):
         raise UserError("attributes are read of shapes alone; this system was trained on other data")
+    if options.num > len(source):
+        raise UserError(f"--num {options.num} is more than the {len(source)} examples of split {options.split}")
     captions = [source.caption(index) for index in range(options.num)]
     pictures = draw(options, captions)
     scenes = [source.scene(index) for index in range(options.num)]
@@ -95,6 +98,8 @@ def measure_retrieval(options: argparse.Namespace) -> dict:
 
 def measure_digits(options: argparse.Namespace) -> dict:
     """Draws digits and reads them with a classifier trained on real scans."""
+    if not isinstance(open_source(options, "decoder", "train"), data.FolderSource):
+        raise UserError("digits are read of the digits folder alone; this system was trained on other data")
     labels = np.arange(options.num) % 10
     captions = [digits_data.captions_of(label)[(i // 10) % 6] for i, label in enumerate(labels)]
     pictures = draw(options, captions)
@@ -113,8 +118,6 @@ def show(options: argparse.Namespace, pictures: np.ndarray, captions: Sequence[s
 def main() -> None:
     """Runs the command line."""
     options = make_parser().parse_args()
-    if options.num < 1:
-        raise UserError("--num must be at least 1")
     entry.enable_compilation_cache()
     measure = {"attributes": measure_attributes, "retrieval": measure_retrieval, "digits": measure_digits}
     result = measure[options.command](options)

@@ -32,7 +32,7 @@ def recall_at_1(
     image_emb: Float[np.ndarray, "N E"], text_emb: Float[np.ndarray, "N E"]
 ) -> dict[str, float]:
     """Returns the shares of pictures whose nearest caption is their own, of captions likewise, and of chance."""
-    image_emb, text_emb = (np.asarray(emb) / np.linalg.norm(emb, axis=1, keepdims=True) for emb in (image_emb, text_emb))
+    image_emb, text_emb = (emb / np.linalg.norm(emb, axis=1, keepdims=True) for emb in (image_emb, text_emb))
     similarity = image_emb @ text_emb.T
     own = np.arange(len(similarity))
     return {

@@ -1,9 +1,10 @@
 """Caption -> image embedding -> picture -> larger pictures, one compiled program a stage.
 
-Ramesh et al. 2022, section 2: the prior draws two image embeddings and keeps the one with the
-larger dot product with the text embedding (section 2.2); the decoder draws a picture from it, and
-the upsamplers enlarge it. Sample j of prompt i has its own key, fold_in(fold_in(root, i), j), and
-each stage a stream of it, so that a picture depends on nothing but (seed, i, j, prompt, settings).
+Ramesh et al. 2022, section 2: the diffusion prior draws two image embeddings and keeps the one with
+the larger dot product with the text embedding, the autoregressive prior draws one (section 2.2); the
+decoder draws a picture from it, and the upsamplers enlarge it. Sample j of prompt i has its own key,
+fold_in(fold_in(root, i), j), and each stage a stream of it, so that a picture depends on nothing but
+(seed, i, j, prompt, settings).
 """
 
 import dataclasses
@@ -17,8 +18,20 @@ from jaxtyping import Array, Bool, Float, Key, UInt8
 
 from dalle2_jax import rng
 from dalle2_jax.generation.system import Member
-from dalle2_jax.stages import DecoderStage, PriorStage, SamplingConfig, UpsamplerStage, Variables, images
+from dalle2_jax.stages import (
+    ArPriorStage,
+    ArSamplingConfig,
+    DecoderStage,
+    PriorStage,
+    SamplingConfig,
+    UpsamplerStage,
+    Variables,
+    images,
+)
 from dalle2_jax.types import Batch, Params
+
+PRIORS = ("prior", "ar_prior")
+"""Stages that turn a caption into an image embedding; a system has one or both, the first is preferred."""
 
 UPSAMPLERS = ("upsampler_1", "upsampler_2")
 
@@ -34,25 +47,27 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to draw: the seed, the sampling of each stage by name, and embeddings drawn for each picture."""
+    """How to draw: the seed, the sampling of each stage by name, and embeddings drawn for each picture.
+
+    ``candidates`` None leaves their number to the prior: two by diffusion, one code by code.
+    """
 
     seed: int
-    sampling: Mapping[str, SamplingConfig]
-    candidates: int = 2
+    sampling: Mapping[str, SamplingConfig | ArSamplingConfig]
+    candidates: int | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "config", "candidates"))
 def draw_embedding(
-    stage: PriorStage,
-    config: SamplingConfig,
+    stage: PriorStage | ArPriorStage,
+    config: SamplingConfig | ArSamplingConfig,
     candidates: int,
-    params: Params,
+    variables: Variables,
     clip: Variables,
     keys: Key[Array, "B"],
     batch: Batch,
     absent: Bool[Array, "B"],
-    guidance: Float[Array, ""],
-    eta: Float[Array, ""],
+    scalars: Mapping[str, Float[Array, ""]],
 ) -> Float[Array, "B E"]:
     """Draws image embeddings from the prior, in the contract's space, the best of ``candidates`` each."""
     batch = {**batch, **stage.clip.read(clip, batch)}
@@ -60,9 +75,7 @@ def draw_embedding(
     # Candidate c of image b is row b * candidates + c.
     repeated = {name: jnp.repeat(value, candidates, axis=0) for name, value in condition.items()}
     candidate_keys = jax.vmap(lambda key: jax.random.split(key, candidates))(keys).reshape(-1)
-    drawn = stage.sample(
-        params, candidate_keys, repeated, config, guidance, eta, absent={"text": jnp.repeat(absent, candidates)}
-    )
+    drawn = stage.draw(variables, candidate_keys, repeated, config, scalars, jnp.repeat(absent, candidates))
     drawn = stage.clip.embedding.apply(drawn / stage.clip.embedding.scale).reshape(keys.shape[0], candidates, -1)
     closeness = jnp.einsum("bce,be->bc", drawn, batch["text_emb"])
     best = closeness.argmax(axis=1)
@@ -114,7 +127,7 @@ class Cascade:
     """The loaded stages as one machine from captions to pictures.
 
     Args:
-      members: "clip", "prior", "decoder" and any upsamplers, loaded on ``mesh``.
+      members: "clip", one of ``PRIORS``, "decoder" and any upsamplers, loaded on ``mesh``.
       settings: how to draw.
       batch_sharding: how a batch is split over the devices.
       rows: what a batch's size must divide by.
@@ -127,6 +140,12 @@ class Cascade:
         self._settings = settings
         self._sharding = batch_sharding
         self._rows = rows
+        self._prior = next(name for name in PRIORS if name in members)
+
+    @property
+    def candidates(self) -> int:
+        """How many embeddings are drawn for each picture."""
+        return self._settings.candidates or self._members[self._prior].stage.candidates
 
     def text2image(
         self, requests: Sequence[Request], batch_size: int
@@ -143,24 +162,23 @@ class Cascade:
             yield from zip(chunk, pictures[: len(chunk)], strict=True)
 
     def _draw(self, requests: Sequence[Request]) -> UInt8[Array, "B H W 3"]:
-        settings, members = self._settings, self._members
+        members, prior = self._members, self._prior
         index, sample = (np.asarray([getattr(r, name) for r in requests], np.int32) for name in ("index", "sample"))
-        keys = request_keys(rng.root(settings.seed), *self._put(index, sample))
+        keys = request_keys(rng.root(self._settings.seed), *self._put(index, sample))
         clip = members["clip"].variables
-        batch, absent = self._captions("prior", requests)
+        batch, absent = self._captions(prior, requests)
         emb = draw_embedding(
-            *self._static("prior"), settings.candidates, members["prior"].variables.params, clip,
-            self._stream(keys, "prior"), batch, absent, *self._scalars("prior"),
+            *self._static(prior), self.candidates, members[prior].variables, clip,
+            self._stream(keys, prior), batch, absent, self._scalars(prior),
         )
         batch, absent = self._captions("decoder", requests)
         picture = draw_picture(
             *self._static("decoder"), members["decoder"].variables.params, clip,
-            self._stream(keys, "decoder"), {**batch, "image_emb": emb}, absent, *self._scalars("decoder"),
+            self._stream(keys, "decoder"), {**batch, "image_emb": emb}, absent, **self._scalars("decoder"),
         )
         for name in UPSAMPLERS:
             if name in members:
-                _, eta = self._scalars(name)
-                params = members[name].variables.params
+                params, eta = members[name].variables.params, self._scalars(name)["eta"]
                 picture = enlarge(*self._static(name), params, self._stream(keys, name), picture, eta)
         return images.to_uint8(picture)
 
@@ -174,14 +192,11 @@ class Cascade:
 
     def _static(self, name: str) -> tuple:
         """A stage and its sampling with the values that are traced instead replaced by fixed ones."""
-        config = self._settings.sampling[name]
-        guided = config.guidance if config.guidance == 1.0 else 2.0
-        noisy = 0.0 if config.name != "ddim" else float(config.eta > 0)
-        return self._members[name].stage, dataclasses.replace(config, guidance=guided, eta=noisy)
+        return self._members[name].stage, self._settings.sampling[name].split()[0]
 
-    def _scalars(self, name: str) -> tuple[jax.Array, jax.Array]:
-        config = self._settings.sampling[name]
-        return jnp.float32(config.guidance), jnp.float32(config.eta)
+    def _scalars(self, name: str) -> dict[str, jax.Array]:
+        """The values that are traced."""
+        return {field: jnp.float32(value) for field, value in self._settings.sampling[name].split()[1].items()}
 
     def _put(self, *arrays: np.ndarray) -> list[jax.Array]:
         return [jax.device_put(array, self._sharding) for array in arrays]

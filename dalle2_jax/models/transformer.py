@@ -120,7 +120,13 @@ class Transformer(nn.Module):
         self, x: Float[Array, "B S D"], past: KeyValues, mask: Bool[Array, "_B 1 S R"] | None = None
     ) -> Float[Array, "B S D"]:
         """Runs S new tokens after the R - S tokens that ``prefill`` saw."""
-        return self.blocks(x.astype(self.config.dtype), mask, past)[0]
+        return self.append(x, past, mask)[0]
+
+    def append(
+        self, x: Float[Array, "B S D"], past: KeyValues, mask: Bool[Array, "_B 1 S R"] | None = None
+    ) -> tuple[Float[Array, "B S D"], KeyValues]:
+        """As ``extend``, and also returns the new tokens' keys and values, [layers, B, S, N, K]."""
+        return self.blocks(x.astype(self.config.dtype), mask, past)
 
 
 def causal_mask(length: int) -> Bool[Array, "1 1 S S"]:

@@ -1,5 +1,6 @@
 """Where a network meets an objective: one stage a trainable part of the system."""
 
+from dalle2_jax.stages.ar_prior import ArPriorStage, ArSamplingConfig
 from dalle2_jax.stages.base import EmbeddingContract, Outputs, Stage, Variables
 from dalle2_jax.stages.clip import ClipStage, EmbeddingConfig
 from dalle2_jax.stages.decoder import DecoderStage
@@ -8,6 +9,8 @@ from dalle2_jax.stages.prior import PriorStage
 from dalle2_jax.stages.upsampler import UpsamplerStage
 
 __all__ = [
+    "ArPriorStage",
+    "ArSamplingConfig",
     "ClipStage",
     "DecoderStage",
     "DiffusionConfig",

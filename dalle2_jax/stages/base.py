@@ -2,8 +2,8 @@
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from dalle2_jax.types import Batch, Metrics, Params
 
 
 class Variables(NamedTuple):
-    """A network's arrays: what is learned and, for BatchNorm, what is tracked."""
+    """A network's arrays: what is learned, and what is measured (BatchNorm's averages, a quantiser's edges)."""
 
     params: Params
     stats: Params
@@ -45,6 +45,17 @@ class Stage(Protocol):
         """Returns the float32 scalar to minimise over a prepared batch, and the rest."""
 
 
+@runtime_checkable
+class Calibrates(Protocol):
+    """A stage, besides, whose statistics are measured once, before its first step.
+
+    ``Stage.init`` gives zeros of the right shapes in their place.
+    """
+
+    def calibrate(self, frozen: Mapping[str, Variables], batches: Iterator[Batch]) -> Params:
+        """Returns the statistics of as many training batches (on the devices, as in training) as it takes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EmbeddingContract:
     """Which embedding space a system speaks: which CLIP, and in what normalisation.
@@ -67,9 +78,12 @@ def fingerprint(params: Params) -> str:
     @jax.jit
     def checksum(leaf: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
-        # Odd weights that differ by place, so that exchanged values change the sum; sums wrap at 2^32.
-        places = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2_654_435_761) | jnp.uint32(1)
-        return jnp.sum(bits * places, dtype=jnp.uint32)
+        # Each value is hashed with its place (MurmurHash3's finaliser), so that exchanged values and
+        # flipped signs change the sum, which wraps at 2^32 and may be taken in any order.
+        mixed = bits ^ jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2_654_435_761)
+        for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13), (1, 16)):
+            mixed = (mixed ^ (mixed >> jnp.uint32(shift))) * jnp.uint32(multiplier)
+        return jnp.sum(mixed, dtype=jnp.uint32)
 
     code = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

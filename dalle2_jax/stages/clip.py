@@ -93,9 +93,9 @@ class ClipStage:
     def read(self, variables: Variables, batch: Batch) -> Batch:
         """Returns what CLIP says of a batch's captions: text_emb in the contract's space, and text_seq.
 
-        Captions encoded for a longer context than CLIP's are cut, their last token still the end token.
+        Captions encoded for another context than CLIP's are cut, the last token still the end token, or padded.
         """
-        tokens, mask = shorten(batch["tokens"], batch["mask"], self.model.text.context_length)
+        tokens, mask = fit_captions(batch["tokens"], batch["mask"], self.model.text.context_length)
         text_emb, text_seq = self._apply(variables, tokens, mask, method=Clip.encode_text)
         return {"text_emb": self.embedding.apply(text_emb), "text_seq": text_seq}
 
@@ -107,12 +107,13 @@ class ClipStage:
         return images.resize(images.to_float(image), self.model.vision.image_size)
 
 
-def shorten(
+def fit_captions(
     tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], length: int
 ) -> tuple[Int[Array, "B l"], Bool[Array, "B l"]]:
-    """Cuts captions to ``length`` tokens as the tokenizer would have, the end token last."""
-    if tokens.shape[1] <= length:
-        return tokens, mask
+    """Cuts or pads captions to ``length`` tokens as the tokenizer would have, the end token last."""
+    missing = length - tokens.shape[1]
+    if missing >= 0:
+        return jnp.pad(tokens, ((0, 0), (0, missing))), jnp.pad(mask, ((0, 0), (0, missing)))
     end = jnp.take_along_axis(tokens, mask.sum(axis=1, keepdims=True) - 1, axis=1)
     last = jnp.where(mask[:, length:].any(axis=1, keepdims=True), end, tokens[:, length - 1 : length])
     return jnp.concatenate([tokens[:, : length - 1], last], axis=1), mask[:, :length]

@@ -42,7 +42,7 @@ class DecoderStage(DiffusionStage):
 
     def init_params(self, key: jax.Array) -> Params:
         unet, clip = self.model.unet, self.clip.model
-        length = clip.text.context_length
+        length = (self.model.text if self.model.text_input == "tokens" else clip.text).context_length
         text = {
             "tokens": jnp.zeros((1, length), jnp.int32),
             "clip": jnp.zeros((1, length, clip.text.width)),
@@ -65,9 +65,9 @@ class DecoderStage(DiffusionStage):
         added: Batch = {}
         if "image_emb" not in batch:
             added["image_emb"] = self.clip.encode_image(frozen["clip"], batch["image"])
-        if self.model.text_input == "clip" and "text_seq" not in batch:
+        if self.model.text_input == "clip" and not ("text_emb" in batch and "text_seq" in batch):
             added |= self.clip.read(frozen["clip"], batch)
-        return {**batch, **added}
+        return {**added, **batch}
 
     def example(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
         image = images.resize(images.to_float(batch["image"]), self.model.unet.image_size)

@@ -31,6 +31,8 @@ class DiffusionConfig:
     schedule: str = "cosine"
     num_steps: int = 1000
     prediction: str = "eps"
+    weighting: str = "none"  # or "snr", for x0 and v
+    max_weight: float = 10.0  # of "snr"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,13 @@ class SamplingConfig(SamplerConfig):
     """How a stage is sampled: the sampler, and the scale of classifier-free guidance (1: none)."""
 
     guidance: float = 1.0
+
+    def split(self) -> tuple["SamplingConfig", dict[str, float]]:
+        """Returns what decides the compiled program, and the numbers that the program takes."""
+        guided = self.guidance if self.guidance == 1.0 else 2.0
+        noisy = float(self.eta > 0) if self.name == "ddim" else 0.0
+        program = dataclasses.replace(self, guidance=guided, eta=noisy)
+        return program, {"guidance": self.guidance, "eta": self.eta}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +110,11 @@ class DiffusionStage:
             for name, rate in self.drop_rates.items()
         }
         denoiser = self.bind(params, condition, drops, rng.stream(key, "dropout"))
-        losses, metrics = mse_loss(self.schedule, self.diffusion.prediction, denoiser, x_0, rng.stream(key, "noise"))
-        return losses.mean(), Outputs({name: value for name, value in metrics.items() if name != "mse"}, stats)
+        config, noise_key = self.diffusion, rng.stream(key, "noise")
+        losses, metrics = mse_loss(
+            self.schedule, config.prediction, denoiser, x_0, noise_key, config.weighting, config.max_weight
+        )
+        return losses.mean(), Outputs(metrics, stats)
 
     def sample(
         self,

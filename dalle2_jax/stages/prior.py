@@ -7,14 +7,16 @@ the examples.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
 
 from dalle2_jax.models.prior import PriorConfig, PriorNetwork
 from dalle2_jax.stages.base import Variables
 from dalle2_jax.stages.clip import ClipStage
-from dalle2_jax.stages.diffusion import Condition, DiffusionStage, Drops
+from dalle2_jax.stages.diffusion import Condition, DiffusionStage, Drops, SamplingConfig
 from dalle2_jax.types import Batch, Denoiser, Params
 
 
@@ -25,6 +27,8 @@ class PriorStage(DiffusionStage):
     model: PriorConfig
     clip: ClipStage
     drop_text: float = 0.1
+
+    candidates: ClassVar[int] = 2  # embeddings drawn for each picture, the closest to the caption kept
 
     @property
     def borrows(self) -> tuple[str, ...]:
@@ -47,12 +51,8 @@ class PriorStage(DiffusionStage):
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
         """Adds image_emb, text_emb and text_seq, unless they were precomputed."""
-        added: Batch = {}
-        if "image_emb" not in batch:
-            added["image_emb"] = self.clip.encode_image(frozen["clip"], batch["image"])
-        if "text_emb" not in batch:
-            added |= self.clip.read(frozen["clip"], batch)
-        return {**batch, **added}
+        text = ("text_emb",) if self.model.text_input == "tokens" else ("text_emb", "text_seq")
+        return with_embeddings(self.clip, frozen, batch, text)
 
     def example(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
         return batch["image_emb"], self.condition(batch)
@@ -73,3 +73,30 @@ class PriorStage(DiffusionStage):
         # The caption's part of the sequence does not change from step to step.
         cache = self.network.apply(variables, *args, method=PriorNetwork.encode_prefix)
         return lambda x_t, t: self.network.apply(variables, cache, x_t, t, method=PriorNetwork.denoise)
+
+    def draw(
+        self,
+        variables: Variables,
+        keys: Key[Array, "B"],
+        condition: Condition,
+        config: SamplingConfig,
+        scalars: Mapping[str, jax.Array],
+        absent: Bool[Array, "B"],
+    ) -> Float[Array, "B E"]:
+        """As ``sample``, in the cascade's words for any prior; ``scalars`` are those of ``config.split``."""
+        return self.sample(variables.params, keys, condition, config, **scalars, absent={"text": absent})
+
+
+def with_embeddings(
+    clip: ClipStage, frozen: Mapping[str, Variables], batch: Batch, text: tuple[str, ...] = ("text_emb",)
+) -> Batch:
+    """Returns the batch with image_emb, text_emb and text_seq added, unless they were precomputed.
+
+    CLIP reads the captions only if one of the parts named in ``text`` is missing.
+    """
+    added: Batch = {}
+    if "image_emb" not in batch:
+        added["image_emb"] = clip.encode_image(frozen["clip"], batch["image"])
+    if any(name not in batch for name in text):
+        added |= clip.read(frozen["clip"], batch)
+    return {**added, **batch}

@@ -37,7 +37,8 @@ class UpsamplerStage(DiffusionStage):
         if size % self.low_size:
             raise UserError(f"{self.name}: image_size {size} is not a multiple of low_size {self.low_size}")
         if crop % self.model.stride or crop % self.factor:
-            raise UserError(f"{self.name}: crops of {crop} pixels do not divide by {self.model.stride} and {self.factor}")
+            divisors = f"{self.model.stride} and {self.factor}"
+            raise UserError(f"{self.name}: crops of {crop} pixels do not divide by {divisors}")
 
     @property
     def factor(self) -> int:

@@ -17,12 +17,12 @@ import optax
 from jax.sharding import Mesh
 
 from dalle2_jax import rng
-from dalle2_jax.stages.base import Stage, Variables
+from dalle2_jax.stages.base import Calibrates, Stage, Variables
 from dalle2_jax.training import metrics as metrics_lib
 from dalle2_jax.training.sharding import shard_batch, with_shardings
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.training.step import abstract_state, init_state, make_train_step, state_shardings
-from dalle2_jax.types import Batch, UserError
+from dalle2_jax.types import Batch, Params, UserError
 from dalle2_jax.workdir import Checkpoints, StageFolder
 
 PREFETCH = 2
@@ -103,6 +103,23 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+def calibrated(job: Job) -> Params | None:
+    """Returns the statistics that a stage measures before its first step, or None. The stream stays where it is."""
+    if not isinstance(job.stage, Calibrates):
+        return None
+    start = job.stream.get_state()
+    with metrics_lib.progress(f"{job.stage.name}: calibrating", "batch") as bar:
+
+        def batches() -> Iterator[Batch]:
+            while True:
+                yield shard_batch(next(job.stream), job.mesh)
+                bar.update()
+
+        stats = job.stage.calibrate(job.frozen, batches())
+    job.stream.set_state(start)
+    return stats
+
+
 def restore_or_init(job: Job, key: jax.Array, checkpoints: Checkpoints) -> tuple[TrainState, list[str]]:
     """Returns the newest readable checkpoint's state, or a fresh one, and what to tell the user.
 
@@ -112,7 +129,7 @@ def restore_or_init(job: Job, key: jax.Array, checkpoints: Checkpoints) -> tuple
     target = with_shardings(abstract_state(job.stage, job.optimizer), shardings)
     restored = checkpoints.restore(target.trees())
     if restored is None:
-        return init_state(job.stage, job.optimizer, key, job.mesh), []
+        return init_state(job.stage, job.optimizer, key, job.mesh, calibrated(job)), []
     if restored.skipped:
         checkpoints.discard_after(restored.step)
     job.stream.set_state(restored.data_state)
@@ -157,8 +174,8 @@ def _run(job, key, state, first, checkpoints, writer, interrupt) -> TrainState:
         if clock is None:  # the first step compiles; time is counted from its end
             jax.block_until_ready(metrics)
             clock, waited, timed_from = time.perf_counter(), 0.0, step
-        last = step == run.total_steps or interrupt.requested
-        save = last or step % run.checkpoint_every == 0
+        stop = interrupt.requested  # read once: a signal after this is the next step's to answer
+        save = stop or step == run.total_steps or step % run.checkpoint_every == 0
         if step % run.log_every == 0 or save:
             good = f"step {saved}" if saved else "none"
             means = metrics_lib.mean_of_finite(jax.device_get(history), good)
@@ -170,8 +187,10 @@ def _run(job, key, state, first, checkpoints, writer, interrupt) -> TrainState:
             checkpoints.save(step, state.trees(), data_state)
             saved = step
         if job.preview and run.sample_every and (step % run.sample_every == 0 or step == run.total_steps):
+            jax.block_until_ready(metrics)  # the clock stops for the pictures, not for steps under way
+            start = time.perf_counter()
             job.preview(Variables(state.ema, state.stats), step)
-            clock = time.perf_counter()
-        if interrupt.requested and step < run.total_steps:
+            clock += time.perf_counter() - start
+        if stop and step < run.total_steps:
             raise UserError(f"interrupted at step {step}, which is saved; the same command continues from there")
     return state

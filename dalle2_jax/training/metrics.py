@@ -32,6 +32,11 @@ def truncate_after(path: pathlib.Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+def progress(title: str, unit: str) -> tqdm.tqdm:
+    """Returns a bar of unknown length, shown by process 0. A context manager."""
+    return tqdm.tqdm(desc=title, unit=unit, dynamic_ncols=True, file=sys.stdout, disable=jax.process_index() != 0)
+
+
 class MetricWriter:
     """Writes one object a logged step to ``metrics.jsonl``, the bar and TensorBoard. A context manager.
 

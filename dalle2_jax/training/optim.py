@@ -6,6 +6,7 @@ Table 3). The average of the weights is kept by ``ema_update``.
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,14 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        # optax raises floats to the power of an integer count, which strict promotion forbids
+        with jax.numpy_dtype_promotion("standard"):
+            return chain.update(grads, state, params)
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def ema_update(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:

@@ -71,14 +71,12 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     axes: list[str | None] = [None] * len(shape)
     if math.prod(shape) < SIZE_FLOOR:
         return PartitionSpec()
-    for pattern, axis in TENSOR_RULES:
-        if re.search(pattern, name) and mesh.shape["tensor"] > 1:
-            if len(shape) >= -axis and shape[axis] % mesh.shape["tensor"] == 0:
-                axes[axis % len(shape)] = "tensor"
-            break
+    by_rule = next((axis for pattern, axis in TENSOR_RULES if re.search(pattern, name)), None)
+    if by_rule is not None and mesh.shape["tensor"] > 1 and shape[by_rule] % mesh.shape["tensor"] == 0:
+        axes[by_rule % len(shape)] = "tensor"
     if mesh.shape["fsdp"] > 1:
         # A convolution is split on its output channels alone: gathers of the other axes compile slowly.
-        convolution = name.endswith("/kernel") and len(shape) >= 4
+        convolution = by_rule is None and name.endswith("/kernel") and len(shape) == 4
         candidates = [len(shape) - 1] if convolution else sorted(range(len(shape)), key=lambda i: -shape[i])
         for axis in candidates:
             if axes[axis] is None and shape[axis] % mesh.shape["fsdp"] == 0:

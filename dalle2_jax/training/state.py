@@ -18,7 +18,7 @@ class TrainState:
     params: Params  # float32
     ema: Params  # float32, the weights that sampling uses
     opt_state: Any
-    stats: Params  # BatchNorm statistics of CLIP's ResNet, else empty
+    stats: Params  # BatchNorm's of CLIP's ResNet, the code book of the autoregressive prior, else empty
 
     def trees(self) -> dict[str, Any]:
         """Returns what a checkpoint holds, by name; ``step`` is the checkpoint's own number."""

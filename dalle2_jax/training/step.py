@@ -11,7 +11,7 @@ from dalle2_jax.stages.base import Stage, Variables
 from dalle2_jax.training.optim import ema_update
 from dalle2_jax.training.sharding import replicated, tree_shardings
 from dalle2_jax.training.state import TrainState
-from dalle2_jax.types import Batch, Metrics
+from dalle2_jax.types import Batch, Metrics, Params
 
 Step = Callable[[TrainState, Mapping[str, Variables], jax.Array, Batch], tuple[TrainState, Metrics]]
 
@@ -34,7 +34,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     ema = ema_update(state.ema, params, step, ema_decay)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **outputs.metrics}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **outputs.metrics}
     return TrainState(step, params, ema, opt_state, outputs.stats), metrics
 
 
@@ -57,11 +57,17 @@ def abstract_state(stage: Stage, optimizer: optax.GradientTransformation) -> Tra
     return jax.eval_shape(lambda key: _create(stage, optimizer, key), jax.random.key(0))
 
 
-def init_state(stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh) -> TrainState:
-    """Returns a fresh state, each array created where it will live: none ever exists unsharded."""
+def init_state(
+    stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh, stats: Params | None = None
+) -> TrainState:
+    """Returns a fresh state, each array created where it will live: none ever exists unsharded.
+
+    ``stats`` take the place of the stage's own first statistics.
+    """
     shardings = state_shardings(stage, optimizer, mesh)
     create = jax.jit(lambda key: _create(stage, optimizer, key), out_shardings=shardings)
-    return create(rng.stream(key, "init"))
+    state = create(rng.stream(key, "init"))
+    return state if stats is None else state.replace(stats=jax.device_put(stats, shardings.stats))
 
 
 def state_shardings(stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -7,6 +7,7 @@ import pytest
 from analytic_denoisers import gaussian, normals
 
 from dalle2_jax.diffusion import make_schedule, mse_loss, respace
+from dalle2_jax.types import UsageError
 
 SCHEDULE = make_schedule("cosine", 100)
 KEY = jax.random.key(0)
@@ -69,3 +70,37 @@ def test_the_key_decides_everything():
 def test_loss_is_float32_for_a_bfloat16_network():
     loss, _ = mse_loss(SCHEDULE, "eps", lambda x_t, t: x_t.astype(jnp.bfloat16), jnp.ones((4, 3)), KEY)
     assert loss.dtype == jnp.float32
+
+
+def test_the_snr_weight_makes_the_loss_in_x_0_the_loss_in_v():
+    """v = (a x_t - x_0) / s, so an error d in x_0 is an error d / s in v, and 1 / s^2 = SNR + 1."""
+    x_0, wrong = normals((16, 8)), 0.3
+
+    def denoiser(prediction_type):
+        truth = gaussian(SCHEDULE, "x0", x_0, 0.0)
+        if prediction_type == "x0":
+            return lambda x_t, t: truth(x_t, t) + wrong
+        rates = jnp.asarray(SCHEDULE.levels.signal_rate), jnp.asarray(SCHEDULE.levels.noise_rate)
+
+        def v(x_t, t):
+            signal, noise = (rate[t][:, None] for rate in rates)
+            return (signal * x_t - truth(x_t, t) - wrong) / noise
+
+        return v
+
+    weighted, _ = mse_loss(SCHEDULE, "x0", denoiser("x0"), x_0, KEY, "snr", 1e9)
+    in_v, _ = mse_loss(SCHEDULE, "v", denoiser("v"), x_0, KEY)
+    np.testing.assert_allclose(weighted, in_v, rtol=1e-3)
+    bounded, metrics = mse_loss(SCHEDULE, "x0", denoiser("x0"), x_0, KEY, "snr", 3.0)
+    np.testing.assert_allclose(bounded, np.minimum(weighted, 3.0 * wrong**2), rtol=1e-3)
+    np.testing.assert_allclose(metrics["mse"], wrong**2, rtol=1e-3)
+    bounded_in_v, _ = mse_loss(SCHEDULE, "v", denoiser("v"), x_0, KEY, "snr", 3.0)
+    np.testing.assert_allclose(bounded_in_v, bounded, rtol=1e-3)
+
+
+def test_wrong_weightings():
+    zero = normals((2, 2))
+    with pytest.raises(UsageError, match="did you mean 'snr'"):
+        mse_loss(SCHEDULE, "x0", lambda x_t, t: x_t, zero, KEY, "snrr")
+    with pytest.raises(UsageError, match="x0 and v"):
+        mse_loss(SCHEDULE, "eps", lambda x_t, t: x_t, zero, KEY, "snr")

@@ -1,0 +1,127 @@
+"""What the benchmarks share: stages with random weights, FLOP counts, timing, one JSON line a result."""
+
+import importlib.util
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from dalle2_jax import build
+from dalle2_jax.stages import Stage, Variables
+from dalle2_jax.types import Batch, UsageError
+
+
+def load_config(spec: str, overrides: list[str] = ()) -> dict[str, Any]:
+    """Returns the config of FILE:STAGE with "a.b=value" overrides, as plain dicts."""
+    path, _, which = spec.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise UsageError(f"there is no config file {path}")
+    module_spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    config = module.get_config(which)
+    for override in overrides:
+        field, _, value = override.partition("=")
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = value
+        config.update_from_flattened_dict({field: tuple(parsed) if isinstance(parsed, list) else parsed})
+    return config.to_dict()
+
+
+def build_with_clip(spec: str, overrides: list[str] = ()) -> tuple[dict[str, Any], Stage]:
+    """Returns a config and its stage; the CLIP it borrows is of the same file."""
+    config = load_config(spec, overrides)
+    vocab_size = config["text"]["vocab_size"]
+    clip = None
+    if config["stage"] not in ("clip", "upsampler_1", "upsampler_2"):
+        clip = build.build_stage(load_config(f"{spec.partition(':')[0]}:clip"), vocab_size, None)
+    return config, build.build_stage(config, vocab_size, clip)
+
+
+def frozen_for(stage: Stage) -> dict[str, Variables]:
+    """Returns random weights for what a stage borrows."""
+    return {"clip": jax.jit(stage.clip.init)(jax.random.key(1))} if stage.borrows else {}
+
+
+def random_batch(config: dict[str, Any], size: int) -> Batch:
+    """Returns a batch of noise in the shapes of a config's data."""
+    random = np.random.default_rng(0)
+    side, length = config["data"]["resolution"], config["text"]["context_length"]
+    return {
+        "image": random.integers(0, 256, (size, side, side, 3), np.uint8),
+        "tokens": random.integers(4, config["text"]["vocab_size"], (size, length), np.int32),
+        "mask": np.ones((size, length), bool),
+    }
+
+
+def count_flops(function: Callable, *args: Any) -> float:
+    """Returns the floating-point operations of all matrix products and convolutions, loops unrolled.
+
+    A multiply and an add are two. Norms, activations and softmax are left out, as is usual for
+    model FLOPs.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, out = equation.primitive.name, equation.outvars[0].aval if equation.outvars else None
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2.0 * out.size * np.prod([left[axis] for axis in contracted])
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out_features = equation.params["dimension_numbers"].rhs_spec[0]
+            # The gradient to a kernel is a convolution whose "kernel" is a picture; the product still holds.
+            total += 2.0 * out.size * np.prod(kernel) / kernel[out_features]
+        repeats = equation.params.get("length", 1) if name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if isinstance(inner, core.Jaxpr):
+                    total += repeats * _count(inner)
+    return total
+
+
+def median_seconds(run: Callable[[], Any], repeats: int, warm_up: int = 2) -> tuple[float, float]:
+    """Returns (seconds of the first call, compilation included, and the median of the later ones)."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    first = time.perf_counter() - start
+    for _ in range(warm_up - 1):
+        jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return first, statistics.median(times)
+
+
+def matmul_rate(dtype: str, side: int | None = None) -> float:
+    """Returns the FLOP/s of one large matrix product on one device, measured now: the roof of utilisation."""
+    side = side or (2048 if jax.default_backend() == "cpu" else 8192)
+    a = jnp.ones((side, side), dtype)
+    product = jax.jit(lambda a: a @ a)
+    return 2.0 * side**3 / median_seconds(lambda: product(a), 10)[1]
+
+
+def emit(**result: Any) -> None:
+    """Prints one JSON line: the result, the device and the commit."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    device = jax.devices()[0].device_kind
+    machine = f"{jax.device_count()} x {device if device != 'cpu' else platform.processor() or platform.machine()}"
+    print(json.dumps({**result, "device": machine, "jax": jax.__version__, "commit": commit}), flush=True)

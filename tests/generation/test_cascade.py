@@ -1,0 +1,234 @@
+"""The cascade, of stages with random weights: which picture is drawn depends on what it should, and on nothing else."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax import rng, testing
+from dalle2_jax.generation import Cascade, Member, Request, Settings
+from dalle2_jax.generation import cascade as programs
+from dalle2_jax.stages import EmbeddingContract
+from dalle2_jax.training.sharding import batch_sharding
+
+PROMPTS = ["a large red circle", "", "a small blue square above a star"]
+REQUESTS = [Request(prompt, i, j) for i, prompt in enumerate(PROMPTS) for j in range(2)]
+
+
+def random_variables(stage):
+    """Returns variables with no layer silent, of shapes alone: nothing is compiled to make them."""
+    noise = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        values = noise.standard_normal(leaf.shape, np.float32)
+        if path[-1].key == "kernel":
+            return values / np.float32(np.prod(leaf.shape[:-1])) ** 0.5
+        return 1 + 0.1 * values if path[-1].key == "scale" else 0.1 * values
+
+    variables = jax.tree_util.tree_map_with_path(fill, jax.eval_shape(stage.init, rng.root(0)))
+    return jax.tree.map(jnp.asarray, variables)
+
+
+def member(kind):
+    """Returns a tiny stage as if it had been loaded."""
+    stage = testing.tiny_stage(kind)
+    contract = EmbeddingContract("c0ffee", testing.EMBED_DIM) if kind != "upsampler" else None
+    return Member(stage, random_variables(stage), 10, contract, testing.WordTokenizer(), testing.CONTEXT_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def members():
+    kinds = {"clip": "clip_vit", "prior": "prior", "decoder": "decoder", "upsampler_1": "upsampler"}
+    return {name: member(kind) for name, kind in kinds.items()}
+
+
+def mesh_of(devices):
+    return jax.make_mesh(
+        (devices, 1, 1),
+        ("data", "fsdp", "tensor"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        devices=jax.devices()[:devices],
+    )
+
+
+def draw(members, requests=REQUESTS, batch_size=4, seed=0, devices=1, candidates=None, **sampling):
+    """Returns the pictures by (index, sample)."""
+    settings = {name: one.stage.sampling for name, one in members.items() if name != "clip"}
+    for name, fields in sampling.items():
+        settings[name] = dataclasses.replace(settings[name], **fields)
+    mesh = mesh_of(devices)
+    on_mesh = {
+        name: dataclasses.replace(one, variables=jax.device_put(one.variables, jax.sharding.NamedSharding(mesh, P())))
+        for name, one in members.items()
+    }
+    cascade = Cascade(on_mesh, Settings(seed, settings, candidates), batch_sharding(mesh), mesh.size)
+    return {(r.index, r.sample): picture for r, picture in cascade.text2image(requests, batch_size)}
+
+
+P = jax.sharding.PartitionSpec
+
+
+def assert_same(some, others):
+    """One level of 255 apart at most: another batch size may sum in another order."""
+    assert some.keys() == others.keys()
+    for name, picture in some.items():
+        np.testing.assert_allclose(picture.astype(int), others[name].astype(int), atol=1, err_msg=str(name))
+
+
+def differ(one, other):
+    return np.abs(one.astype(int) - other.astype(int)).max() > 8
+
+
+@pytest.fixture(scope="module")
+def pictures(members):
+    return draw(members)
+
+
+def test_pictures(pictures):
+    """In the order asked for, of the upsampler's size, and no two alike."""
+    assert list(pictures) == [(r.index, r.sample) for r in REQUESTS]
+    assert all(one.shape == (16, 16, 3) and one.dtype == np.uint8 for one in pictures.values())
+    names = list(pictures)
+    assert all(differ(pictures[a], pictures[b]) for k, a in enumerate(names) for b in names[:k])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batch_size_changes_nothing(members, pictures, batch_size):
+    """They were drawn by fours, the last batch of two filled up: what fills it is not returned."""
+    assert_same(draw(members, batch_size=batch_size), pictures)
+
+
+def test_same_seed_same_pictures(members, pictures):
+    again = draw(members)
+    assert all(np.array_equal(again[name], pictures[name]) for name in pictures)
+    other = draw(members, seed=1)
+    assert all(differ(other[name], pictures[name]) for name in pictures)
+
+
+def test_device_count_changes_nothing(members, pictures):
+    assert_same(draw(members, batch_size=2, devices=8), pictures)
+
+
+def test_a_picture_stands_alone(members, pictures):
+    """Sample 1 of prompt 2 is the same without the others, and in another order."""
+    alone = draw(members, [Request(PROMPTS[2], 2, 1)])
+    assert_same(alone, {(2, 1): pictures[2, 1]})
+    assert_same(draw(members, REQUESTS[::-1]), {name: pictures[name] for name in pictures})
+
+
+def test_a_picture_obeys_its_place_and_prompt(members, pictures):
+    """Another index, sample or caption is another picture."""
+    moved = draw(members, [Request(PROMPTS[0], 3, 0), Request(PROMPTS[0], 0, 2), Request(PROMPTS[2], 0, 0)])
+    assert all(differ(one, pictures[0, 0]) for one in moved.values())
+
+
+def test_settings_reach_their_stage(members, pictures):
+    """Each stage's own guidance, steps, sampler and eta make other pictures."""
+    for change in (
+        {"prior": {"guidance": 6.0}},
+        {"decoder": {"guidance": 1.0}},
+        {"decoder": {"eta": 1.0}},
+        {"decoder": {"name": "ddpm"}},
+        {"upsampler_1": {"steps": 2}},
+    ):
+        changed = draw(members, REQUESTS[:1], batch_size=1, **change)
+        assert differ(changed[0, 0], pictures[0, 0]), change
+
+
+def test_without_upsampler(members):
+    small = draw({name: one for name, one in members.items() if name != "upsampler_1"}, REQUESTS[:2])
+    assert all(one.shape == (testing.LOW_SIZE, testing.LOW_SIZE, 3) for one in small.values())
+
+
+def test_one_program_a_stage(members):
+    """Short last batches, other seeds, guidance and eta above zero compile nothing."""
+    draw(members, decoder={"eta": 0.5})
+    functions = (programs.draw_embedding, programs.draw_picture, programs.enlarge, programs.request_keys)
+    before = [function._cache_size() for function in functions]
+    draw(members, REQUESTS[:5], seed=7, decoder={"eta": 0.7, "guidance": 3.5}, prior={"guidance": 1.5})
+    assert [function._cache_size() for function in functions] == before
+    draw(members, decoder={"steps": 2})  # this must
+    assert programs.draw_picture._cache_size() == before[1] + 1
+
+
+# --- the prior's embeddings -----------------------------------------------------------------
+
+
+def caption_batch(captions):
+    tokens, mask = testing.WordTokenizer().encode(captions, testing.CONTEXT_LENGTH)
+    return {"tokens": jnp.asarray(tokens), "mask": jnp.asarray(mask)}
+
+
+def embeddings(members, captions, candidates, absent=None, guidance=2.0):
+    """Returns what ``draw_embedding`` draws for keys 0, 1, ..."""
+    prior, size = members["prior"], len(captions)
+    program, scalars = dataclasses.replace(prior.stage.sampling, guidance=guidance).split()
+    return programs.draw_embedding(
+        prior.stage, program, candidates, prior.variables, members["clip"].variables,
+        rng.per_image(rng.root(3), jnp.arange(size, dtype=jnp.int32)), caption_batch(captions),
+        jnp.zeros(size, bool) if absent is None else jnp.asarray(absent),
+        {name: jnp.float32(value) for name, value in scalars.items()},
+    )  # fmt: skip
+
+
+def test_the_closer_candidate_is_kept(members):
+    """Both candidates are drawn one by one; the one with the larger dot product with z_t is returned."""
+    captions = [f"caption {i} of many" for i in range(12)]
+    prior, clip = members["prior"], members["clip"]
+    batch = caption_batch(captions)
+    told = clip.stage.read(clip.variables, batch)
+    condition = prior.stage.condition({**batch, **told})
+    keys = rng.per_image(rng.root(3), jnp.arange(len(captions), dtype=jnp.int32))
+    split = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
+    drawn = [prior.stage.sample(prior.variables.params, split[:, c], condition, prior.stage.sampling) for c in (0, 1)]
+    length = [jnp.linalg.norm(one, axis=1, keepdims=True) for one in drawn]
+    both = jnp.stack([one / norm * prior.stage.clip.embedding.scale for one, norm in zip(drawn, length, strict=True)])
+    closeness = jnp.einsum("cbe,be->cb", both, told["text_emb"])
+    best = closeness.argmax(axis=0)
+    assert {*best.tolist()} == {0, 1}  # or the test would not tell "the first" from "the closer"
+    kept = embeddings(members, captions, candidates=2)
+    np.testing.assert_allclose(kept, both[best, jnp.arange(len(captions))], rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_are_in_the_contract_s_space(members):
+    drawn = embeddings(members, PROMPTS, candidates=1)
+    scale = members["prior"].stage.clip.embedding.scale
+    np.testing.assert_allclose(jnp.linalg.norm(drawn, axis=1), scale, rtol=1e-5)
+
+
+def test_empty_prompt_is_unconditional(members):
+    """What is absent is not read: no caption and no guidance changes the embedding; without, both do."""
+    absent = [True, True]
+    drawn = embeddings(members, ["one caption", "two"], 1, absent)
+    np.testing.assert_allclose(drawn, embeddings(members, ["another", ""], 1, absent), atol=1e-5)
+    np.testing.assert_allclose(drawn, embeddings(members, ["another", ""], 1, absent, guidance=9.0), atol=1e-4)
+    told = embeddings(members, ["one caption", "two"], 1)
+    assert np.abs(told - drawn).max() > 0.01
+    assert np.abs(told - embeddings(members, ["another", ""], 1)).max() > 0.01
+
+
+def test_empty_prompt_reaches_the_decoder(members):
+    """The decoder draws "" without the caption, from the embedding alone; only the empty ones."""
+    decoder, clip = members["decoder"], members["clip"]
+    program, scalars = decoder.stage.sampling.split()
+    keys = rng.per_image(rng.root(5), jnp.arange(2, dtype=jnp.int32))
+    emb = jnp.ones((2, testing.EMBED_DIM))
+
+    def drawn(captions, absent):
+        batch = {**caption_batch(captions), "image_emb": emb}
+        values = {name: jnp.float32(value) for name, value in scalars.items()}
+        arguments = decoder.stage, program, decoder.variables.params, clip.variables, keys, batch, jnp.asarray(absent)
+        return programs.draw_picture(*arguments, **values)
+
+    one, other = drawn(["one caption", "x"], [True, False]), drawn(["another", "x"], [True, False])
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    kept = drawn(["one caption", "x"], [False, False])
+    assert np.abs(kept[0] - one[0]).max() > 0.01
+    np.testing.assert_allclose(kept[1], one[1], atol=1e-5)
+
+
+def test_spaces_are_an_empty_prompt(members):
+    blank, empty = (draw(members, [Request(prompt, 0, 0)])[0, 0] for prompt in ("  ", ""))
+    np.testing.assert_array_equal(blank, empty)

@@ -1,0 +1,54 @@
+"""A fingerprint names the numbers, not where they lie."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax import testing
+from dalle2_jax.stages.base import Stage, fingerprint
+from dalle2_jax.training.sharding import MeshConfig, make_mesh
+
+
+def params():
+    return {"a": {"kernel": jnp.arange(64.0).reshape(8, 8) - 30.5}, "b": jnp.full(3, 2.0)}
+
+
+def test_the_same_however_it_is_sharded():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    spread = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "tensor"))
+    moved = {**params(), "a": jax.device_put(params()["a"], spread)}
+    assert fingerprint(moved) == fingerprint(params()) == fingerprint(jax.tree.map(np.asarray, params()))
+    assert len(fingerprint(params())) == 8
+
+
+CHANGES = {
+    "two values exchanged": lambda kernel: kernel.at[0, 0].set(kernel[5, 3]).at[5, 3].set(kernel[0, 0]),
+    "opposite values exchanged": lambda kernel: kernel.at[3, 6].set(-kernel[3, 6]).at[3, 7].set(-kernel[3, 7]),
+    "rows exchanged": lambda kernel: kernel[::-1],
+    "transposed": lambda kernel: kernel.T,
+    "every sign": lambda kernel: -kernel,
+    "one bit": lambda kernel: kernel.at[2, 2].set(jnp.nextafter(kernel[2, 2], jnp.float32(99))),
+    "another shape": lambda kernel: kernel.reshape(4, 16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_any_change_of_a_value_shows(change):
+    changed = params()
+    changed["a"]["kernel"] = change(changed["a"]["kernel"])
+    assert fingerprint(changed) != fingerprint(params())
+
+
+def test_names_count():
+    moved = params()
+    moved["c"] = moved.pop("b")
+    assert fingerprint(moved) != fingerprint(params())
+
+
+@pytest.mark.parametrize("kind", testing.KINDS)
+def test_a_stage_is_a_value_without_arrays(kind):
+    stage = testing.tiny_stage(kind)
+    assert stage == testing.tiny_stage(kind) and hash(stage) == hash(testing.tiny_stage(kind))
+    assert stage.borrows in ((), ("clip",))
+    assert all(hasattr(stage, member) for member in Stage.__annotations__ | {"init": 0, "prepare": 0, "loss": 0})

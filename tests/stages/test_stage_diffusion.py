@@ -1,0 +1,234 @@
+"""The one diffusion stage, by theory, on the prior and the decoder: conditions, drops, guidance, samples."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax import rng, testing
+from dalle2_jax.stages import DecoderStage, DiffusionConfig, PriorStage, SamplingConfig
+from dalle2_jax.stages.diffusion import DiffusionStage
+
+SIZE = 4
+
+
+def variant(kind, **fields):
+    """A tiny stage with other fields of its network (of its U-Net where it has one inside)."""
+    stage = testing.tiny_stage(kind)
+    return dataclasses.replace(stage, model=dataclasses.replace(stage.model, **fields))
+
+
+CLIP_PRIOR = variant("prior", text_input="clip", vocab_size=None, text_width=testing.WIDTH)
+CLIP_DECODER = variant("decoder", text_input="clip", text=None, text_width=testing.WIDTH, text_emb_proj=True)
+WITH_CLIP = {
+    "prior": testing.tiny_stage("prior"),
+    "prior of clip's text": CLIP_PRIOR,
+    "decoder": testing.tiny_stage("decoder"),
+    "decoder of clip's text": CLIP_DECODER,
+}
+
+
+def embeddings(seed=0, size=SIZE):
+    draw = np.random.default_rng(seed)
+    emb = 0.54 * draw.standard_normal((2, size, testing.EMBED_DIM), np.float32)
+    seq = draw.standard_normal((size, testing.CONTEXT_LENGTH, testing.WIDTH), np.float32)
+    return {"image_emb": emb[0], "text_emb": emb[1], "text_seq": seq}
+
+
+# --- prepare ----------------------------------------------------------------------------------
+
+
+def added(stage, frozen, batch):
+    """The shapes that ``prepare`` adds, after checking that it leaves the rest alone."""
+
+    def run(frozen, batch):
+        before = dict(batch)
+        prepared = stage.prepare(frozen, batch)
+        assert batch == before and all(prepared[name] is value for name, value in batch.items())
+        return {name: value for name, value in prepared.items() if name not in batch}
+
+    return {name: value.shape for name, value in jax.eval_shape(run, frozen, batch).items()}
+
+
+@pytest.mark.parametrize("stage", WITH_CLIP.values(), ids=WITH_CLIP)
+def test_prepare_adds_what_is_missing_and_overwrites_nothing(stage):
+    batch, frozen, ready = testing.tiny_batch(SIZE), testing.tiny_frozen(stage), embeddings()
+    emb, seq = (SIZE, testing.EMBED_DIM), (SIZE, testing.CONTEXT_LENGTH, testing.WIDTH)
+    reads = {} if stage == WITH_CLIP["decoder"] else {"text_emb": emb, "text_seq": seq}
+    assert added(stage, frozen, batch) == {"image_emb": emb, **reads}
+    assert added(stage, frozen, batch | {"image_emb": ready["image_emb"]}) == reads
+    for name in reads:  # one of the two may be precomputed
+        now = added(stage, frozen, batch | {name: ready[name]})
+        assert name not in now and now["image_emb"] == emb
+        stage.condition(batch | {name: ready[name]} | now)  # nothing that it needs is missing
+    assert added(stage, {}, batch | ready) == {}  # then no CLIP is needed
+
+
+@pytest.mark.parametrize("kind", ["prior", "decoder"])
+def test_precomputed_embeddings_are_what_is_learned(kind):
+    stage, ready = testing.tiny_stage(kind), embeddings()
+    batch = stage.prepare(testing.tiny_frozen(stage), testing.tiny_batch(SIZE) | ready)
+    x_0, condition = stage.example(rng.root(0), batch)
+    np.testing.assert_array_equal(x_0 if kind == "prior" else condition["image_emb"], ready["image_emb"])
+
+
+# --- drops ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe(DiffusionStage):
+    """A stage that remembers its drops."""
+
+    drop_rates = {"image": 0.1, "text": 0.5}
+    seen: list = dataclasses.field(default_factory=list, hash=False)
+
+    def example(self, key, batch):
+        return batch["image_emb"], {}
+
+    def bind(self, params, condition, drops, dropout_key):
+        self.seen.append(drops | {"dropout": dropout_key is not None})
+        return lambda x_t, t: jnp.zeros_like(x_t)
+
+
+def test_conditions_are_dropped_at_their_rates_independently():
+    probe, count = Probe(DiffusionConfig(num_steps=10), SamplingConfig(), "probe"), 20_000
+    loss, outputs = probe.loss({}, {"kept": 1}, rng.root(0), {"image_emb": jnp.ones((count, 2))})
+    (drops,) = probe.seen
+    assert drops.pop("dropout")
+    for name, rate in probe.drop_rates.items():
+        assert drops[name].shape == (count,) and drops[name].dtype == bool
+        assert abs(float(drops[name].mean()) - rate) < 4 * (rate * (1 - rate) / count) ** 0.5
+    together = np.corrcoef(*(np.asarray(drop, float) for drop in drops.values()))[0, 1]
+    assert abs(together) < 4 / count**0.5
+    assert abs(float(loss) - 1) < 0.05  # a prediction of no noise at all misses by its variance
+    assert outputs.stats == {"kept": 1}
+    probe.loss({}, {}, rng.root(1), {"image_emb": jnp.ones((count, 2))})
+    assert not np.array_equal(probe.seen[1]["text"], drops["text"])
+
+
+def test_the_papers_drop_rates():
+    assert PriorStage.drop_text == 0.1 and (DecoderStage.drop_image, DecoderStage.drop_text) == (0.1, 0.5)
+    assert testing.tiny_stage("prior").drop_rates == {"text": 0.1}
+    assert testing.tiny_stage("decoder").drop_rates == {"image": 0.1, "text": 0.5}
+    assert variant("decoder", text_input=None, text=None).drop_rates == {"image": 0.1}
+    assert testing.tiny_stage("upsampler").drop_rates == {}
+
+
+# --- samples ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["prior", "decoder"])
+def stage(request):
+    return testing.tiny_stage(request.param)
+
+
+TRACES = []
+
+
+@functools.cache
+def sampler(stage, config):
+    """``stage.sample`` compiled; each trace adds to TRACES."""
+
+    @jax.jit
+    def run(params, keys, condition, guidance, eta, absent):
+        TRACES.append(stage)
+        return stage.sample(params, keys, condition, config, guidance, eta, absent=absent)
+
+    return run
+
+
+def draw(stage, rows=slice(None), seed=0, guidance=3.0, eta=0.5, absent=(), condition_seed=0, config=None):
+    """Samples some of four images, with eta > 0 where the sampler has one."""
+    batch = testing.tiny_batch(SIZE, condition_seed) | embeddings(condition_seed)
+    condition = {name: value[rows] for name, value in stage.condition(batch).items()}
+    noisy = {"eta": 1.0} if stage.sampling.name == "ddim" else {}
+    config = dataclasses.replace(stage.sampling, **noisy, **(config or {}))
+    keys = rng.per_image(rng.root(seed), jnp.arange(SIZE, dtype=jnp.int32))[rows]
+    absent = {name: jnp.full(keys.shape, name in absent) for name in stage.drop_rates}
+    scalars = jnp.float32(guidance), jnp.float32(eta)
+    return np.asarray(sampler(stage, config)(testing.tiny_variables(stage).params, keys, condition, *scalars, absent))
+
+
+def close(left, right):
+    np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+def differ(left, right):
+    """Every image differs."""
+    assert (abs(left - right).reshape(len(left), -1).max(axis=1) > 1e-3).all()
+
+
+def test_samples_have_their_shape_and_range(stage):
+    images = draw(stage)
+    side = testing.LOW_SIZE
+    assert images.shape == ((SIZE, testing.EMBED_DIM) if stage.name == "prior" else (SIZE, side, side, 3))
+    assert images.dtype == np.float32 and np.isfinite(images).all()
+    assert stage.sampling.clip is None or abs(images).max() <= 1
+
+
+def test_an_image_is_the_same_in_any_batch(stage):
+    whole = draw(stage)
+    close(draw(stage, slice(0, 2)), whole[:2])
+    close(draw(stage, slice(2, 4)), whole[2:])
+
+
+def test_other_numbers_change_the_image_and_compile_nothing(stage):
+    first = draw(stage)
+    traced = len(TRACES)
+    differ(draw(stage, seed=1), first)
+    differ(draw(stage, guidance=1.5), first)
+    differ(draw(stage, condition_seed=1), first)
+    if stage.sampling.name == "ddim":
+        differ(draw(stage, eta=0.1), first)
+    draw(stage, absent=("text",))
+    assert len(TRACES) == traced
+    close(draw(stage), first)
+
+
+def test_guidance_of_one_is_no_guidance(stage):
+    close(draw(stage, guidance=1.0), draw(stage, config={"guidance": 1.0}))
+
+
+def test_guidance_of_zero_is_unconditional(stage):
+    nothing = tuple(stage.drop_rates)
+    unconditional = draw(stage, absent=nothing)
+    close(draw(stage, absent=nothing, condition_seed=1, guidance=-2.0), unconditional)
+    close(draw(stage, guidance=0.0), unconditional)
+    differ(draw(stage), unconditional)
+
+
+def test_one_part_of_the_condition_may_be_absent():
+    stage = testing.tiny_stage("decoder")
+    differ(draw(stage, absent=("text",)), draw(stage, absent=("text",), condition_seed=1))  # the image embedding's
+    differ(draw(stage, absent=("text",)), draw(stage, absent=("image", "text")))
+    differ(draw(stage, absent=("image",)), draw(stage, absent=("image", "text")))
+
+
+# --- precision --------------------------------------------------------------------------------
+
+
+def in_bfloat16(stage):
+    model = stage.model
+    if stage.name == "decoder":
+        return dataclasses.replace(
+            stage, model=dataclasses.replace(model, unet=dataclasses.replace(model.unet, dtype="bfloat16", remat=True))
+        )
+    return dataclasses.replace(stage, model=dataclasses.replace(model, dtype="bfloat16", remat=True))
+
+
+@pytest.mark.parametrize("kind", testing.KINDS)
+def test_bfloat16_is_inside_alone(kind):
+    stage = in_bfloat16(testing.tiny_stage(kind))
+
+    def run(key, variables, batch):
+        batch = stage.prepare(testing.tiny_frozen(stage), batch)
+        return jax.value_and_grad(stage.loss, has_aux=True)(*variables, key, batch)
+
+    variables = jax.eval_shape(stage.init, jax.random.key(0))
+    (loss, outputs), grads = jax.eval_shape(run, jax.random.key(0), variables, testing.tiny_batch(SIZE))
+    for leaf in jax.tree.leaves((loss, outputs, grads, variables)):
+        assert leaf.dtype == jnp.float32
+    assert jax.tree.structure(grads) == jax.tree.structure(variables.params)

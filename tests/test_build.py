@@ -1,0 +1,234 @@
+"""The hall: sections become dataclasses, and everything that can be wrong in a config is said in one line."""
+
+import dataclasses
+
+import pytest
+import tiny_system
+
+from dalle2_jax import build
+from dalle2_jax.models.resnet import ResNetConfig
+from dalle2_jax.models.vit import VisionConfig
+from dalle2_jax.sections import expand, expand_kind
+from dalle2_jax.types import UsageError, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    """A section within a section."""
+
+    size: int = 2
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    """One field of every type that configs use; ``inner`` and ``needed`` may not be left out."""
+
+    inner: Inner
+    needed: int
+    rate: float = 0.5
+    name: str = "a"
+    on: bool = False
+    sides: tuple[int, ...] = ()
+    bound: float | None = 1.0
+    steps: int | str = 50
+    tower: VisionConfig | ResNetConfig = VisionConfig()
+
+    def __post_init__(self) -> None:
+        if self.name == "refused":
+            raise UserError("name 'refused' is refused: use another")
+
+
+GOOD = {"inner": {"size": 3}, "needed": 1}
+
+
+def test_expand_takes_defaults_and_nested_sections():
+    assert expand(Outer, GOOD, "outer") == Outer(Inner(3), 1)
+    assert expand(Inner, {}, "inner") == Inner()
+    assert hash(expand(Outer, GOOD, "outer"))
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "taken"),
+    [
+        ("rate", 1, 1.0),  # an int where a float is asked for
+        ("rate", 0.25, 0.25),
+        ("bound", None, None),
+        ("bound", 2, 2.0),
+        ("sides", [32, 16], (32, 16)),  # a list, as JSON has
+        ("sides", (), ()),
+        ("steps", 20, 20),
+        ("steps", "fast27", "fast27"),
+        ("on", True, True),
+        ("tower", {"kind": "vit", "width": 8, "heads": 2}, VisionConfig(width=8, heads=2)),
+        ("tower", {"kind": "resnet", "layers": [1, 1]}, ResNetConfig(layers=(1, 1))),
+    ],
+)
+def test_expand_converts(field, given, taken):
+    value = getattr(expand(Outer, {**GOOD, field: given}, "outer"), field)
+    assert value == taken and type(value) is type(taken)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"rat": 1.0}, "unknown field of config.outer 'rat': did you mean 'rate'"),
+        ({"inner": {"sizes": 3}}, "unknown field of config.outer.inner 'sizes': did you mean 'size'"),
+        ({"needed": 1.5}, "config.outer.needed must be int, not 1.5"),
+        ({"needed": True}, "config.outer.needed must be int, not True"),
+        ({"needed": None}, "config.outer.needed must be int, not None"),
+        ({"on": 1}, "config.outer.on must be bool, not 1"),
+        ({"rate": "1"}, "config.outer.rate must be float, not '1'"),
+        ({"bound": "1"}, "config.outer.bound must be float or None, not '1'"),
+        ({"name": 3}, "config.outer.name must be str, not 3"),
+        ({"sides": 3}, "config.outer.sides must be tuple, not 3"),
+        ({"inner": 3}, "config.outer.inner must be Inner, not 3"),
+        ({"inner": {"dtype": "bfloat61"}}, "unknown config.outer.inner.dtype 'bfloat61': did you mean 'bfloat16'"),
+        ({"tower": {"kind": "vitt"}}, "unknown config.outer.tower.kind 'vitt': did you mean 'vit'"),
+        ({"tower": {"width": 8}}, "unknown config.outer.tower.kind ''"),
+        ({"tower": {"kind": "vit", "widht": 8}}, "unknown field of config.outer.tower 'widht': did you mean 'width'"),
+        ({"name": "refused"}, "config.outer: name 'refused' is refused"),
+    ],
+)
+def test_expand_refuses(section, message):
+    with pytest.raises(UsageError) as caught:
+        expand(Outer, {**GOOD, **section}, "outer")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_expand_names_what_is_missing():
+    with pytest.raises(UsageError, match="config.outer lacks inner, needed"):
+        expand(Outer, {}, "outer")
+
+
+def test_expand_derived_fields():
+    """What follows from the rest of the system comes from there, and nowhere else."""
+    assert expand(Inner, {"dtype": "bfloat16"}, "inner", size=7) == Inner(7, "bfloat16")
+    with pytest.raises(UsageError, match="config.inner.size follows from the rest of the system: leave it out"):
+        expand(Inner, {"size": 7}, "inner", size=7)
+    with pytest.raises(UsageError) as caught:
+        expand(Inner, {"sizee": 7}, "inner", size=7)
+    assert "'size'" not in str(caught.value)  # not offered, for it would be refused
+
+
+def test_expand_at_the_top_of_a_config():
+    with pytest.raises(UsageError, match="unknown field of config 'siz': did you mean 'size'"):
+        expand(Inner, {"siz": 1}, "")
+    with pytest.raises(UsageError, match="config.size must be int"):
+        expand(Inner, {"size": "1"}, "")
+
+
+def test_expand_kind_leaves_the_section_alone():
+    section = {"kind": "inner", "size": 4}
+    assert expand_kind({"inner": Inner}, section, "data") == Inner(4)
+    assert section == {"kind": "inner", "size": 4}
+
+
+# --- stages ---------------------------------------------------------------------------------
+
+VOCAB_SIZE = 300
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return build.build_stage(tiny_system.get_config("clip").to_dict(), VOCAB_SIZE, None)
+
+
+def config_of(which, **overrides):
+    """Returns a tiny config as a dict, with other values for some fields; None removes one."""
+    config = tiny_system.get_config(which).to_dict()
+    for path, value in overrides.items():
+        *sections, field = path.split("__")
+        section = config
+        for name in sections:
+            section = section[name]
+        if value is None:
+            del section[field]
+        else:
+            section[field] = value
+    return config
+
+
+@pytest.mark.parametrize("which", tiny_system.STAGES)
+def test_stage_is_a_value(which, clip):
+    """Equal configs make equal, hashable stages: jit finds the program it compiled before."""
+    stages = [build.build_stage(config_of(which), VOCAB_SIZE, clip) for _ in range(2)]
+    assert stages[0] == stages[1] and hash(stages[0]) == hash(stages[1])
+    assert stages[0].name == which
+
+
+def test_stages_share_clip_sizes(clip):
+    prior, decoder = (build.build_stage(config_of(which), VOCAB_SIZE, clip) for which in ("prior", "decoder"))
+    assert prior.model.embed_dim == decoder.model.image_emb_dim == clip.model.embed_dim == 8
+    assert prior.model.vocab_size == decoder.model.text.vocab_size == clip.model.text.vocab_size == VOCAB_SIZE
+    assert prior.clip == decoder.clip == clip
+
+
+@pytest.mark.parametrize("which", ["prior", "decoder"])
+def test_reading_clip_states(which, clip):
+    """A stage may read CLIP's text states in place of tokens; then it has as many as CLIP."""
+    overrides = {"model__text_input": "clip"} | ({"model__text": None} if which == "decoder" else {})
+    stage = build.build_stage(config_of(which, **overrides), VOCAB_SIZE, clip)
+    assert stage.model.text_width == clip.model.text.width
+    with pytest.raises(UsageError, match="context_length must be clip's 32, not 14"):
+        build.build_stage(config_of(which, **overrides, text__context_length=14), VOCAB_SIZE, clip)
+
+
+@pytest.mark.parametrize(
+    ("which", "overrides", "message"),
+    [
+        ("clip", {"stage": "clop"}, "unknown stage 'clop': did you mean 'clip'"),
+        ("clip", {"stage": None}, "unknown stage ''"),
+        ("clip", {"batchsize": 3}, "unknown field of stage clip's config 'batchsize': did you mean 'batch_size'"),
+        ("clip", {"diffusion": {}}, "unknown field of stage clip's config 'diffusion'"),
+        ("clip", {"model": None}, "config of stage clip needs a section model"),
+        ("clip", {"model": 3}, "config of stage clip needs a section model"),
+        ("clip", {"optim": None}, "config of stage clip needs a section optim"),
+        ("clip", {"text": None}, "config of stage clip needs a section text"),
+        ("prior", {"diffusion": None}, "config of stage prior needs a section diffusion"),
+        ("decoder", {"sampling": None}, "config of stage decoder needs a section sampling"),
+        ("upsampler_1", {"conditioning": None}, "config.conditioning lacks low_size"),
+        ("upsampler_1", {"data": None}, "config of stage upsampler_1 needs a section data"),
+        ("clip", {"embedding__normalisation": "unity"}, "config.embedding: embedding.normalisation 'unity'"),
+        ("clip", {"model__text__vocab_size": 3}, "config.model.text.vocab_size follows"),
+        ("prior", {"model__embed_dim": 8}, "config.model.embed_dim follows"),
+        ("prior", {"model__text_input": "token"}, "config.model: "),
+        ("prior", {"conditioning__drop_txt": 0.1}, "'drop_txt': did you mean 'drop_text'"),
+        ("prior", {"sampling__name": "dpmm"}, "did you mean 'ddpm'"),
+        ("decoder", {"model__unet__channels": "8"}, "config.model.unet.channels must be int, not '8'"),
+        ("decoder", {"model__unet__dtype": "float16"}, "unknown config.model.unet.dtype 'float16'"),
+        ("upsampler_1", {"conditioning__low_size": 5}, "image_size 16 is not a multiple of low_size 5"),
+    ],
+)
+def test_build_stage_refuses(which, overrides, message, clip):
+    with pytest.raises(UsageError) as caught:
+        build.build_stage(config_of(which, **overrides), VOCAB_SIZE, clip)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["total_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"])
+def test_build_job_refuses_counts_below_one(field, tmp_path):
+    config = tiny_system.get_config("upsampler_1")
+    config[field] = 0
+    with pytest.raises(UsageError, match=f"config.{field} must be at least 1, not 0"):
+        build.build_job(config, tmp_path / "system", "tests/tiny_system.py:upsampler_1")
+    assert not (tmp_path / "system").exists()
+
+
+def test_build_job_leaves_no_trace_of_a_refused_config(tmp_path):
+    """What is wrong is found before the folder is claimed."""
+    for field, value in {"optim.schedule": "cosin", "mesh.data": 3, "data.kind": "shaps", "batch_size": 9}.items():
+        config = tiny_system.get_config("clip")
+        config.update_from_flattened_dict({field: value})
+        with pytest.raises(UserError):
+            build.build_job(config, tmp_path / "system", "tests/tiny_system.py:clip")
+    assert not (tmp_path / "system").exists()
+
+
+def test_false_start_keeps_no_tokenizer(tmp_path):
+    """Until a checkpoint uses it, the tokenizer in a folder gives way to what the config asks for."""
+    for vocab_size in (300, 290):
+        config = tiny_system.get_config("clip")
+        config.text.vocab_size = vocab_size
+        job = build.build_job(config, tmp_path, "tests/tiny_system.py:clip")
+        assert job.stage.model.text.vocab_size == vocab_size

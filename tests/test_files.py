@@ -1,0 +1,75 @@
+"""Files appear whole or not at all; pictures survive; a grid shows what it was given."""
+
+import io
+import os
+import stat
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle2_jax import files
+
+
+def picture(seed, side=8):
+    return np.random.default_rng(seed).integers(256, size=(side, side, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("content", [b"\x00\xff", "sh\u00e4pes\n"])
+def test_writes_bytes_and_text_and_makes_folders(tmp_path, content):
+    path = tmp_path / "a" / "b" / "file"
+    files.write_atomically(path, content)
+    assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
+    path = tmp_path / "file"
+    files.write_atomically(path, "old")
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="no space"):
+        files.write_atomically(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomically(tmp_path / "file", "new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_png_is_lossless(tmp_path):
+    files.write_png(tmp_path / "a.png", picture(0))
+    with Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())) as image:
+        np.testing.assert_array_equal(np.asarray(image), picture(0))
+
+
+def test_a_grid_shows_every_picture_enlarged_by_a_whole_factor():
+    pictures = [picture(seed, 48) for seed in range(5)]
+    sheet = files.captioned_grid(pictures, ["", "a small red circle", "word " * 90, "x" * 90, "b"], columns=2)
+    pad, cell = files._PAD, 48 * 3
+    rows = cell + files._LINES * files._LINE + pad
+    assert sheet.shape == (3 * rows + pad, 2 * (cell + pad) + pad, 3)
+    for place, one in enumerate(pictures):
+        top, left = pad + place // 2 * rows, pad + place % 2 * (cell + pad)
+        shown = sheet[top : top + cell, left : left + cell]
+        np.testing.assert_array_equal(shown, one.repeat(3, axis=0).repeat(3, axis=1))
+        below = sheet[top + cell : top + rows - pad, left : left + cell]
+        assert below.min() < 100  # its caption, "(no caption)" for an empty one
+    assert (sheet[2 * rows + pad :, cell + 2 * pad :] == 235).all()  # the sixth cell is empty
+
+
+def test_a_grid_is_no_wider_than_its_pictures_and_wants_a_caption_each():
+    assert files.captioned_grid([picture(0, 200)], ["one"]).shape[1] == 200 + 2 * files._PAD
+    with pytest.raises(ValueError):
+        files.captioned_grid([picture(0)], ["one", "two"])

@@ -1,0 +1,243 @@
+"""A system on disk: whose folder it is, and checkpoints that survive damage, kills and another mesh."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dalle2_jax.types import UserError
+from dalle2_jax.workdir import MAY_CHANGE, Checkpoints, StageFolder, difference
+
+CONFIG = {"seed": 0, "total_steps": 10, "workers": 0, "model": {"width": 8, "mult": (1, 2)}, "mesh": {"data": -1}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = StageFolder(tmp_path, "prior")
+    folder.claim(CONFIG)
+    return folder
+
+
+def trees(step):
+    """What a run of ``step`` steps might save."""
+    params = {"a": {"kernel": jnp.arange(16.0).reshape(8, 2) + step}, "b": jnp.full(3, step, jnp.int32)}
+    return {"params": params, "ema": jax.tree.map(lambda leaf: leaf * 2, params), "stats": {}}
+
+
+def shape_of(leaf, sharding=None):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or leaf.sharding)
+
+
+def abstract(*names):
+    return jax.tree.map(shape_of, {name: trees(0)[name] for name in names or ("params", "ema", "stats")})
+
+
+def save(folder, *steps, keep=2):
+    checkpoints = Checkpoints(folder, keep)
+    for step in steps:
+        checkpoints.save(step, trees(step), {"position": 8 * step})
+    checkpoints.wait()
+
+
+def same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+# --- whose folder -----------------------------------------------------------------------------
+
+
+def test_a_new_folder_is_claimed(folder):
+    assert folder.exists() and not StageFolder(folder.root, "clip").exists()
+    assert folder.read_json("config.json") == json.loads(json.dumps(CONFIG))
+    assert folder.latest_step() is None and folder.read_json("contract.json") is None
+
+
+def test_another_config_is_refused_with_the_difference(folder):
+    save(folder, 1)
+    folder.claim(CONFIG)
+    other = CONFIG | {"model": {"width": 16, "mult": (1, 2), "heads": 2}, "total_steps": 20}
+    with pytest.raises(UserError, match="another config") as error:
+        folder.claim(other)
+    message = str(error.value)
+    assert "model.width: stored 8, wanted 16" in message and "model.heads: stored null, wanted 2" in message
+    assert "total_steps" not in message and "mult" not in message and "\n" not in message
+    assert folder.read_json("config.json")["model"]["width"] == 8
+
+
+def test_how_long_and_where_a_run_goes_may_change(folder):
+    save(folder, 1)
+    folder.claim(CONFIG | {name: 17 for name in MAY_CHANGE})
+    assert folder.read_json("config.json")["total_steps"] == 17
+    assert difference({"model": {"workers": 1}}, {"model": {"workers": 2}})  # only at the top
+
+
+def test_a_folder_without_checkpoints_is_free(folder):
+    folder.claim(CONFIG | {"seed": 1})
+    assert folder.read_json("config.json")["seed"] == 1
+
+
+@pytest.mark.parametrize("content", [b'{"seed": ', b"\xff\xfe"])
+def test_damaged_json_is_named(folder, content):
+    (folder.path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"prior/config.json is not valid JSON"):
+        folder.claim(CONFIG)
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+def test_nothing_is_restored_from_nothing(folder):
+    assert Checkpoints(folder).restore(abstract()) is None
+
+
+def test_what_is_saved_is_restored(folder):
+    save(folder, 3)
+    restored = Checkpoints(folder).restore(abstract())
+    assert (restored.step, restored.data_state, restored.skipped) == (3, {"position": 24}, ())
+    same(restored.trees, trees(3))
+    assert folder.latest_step() == 3
+
+
+def test_one_tree_is_read_alone(folder):
+    save(folder, 3)
+    shutil.rmtree(folder.path / "checkpoints/3/params")
+    same(Checkpoints(folder).restore(abstract("ema", "stats")).trees, {"ema": trees(3)["ema"], "stats": {}})
+
+
+def test_only_the_last_are_kept(folder):
+    save(folder, 1, 2, 3, 4)
+    assert sorted(os.listdir(folder.path / "checkpoints")) == ["3", "4"]
+
+
+def test_a_checkpoint_holds_what_was_there_when_it_was_started(folder):
+    params = {"w": jnp.arange(2.0**18)}
+    overwrite = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, {"params": params}, {})
+    jax.block_until_ready(overwrite(params))
+    checkpoints.wait()
+    restored = Checkpoints(folder).restore({"params": {"w": shape_of(jnp.zeros(2**18))}})
+    np.testing.assert_array_equal(restored.trees["params"]["w"], np.arange(2.0**18))
+
+
+def damage(path, how):
+    files = [entry for entry in path.rglob("*") if entry.is_file()]
+    match how:
+        case "truncated":
+            for file in files:
+                os.truncate(file, file.stat().st_size // 2)
+        case "arrays truncated":
+            largest = max((path / "params").rglob("*"), key=lambda entry: entry.is_file() and entry.stat().st_size)
+            os.truncate(largest, largest.stat().st_size - 7)
+        case "zeroed":
+            for file in files:
+                file.write_bytes(bytes(file.stat().st_size))
+        case "a tree is missing":
+            shutil.rmtree(path / "params")
+        case "metadata is missing":
+            (path / "_CHECKPOINT_METADATA").unlink()
+        case "empty":
+            shutil.rmtree(path)
+            path.mkdir()
+
+
+DAMAGES = ("truncated", "arrays truncated", "zeroed", "a tree is missing", "metadata is missing", "empty")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder, how):
+    save(folder, 1, 2)
+    damage(folder.path / "checkpoints/2", how)
+    restored = Checkpoints(folder).restore(abstract())
+    assert restored.step == 1 and restored.data_state == {"position": 8}
+    same(restored.trees, trees(1))
+    (message,) = restored.skipped
+    assert "checkpoints/2 cannot be read (" in message and "\n" not in message
+
+
+def test_nothing_readable_is_the_users_error(folder):
+    save(folder, 1, 2)
+    for step in (1, 2):
+        damage(folder.path / f"checkpoints/{step}", "truncated")
+    with pytest.raises(UserError, match="no checkpoint of stage prior can be read: .*/2 cannot.*/1 cannot"):
+        Checkpoints(folder).restore(abstract())
+
+
+def test_writing_goes_on_after_a_damaged_one_is_discarded(folder):
+    save(folder, 1, 2, 3, keep=3)
+    damage(folder.path / "checkpoints/3", "truncated")
+    Checkpoints(folder).discard_after(1)
+    assert os.listdir(folder.path / "checkpoints") == ["1"]
+    save(folder, 2, 3)
+    same(Checkpoints(folder).restore(abstract()).trees, trees(3))
+
+
+def test_an_interrupted_write_is_ignored_and_cleared(folder):
+    save(folder, 1)
+    torn = folder.path / "checkpoints/2.orbax-checkpoint-tmp"
+    shutil.copytree(folder.path / "checkpoints/1", torn)
+    damage(torn, "truncated")
+    assert folder.latest_step() == 1
+    restored = Checkpoints(folder).restore(abstract())
+    assert restored.step == 1 and restored.skipped == ()
+    save(folder, 2)
+    assert sorted(os.listdir(folder.path / "checkpoints")) == ["1", "2"]
+
+
+def test_a_checkpoint_may_be_written_again(folder):
+    save(folder, 1, 2)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(2, trees(7), {})
+    checkpoints.wait()
+    same(Checkpoints(folder).restore(abstract()).trees, trees(7))
+
+
+def meshed(shape, *spec):
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+@pytest.mark.parametrize("target", [meshed((2, 2, 2), ("fsdp", "data"), "tensor"), meshed((1, 8, 1))])
+def test_restores_onto_another_mesh(folder, target):
+    saved = jax.device_put(trees(1)["params"]["a"], meshed((8, 1, 1), "data"))
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, {"params": saved}, {})
+    checkpoints.wait()
+    wanted = {"params": {"kernel": shape_of(saved["kernel"], target)}}
+    kernel = Checkpoints(folder).restore(wanted).trees["params"]["kernel"]
+    assert kernel.sharding.is_equivalent_to(target, 2)
+    np.testing.assert_array_equal(kernel, saved["kernel"])
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(folder, capfd):
+    save(folder, 1)
+    checkpoints, (_, hard) = Checkpoints(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = jnp.asarray(np.random.default_rng(0).standard_normal(2**17, np.float32))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        checkpoints.save(2, {"params": {"w": noise}}, {})
+        with pytest.raises(UserError, match="checkpoint cannot be written to .*prior .*File too large") as error:
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
+    assert folder.latest_step() == 1
+    checkpoints.wait()  # there is nothing left to wait for
+    save(folder, 2)
+    same(Checkpoints(folder).restore(abstract()).trees, trees(2))
+
+
+def test_a_place_that_cannot_be_written_is_named(folder):
+    (folder.path / "checkpoints").write_text("")
+    checkpoints = Checkpoints(dataclasses.replace(folder))
+    with pytest.raises(UserError, match="cannot be written to .*Not a directory"):
+        checkpoints.save(1, trees(1), {})
+        checkpoints.wait()

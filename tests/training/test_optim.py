@@ -1,0 +1,137 @@
+"""The optimizer by theory: rates, decay, clipping, and the average of the weights."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax import testing
+from dalle2_jax.training.optim import OptimConfig, decay_mask, ema_update, learning_rate, make_optimizer, path_name
+from dalle2_jax.types import UserError
+
+
+def rates(total=100, **fields):
+    schedule = learning_rate(OptimConfig(lr=0.5, **fields), total)
+    return np.asarray([float(schedule(step)) for step in range(total + 1)])
+
+
+def test_the_rate_warms_up_linearly_and_stays():
+    values = rates(warmup_steps=10)
+    np.testing.assert_allclose(values[0], 0.05, rtol=1e-5)  # the first step moves
+    np.testing.assert_allclose(np.diff(values[:10]), np.diff(values[:2])[0] * np.ones(9), rtol=1e-4)
+    assert (np.diff(values[:11]) > 0).all()
+    np.testing.assert_allclose(values[10:], 0.5)
+    np.testing.assert_allclose(rates(), 0.5)
+
+
+@pytest.mark.parametrize("warmup", [0, 20])
+def test_the_rate_falls_by_half_a_cosine(warmup):
+    values = rates(warmup_steps=warmup, schedule="cosine")
+    done = np.arange(101 - warmup) / (100 - warmup)
+    np.testing.assert_allclose(values[warmup:], 0.25 * (1 + np.cos(math.pi * done)), atol=1e-6)
+    assert values.argmax() == warmup and values[-1] < 1e-7
+
+
+def test_mistakes_are_answered():
+    with pytest.raises(UserError, match="'linear' is unknown: use 'constant' or 'cosine'"):
+        learning_rate(OptimConfig(schedule="linear"), 10)
+    with pytest.raises(UserError, match="warmup_steps 10 leaves no step of total_steps 10"):
+        learning_rate(OptimConfig(warmup_steps=10), 10)
+
+
+# --- decay ------------------------------------------------------------------------------------
+
+
+def stages():
+    """Every stage, and networks with parameters that the tiny ones lack."""
+    for kind in testing.KINDS:
+        yield kind, testing.tiny_stage(kind)
+    decoder, prior = testing.tiny_stage("decoder"), testing.tiny_stage("prior")
+    clip_text = {"text_input": "clip", "text_width": testing.WIDTH}
+    unet = dataclasses.replace(decoder.model.unet, channel_mult=(1, 2), resblock_updown=False, attention_resolutions=(8,))
+    karlo = dataclasses.replace(decoder.model, unet=unet, text=None, text_emb_proj=True, **clip_text)
+    yield "decoder of clip's text", dataclasses.replace(decoder, model=karlo)
+    yield "prior of clip's text", dataclasses.replace(
+        prior, model=dataclasses.replace(prior.model, vocab_size=None, **clip_text)
+    )
+
+
+STAGES = dict(stages())
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_decay_reaches_every_matrix_and_nothing_else(stage):
+    params = jax.eval_shape(stage.init, jax.random.key(0)).params
+    mask = jax.tree_util.tree_leaves_with_path(decay_mask(params))
+    assert len(mask) == len(jax.tree.leaves(params))
+    for path, decayed in mask:
+        name = path_name(path)
+        assert decayed == name.endswith("/kernel"), name
+        assert not (decayed and ("embedding" in name or "bias" in name)), name
+    assert {True, False} == {decayed for _, decayed in mask}
+
+
+def test_a_parameter_that_no_rule_covers_is_an_error():
+    with pytest.raises(ValueError, match="no weight-decay rule covers parameter a/gate"):
+        decay_mask({"a": {"gate": jnp.zeros(1)}})
+
+
+def step(config, params, grads, state=None):
+    optimizer = make_optimizer(config, 100)
+    state = optimizer.init(params) if state is None else state
+    return optimizer.update(grads, state, params)
+
+
+PARAMS = {"kernel": jnp.full((2, 2), 4.0), "bias": jnp.full(2, 4.0)}
+
+
+def test_decay_is_decoupled_from_the_gradient():
+    updates, _ = step(OptimConfig(lr=0.1, weight_decay=0.5), PARAMS, jax.tree.map(jnp.zeros_like, PARAMS))
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * 4.0)  # lr x decay x value
+    np.testing.assert_allclose(updates["bias"], 0.0)
+
+
+def test_two_steps_are_adams():
+    config = OptimConfig(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-3, clip_norm=0.0)
+    grads = [{"kernel": jnp.full((2, 2), g), "bias": jnp.full(2, -g)} for g in (0.3, -0.1)]
+    first, state = step(config, PARAMS, grads[0])
+    second, _ = step(config, PARAMS, grads[1], state)
+    mean, square = 0.2 * 0.3, 0.1 * 0.09  # Kingma & Ba 2015, algorithm 1
+    expected = [-0.1 * (mean / 0.2) / (math.sqrt(square / 0.1) + 1e-3)]
+    mean, square = 0.8 * mean + 0.2 * -0.1, 0.9 * square + 0.1 * 0.01
+    expected += [-0.1 * (mean / (1 - 0.8**2)) / (math.sqrt(square / (1 - 0.9**2)) + 1e-3)]
+    for update, value in zip((first, second), expected, strict=True):
+        np.testing.assert_allclose(update["kernel"], value, rtol=1e-5)
+        np.testing.assert_allclose(update["bias"], -value, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("clip_norm", "norm"), [(1.0, 1.0), (0.0, 10.0), (20.0, 10.0)])
+def test_gradients_are_clipped_by_their_global_norm(clip_norm, norm):
+    grads = jax.tree.map(lambda leaf: leaf * 10 / math.sqrt(6) / 4, PARAMS)
+    _, state = step(OptimConfig(clip_norm=clip_norm), PARAMS, grads)
+    (moments,) = (leaf for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: hasattr(leaf, "mu")) if hasattr(leaf, "mu"))
+    mean = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moments.mu)])
+    np.testing.assert_allclose(np.linalg.norm(mean), 0.1 * norm, rtol=1e-5)  # (1 - beta1) x gradient
+
+
+# --- average ----------------------------------------------------------------------------------
+
+
+def test_the_average_follows_its_formula():
+    draw = np.random.default_rng(0)
+    ema, by_hand = {"w": jnp.zeros(3)}, np.zeros(3)
+    for done in range(1, 40):
+        params = draw.standard_normal(3)
+        ema = ema_update(ema, {"w": jnp.asarray(params, jnp.float32)}, jnp.int32(done), 0.7)
+        decay = min(0.7, (1 + done) / (10 + done))
+        by_hand = decay * by_hand + (1 - decay) * params
+    np.testing.assert_allclose(ema["w"], by_hand, atol=1e-6)
+
+
+def test_the_average_of_a_constant_is_the_constant():
+    params = {"w": jnp.asarray([0.1, 1e8, -3.3e-7])}
+    for done in (1, 100, 1_000_000):
+        np.testing.assert_array_equal(ema_update(params, params, jnp.int32(done), 0.9999)["w"], params["w"])

@@ -1,0 +1,101 @@
+"""The one train step: the same on any mesh, compiled once, and it learns, for a stage of every kind."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from dalle2_jax import rng, testing
+from dalle2_jax.training import sharding
+from dalle2_jax.training.optim import OptimConfig, make_optimizer
+from dalle2_jax.training.sharding import MeshConfig, make_mesh, shard_batch, tree_shardings
+from dalle2_jax.training.state import TrainState
+from dalle2_jax.training.step import abstract_state, init_state, make_train_step, parameter_count, state_shardings
+
+STEPS, LONG = 10, 40
+OPTIMIZER = make_optimizer(OptimConfig(lr=3e-3, weight_decay=0.01), LONG)
+BATCH = testing.tiny_batch(16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Splits even small arrays, and spares XLA what makes programs fast: each here runs a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "SIZE_FLOOR", 512)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def one_device():
+    return jax.make_mesh(
+        (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+
+
+def run(kind, mesh, steps):
+    """Trains on one batch; returns the losses, the last state and the step."""
+    stage = testing.tiny_stage(kind)
+    shardings = state_shardings(stage, OPTIMIZER, mesh)
+    variables = jax.tree.map(np.array, testing.tiny_variables(stage))
+    state = jax.device_put(TrainState.create(*variables, OPTIMIZER), shardings)
+    frozen = testing.tiny_frozen(stage)
+    frozen = jax.device_put(frozen, tree_shardings(frozen, mesh))
+    step, losses = make_train_step(stage, OPTIMIZER, 0.9, shardings), []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, rng.root(0), shard_batch(BATCH, mesh))
+        losses.append(metrics["loss"])
+    return np.asarray(jax.device_get(losses)), state, step
+
+
+@pytest.fixture(scope="module", params=testing.KINDS)
+def alone(request):
+    """A kind of stage, and its losses on one device."""
+    losses, state, step = run(request.param, one_device(), LONG)
+    assert step._cache_size() == 1
+    return request.param, losses, state
+
+
+def test_the_loss_of_one_batch_falls(alone):
+    kind, losses, state = alone
+    assert np.isfinite(losses).all() and int(state.step) == LONG
+    first, last = losses[:5].mean(), losses[-5:].mean()
+    assert last < (0.5 if kind.startswith("clip") else 0.8) * first, losses
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=lambda sizes: "x".join(map(str, sizes)))
+def test_eight_devices_equal_one(alone, sizes):
+    kind, losses, _ = alone
+    mesh = make_mesh(MeshConfig(*sizes))
+    spread, state, step = run(kind, mesh, STEPS)
+    np.testing.assert_allclose(spread, losses[:STEPS], rtol=1e-5, atol=1e-5)
+    assert step._cache_size() == 1  # not one program more after the first step
+    for tree in (state.params, state.ema):
+        split = [leaf for leaf in jax.tree.leaves(tree) if not leaf.sharding.is_fully_replicated]
+        assert bool(split) == (sizes != (8, 1, 1))
+        assert all(leaf.addressable_shards[0].data.size < leaf.size for leaf in split)
+    over_tensor = ["tensor" in leaf.sharding.spec for leaf in jax.tree.leaves(state.params)]
+    assert any(over_tensor) == (sizes[2] > 1 and kind != "upsampler")  # which has neither heads nor hidden units
+
+
+def test_a_state_is_born_where_it_lives_and_the_same_everywhere():
+    stage, mesh = testing.tiny_stage("prior"), make_mesh(MeshConfig(2, 2, 2))
+    born = init_state(stage, OPTIMIZER, rng.root(3), mesh)
+    for leaf, wanted in zip(
+        jax.tree.leaves(born), jax.tree.leaves(state_shardings(stage, OPTIMIZER, mesh)), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+    jax.tree.map(np.testing.assert_array_equal, born, init_state(stage, OPTIMIZER, rng.root(3), one_device()))
+    jax.tree.map(np.testing.assert_array_equal, born.params, born.ema)
+    assert int(born.step) == 0
+    assert parameter_count(stage) == sum(leaf.size for leaf in jax.tree.leaves(born.params))
+
+
+@pytest.mark.parametrize("kind", testing.KINDS)
+def test_a_state_survives_its_trees(kind):
+    state = abstract_state(testing.tiny_stage(kind), OPTIMIZER)
+    trees = state.trees()
+    assert set(trees) == {"params", "ema", "opt_state", "stats"}
+    again = jax.eval_shape(lambda trees: TrainState.from_trees(7, trees), trees)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert again.step.dtype == state.step.dtype and again.step.shape == ()
