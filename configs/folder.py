@@ -84,6 +84,7 @@ def decoder() -> ConfigDict:
             "head_channels": 32,
             "norm_groups": 16,
             "context_dim": 64,
+            "input_skip": True,
         },
         "image_tokens": 4,
         "text_input": "tokens",

@@ -41,7 +41,7 @@ def common(total_steps: int, batch_size: int, lr: float, resolution: int) -> Con
             "keep_checkpoints": 2,
             "sample_every": 0,
             "workers": 0,
-            "data": {"kind": "shapes", "resolution": resolution, "max_objects": 1},
+            "data": {"kind": "shapes", "resolution": resolution, "max_objects": 1, "jitter": 0.04},
             "text": {"vocab_size": 512, "context_length": 16},
             "optim": {
                 "lr": lr,
@@ -60,14 +60,14 @@ def large(total_steps: int, batch_size: int, lr: float, resolution: int) -> Conf
     """What the large stages have in common: two objects, longer captions, a GPU's batches."""
     config = common(total_steps, batch_size, lr, resolution)
     config.update(log_every=100, checkpoint_every=1000, sample_every=2000, workers=8)
-    config.data.max_objects = 2
+    config.data.update(max_objects=2, jitter=0.2)
     config.text.context_length = 24
     config.optim.update(warmup_steps=500, ema_decay=0.9995)
     return config
 
 
 def clip() -> ConfigDict:
-    config = common(800, 128, 1e-3, resolution=32)
+    config = common(600, 128, 1e-3, resolution=32)
     config.model = {
         "embed_dim": 64,
         "text": {"width": 96, "layers": 3, "heads": 4},
@@ -94,7 +94,7 @@ def clip_large() -> ConfigDict:
 
 
 def prior() -> ConfigDict:
-    config = common(1000, 128, 1e-3, resolution=32)
+    config = common(1200, 64, 1e-3, resolution=32)
     config.model = {"width": 128, "layers": 4, "heads": 4, "text_input": "tokens"}
     config.conditioning = {"drop_text": 0.1}
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
@@ -112,25 +112,26 @@ def prior_large() -> ConfigDict:
 
 
 def decoder() -> ConfigDict:
-    config = common(4000, 8, 1.5e-3, resolution=32)
+    config = common(7000, 16, 1.5e-3, resolution=32)
     config.model = {
         "unet": {
             "image_size": 32,
-            "patch_size": 2,
+            "patch_size": 4,
             "channels": 64,
             "channel_mult": (1, 2),
             "num_res_blocks": 1,
-            "attention_resolutions": (8,),
+            "attention_resolutions": (8, 4),
             "head_channels": 32,
             "norm_groups": 16,
             "context_dim": 64,
+            "input_skip": True,
         },
         "image_tokens": 4,
         "text_input": "tokens",
         "text": {"width": 64, "layers": 2, "heads": 4, "activation": "gelu"},
     }
     config.conditioning = {"drop_image": 0.1, "drop_text": 0.5}
-    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
+    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0", "weighting": "snr"}
     config.sampling = {"name": "ddim", "steps": 25, "guidance": 2.0}
     return config
 
@@ -172,6 +173,7 @@ def upsampler_1() -> ConfigDict:
         "middle_attention": False,
         "norm_groups": 8,
         "scale_shift": False,
+        "input_skip": True,
     }
     config.conditioning = {"low_size": 32, "crop_fraction": 0.5}
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}

@@ -277,8 +277,9 @@ def _how_to_train(root: pathlib.Path, name: str, config_path: str = "") -> str:
     """The command that trains a stage, guessed from what trained its neighbours or is being trained."""
     files = [StageFolder(root, other).read_json("run.json") for other in STAGES]
     known = [run["config"] for run in files if run] + [config_path or "configs/shapes.py"]
-    family = known[0].split(":")[0]
-    return f"train it with `python train.py --config {family}:{name} --workdir {root}`"
+    family, _, which = known[0].partition(":")
+    form = "," + which.partition(",")[2] if "," in which else ""
+    return f"train it with `python train.py --config {family}:{name}{form} --workdir {root}`"
 
 
 # --- training -------------------------------------------------------------------------------

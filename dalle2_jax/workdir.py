@@ -17,8 +17,11 @@ import dataclasses
 import gc
 import json
 import logging
+import os
 import pathlib
 import shutil
+import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,6 +33,9 @@ from dalle2_jax.files import write_atomically
 from dalle2_jax.types import UserError
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs each array, and the traceback of what it raises
+
+GRACE = 0.5
+"""Seconds given to the threads that still read a checkpoint found to be damaged."""
 
 MAY_CHANGE = ("total_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints", "mesh", "workers")
 """Config fields in which a resumed run may differ from the run that made the folder."""
@@ -205,13 +211,30 @@ class _Damaged(Exception):
 
 def _read(path: pathlib.Path, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a checkpoint's trees and data position."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _hushed():
         # orbax forgets its own coroutines when a file is damaged; they are collected here and not later, aloud
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         try:
             trees = ocp.load_checkpointables(path, wanted)
             return trees, ocp.checkpointables_metadata(path).custom_metadata["data_state"]
         except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+            while error.__cause__ or error.__context__:
+                error = error.__cause__ or error.__context__
             reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         gc.collect()
+        time.sleep(GRACE)
     raise _Damaged(reason)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Sends standard error nowhere: the threads of orbax write a traceback there for each array they cannot read."""
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

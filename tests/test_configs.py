@@ -44,18 +44,18 @@ def variants(module, which):
         yield config
 
 
-def stage_of(module, config):
-    """Returns a config's stage, with the clip of the same file; as many pieces of text as the config asks for."""
+def stage_of(module, config, form=""):
+    """Returns a config's stage, with the clip of the same file and form; as many pieces of text as it asks for."""
     vocab_size = config.text.vocab_size
     clip = None
     if config.stage in build.BORROWS_CLIP:
-        clip = build.build_stage(module.get_config("clip").to_dict(), vocab_size, None)
+        clip = build.build_stage(module.get_config(f"clip{form}").to_dict(), vocab_size, None)
     return build.build_stage(config.to_dict(), vocab_size, clip)
 
 
-def builds(module, config):
+def builds(module, config, form=""):
     """Goes through a whole config as training and sampling do, and makes no array."""
-    stage = stage_of(module, config)
+    stage = stage_of(module, config, form)
     config = config.to_dict()
     run = build._run_config(config)
     expand(MeshConfig, config["mesh"], "mesh")
@@ -89,9 +89,10 @@ def builds(module, config):
 @pytest.mark.parametrize(("family", "which"), NAMED)
 def test_builds(family, which):
     module = FILES[family]
+    name, comma, form = which.partition(",")
     for config in variants(module, which):
-        assert config.stage == which
-        builds(module, config)
+        assert config.stage == name
+        builds(module, config, comma + form)
 
 
 @pytest.mark.parametrize("family", FILES)

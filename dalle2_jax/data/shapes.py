@@ -118,6 +118,7 @@ class ShapesSource:
         resolution: side of the pictures, at least 8.
         seed: another seed is another data set.
         max_objects: 1, or 2 for scenes with one or two objects, half of each.
+        jitter: how far a single object stands from the centre along each axis, at most, in sides; 0 to 0.2.
         num_examples: how many scenes the split has; scene i does not depend on it.
 
     Raises:
@@ -125,12 +126,20 @@ class ShapesSource:
     """
 
     def __init__(
-        self, split: str, resolution: int, seed: int = 0, max_objects: int = 1, num_examples: int = 50_000
+        self,
+        split: str,
+        resolution: int,
+        seed: int = 0,
+        max_objects: int = 1,
+        num_examples: int = 50_000,
+        jitter: float = _JITTER,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"shapes has no split {split!r}: choose one of {', '.join(SPLITS)}")
         if max_objects not in (1, 2):
             raise UserError(f"shapes draws 1 or 2 objects, not max_objects={max_objects}")
+        if not 0 <= jitter <= _JITTER:
+            raise UserError(f"shapes moves single objects by 0 to {_JITTER} of the side, not jitter={jitter}")
         if resolution < 8:
             raise UserError(f"shapes cannot be told apart at resolution {resolution}: use 8 or more")
         if not 0 <= seed < 2**64:
@@ -138,7 +147,7 @@ class ShapesSource:
         if num_examples < 1:
             raise UserError(f"shapes needs num_examples of at least 1, not {num_examples}")
         self.split, self.resolution, self.seed = split, resolution, seed
-        self.max_objects, self.num_examples = max_objects, num_examples
+        self.max_objects, self.num_examples, self.jitter = max_objects, num_examples, jitter
 
     def __len__(self) -> int:
         return self.num_examples
@@ -146,7 +155,7 @@ class ShapesSource:
     def __repr__(self) -> str:
         return (
             f"ShapesSource({self.split!r}, {self.resolution}, seed={self.seed}, "
-            f"max_objects={self.max_objects}, num_examples={self.num_examples})"
+            f"max_objects={self.max_objects}, num_examples={self.num_examples}, jitter={self.jitter})"
         )
 
     def __getitem__(self, index: int) -> dict:
@@ -177,7 +186,7 @@ class ShapesSource:
         if not -len(self) <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)}")
         index = int(index) % len(self)
-        return _random_scene(self._rng(index, 0), self.split == "compositional", self.max_objects)
+        return _random_scene(self._rng(index, 0), self.split == "compositional", self.max_objects, self.jitter)
 
     def _rng(self, index: int, use: int) -> np.random.Generator:
         # A Philox key takes two words and a counter four: no hashing, so it is quick to make.
@@ -190,13 +199,13 @@ _EVERY_PAIR = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 _PAIRS = {held_out: tuple(pair for pair in _EVERY_PAIR if (pair in HELD_OUT) == held_out) for held_out in (False, True)}
 
 
-def _random_scene(rng: np.random.Generator, held_out: bool, max_objects: int) -> Scene:
+def _random_scene(rng: np.random.Generator, held_out: bool, max_objects: int, jitter: float) -> Scene:
     pairs, sizes, backgrounds = _PAIRS[held_out], tuple(SIZES), tuple(BACKGROUNDS)
     count = int(rng.integers(1, max_objects + 1))
     looks = [pairs[rng.integers(len(pairs))] for _ in range(count)]
     chosen = [sizes[rng.integers(len(sizes))] for _ in range(count)]
     background = backgrounds[rng.integers(len(backgrounds))]
-    places = _place_one(rng, chosen[0]) if count == 1 else _place_two(rng, chosen)
+    places = _place_one(rng, jitter) if count == 1 else _place_two(rng, chosen)
     objects = tuple(
         SceneObject(shape, colour, size, x, y)
         for (colour, shape), size, (x, y) in zip(looks, chosen, places, strict=True)
@@ -214,8 +223,8 @@ def snap(place: float) -> float:
     return round(place * _LATTICE) / _LATTICE
 
 
-def _place_one(rng: np.random.Generator, size: str) -> list[tuple[float, float]]:
-    x, y = 0.5 + rng.uniform(-_JITTER, _JITTER, 2)
+def _place_one(rng: np.random.Generator, jitter: float) -> list[tuple[float, float]]:
+    x, y = 0.5 + rng.uniform(-jitter, jitter, 2)
     return [(snap(x), snap(y))]
 
 

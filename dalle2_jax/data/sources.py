@@ -42,6 +42,7 @@ class ShapesConfig:
     max_objects: int = 1
     num_examples: int = 50_000
     seed: int = 0
+    jitter: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def make_source(config: SourceConfig, split: str) -> Source:
         UserError: when the data set has no such split or cannot be read.
     """
     if isinstance(config, ShapesConfig):
-        return ShapesSource(split, config.resolution, config.seed, config.max_objects, config.num_examples)
+        return ShapesSource(
+            split, config.resolution, config.seed, config.max_objects, config.num_examples, config.jitter
+        )
     return FolderSource(config.path, split, config.resolution, config.crop)
 
 

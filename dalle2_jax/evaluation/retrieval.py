@@ -11,13 +11,15 @@ from dalle2_jax.data import ShapesSource, Source
 def distinct_examples(source: Source, count: int) -> list[int]:
     """Returns the first ``count`` examples of which no two could share a caption.
 
-    Of ``shapes``, scenes that differ in more than the background, which captions may leave out; of
-    other sources, examples with different captions. Fewer where the source has no more.
+    Of ``shapes``, scenes that differ in more than the background, which captions may leave out, and
+    than the order of their objects ("a left of b", "b right of a"); of other sources, examples with
+    different captions. Fewer where the source has no more.
     """
     seen, indices = set(), []
     for index in range(len(source)):
         if isinstance(source, ShapesSource):
-            identity = source.scene(index).attributes[:-1]
+            *objects, relation, _ = source.scene(index).attributes
+            identity = frozenset(objects), relation in ("above", "below")
         else:
             identity = source[index]["caption"]
         if identity not in seen:

@@ -48,12 +48,18 @@ class UNetConfig:
     dropout: float = 0.0
     middle_attention: bool = True
     emb_dim: int | None = None  # width of the time embedding; 4 * channels if None
+    input_skip: bool = False  # adds shares of the input to the output, learned from the time embedding
     patch_size: int = 1  # pictures are folded patch x patch pixels to a position: space to depth, and back
     norm_groups: int = 32
     remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        if self.input_skip and self.in_channels % self.out_channels:
+            raise UserError(
+                f"input_skip adds whole pictures: in_channels {self.in_channels} must be a multiple of "
+                f"out_channels {self.out_channels}"
+            )
         for level in range(len(self.channel_mult)):
             channels = self.level_channels(level)
             if channels % self.norm_groups:
@@ -151,8 +157,8 @@ class UNet(nn.Module):
     Params, level l from 0 at full size, block i from 0 in the order in which they run:
     ``conv_in``, ``time_mlp``, ``down_{l}_{i}``, ``down_{l}_{i}_attn``, ``down_{l}_sample``,
     ``mid_0``, ``mid_attn``, ``mid_1``, ``up_{l}_{i}``, ``up_{l}_{i}_attn``, ``up_{l}_sample``
-    (on level l, to level l - 1), ``norm_out``, ``conv_out``. Dropout draws from the rng
-    collection "dropout" when ``train``.
+    (on level l, to level l - 1), ``norm_out``, ``conv_out``, and ``input_skip`` if the config has
+    it. Dropout draws from the rng collection "dropout" when ``train``.
     """
 
     config: UNetConfig
@@ -206,7 +212,20 @@ class UNet(nn.Module):
         h = nn.Conv(
             out, (3, 3), padding=1, dtype=config.dtype, kernel_init=nn.initializers.zeros, name="conv_out"
         )(h)
-        return unfold_patches(h, config.patch_size).astype(jnp.float32)
+        h = unfold_patches(h, config.patch_size).astype(jnp.float32)
+        return h + self._input_share(x, step) if config.input_skip else h
+
+    def _input_share(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        """What a network need not learn to copy: at little noise, x_0 is nearly x_t (Karras et al. 2022, eq. 7).
+
+        There c_skip is a function of the noise; here it is learned, one for each input channel.
+        """
+        config = self.config
+        share = nn.Dense(
+            config.in_channels, dtype=config.dtype, kernel_init=nn.initializers.zeros, name="input_skip"
+        )(step)
+        shared = share.astype(jnp.float32)[:, None, None, :] * x.astype(jnp.float32)
+        return shared.reshape(*x.shape[:3], -1, config.out_channels).sum(axis=3)
 
     def _down(
         self,

@@ -73,7 +73,7 @@ class ArPriorStage:
     def __post_init__(self) -> None:
         if self.calibration_examples < self.model.buckets:
             raise UserError(
-                f"{self.name}: {self.calibration_examples} calibration_examples cannot fill {self.model.buckets} buckets"
+                f"{self.calibration_examples} calibration_examples cannot fill {self.model.buckets} buckets: take more"
             )
 
     @property

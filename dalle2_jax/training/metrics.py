@@ -90,7 +90,7 @@ def mean_of_finite(history: list[tuple[int, Mapping[str, np.ndarray]]], last_goo
       UserError: a metric is not finite; the message names the step, the metric and the last good checkpoint.
     """
     for step, metrics in history:
-        for name, value in metrics.items():
+        for name, value in sorted(metrics.items(), key=lambda item: item[0] != "loss"):  # the loss tells most
             if not np.isfinite(value):
                 raise UserError(
                     f"training stopped: {name} became {float(value)} at step {step}; the last good checkpoint is "

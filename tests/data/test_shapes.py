@@ -109,3 +109,12 @@ def test_source_draws_and_lists():
 def test_mistakes_are_answered(wrong, message):
     with pytest.raises(UserError, match=message):
         ShapesSource(**{"split": "train", "resolution": 64} | wrong)
+
+
+def test_jitter_bounds_where_a_single_object_stands():
+    for jitter in (0.0, 0.05):
+        source = ShapesSource("train", 8, jitter=jitter, num_examples=50)
+        away = [max(abs(thing.x - 0.5), abs(thing.y - 0.5)) for i in range(50) for thing in source.scene(i).objects]
+        assert jitter / 2 <= max(away) <= jitter + 1 / 512
+    with pytest.raises(UserError, match="jitter=0.3"):
+        ShapesSource("train", 8, jitter=0.3)

@@ -14,8 +14,8 @@ def test_configurations_are_frozen_and_hashable():
 
 
 def test_every_field_reaches_the_source(tmp_path):
-    source = make_source(ShapesConfig(resolution=24, max_objects=2, num_examples=7, seed=5), "val")
-    assert repr(source) == "ShapesSource('val', 24, seed=5, max_objects=2, num_examples=7)"
+    source = make_source(ShapesConfig(resolution=24, max_objects=2, num_examples=7, seed=5, jitter=0.1), "val")
+    assert repr(source) == "ShapesSource('val', 24, seed=5, max_objects=2, num_examples=7, jitter=0.1)"
     with pytest.raises(UserError, match="no pictures"):
         make_source(FolderConfig(str(tmp_path)), "train")
     with pytest.raises(UserError, match="crop 'x'"):

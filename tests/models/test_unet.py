@@ -167,6 +167,18 @@ def test_fold_and_resample():
     np.testing.assert_allclose(average_pool(x, 2)[0, 1, 2], x[0, 2:4, 4:6].mean((0, 1)), rtol=1e-5)
 
 
+def test_input_skip_adds_shares_of_the_input():
+    """At initialisation the output is zero; with shares (0.5, 2) of the two pictures in x it is their sum."""
+    config = replace(PLAIN, in_channels=6, input_skip=True)
+    x, t, emb, _ = inputs(config)
+    variables = UNet(config).init(jax.random.key(0), x, t, emb)
+    np.testing.assert_array_equal(UNet(config).apply(variables, x, t, emb), 0)
+    shares = jnp.array([0.5, 0.5, 0.5, 2.0, 2.0, 2.0])
+    params = {**variables["params"], "input_skip": {**variables["params"]["input_skip"], "bias": shares}}
+    close(UNet(config).apply({"params": params}, x, t, emb), 0.5 * x[..., :3] + 2.0 * x[..., 3:], 1e-6)
+    assert "input_skip" not in UNet(PLAIN).init(jax.random.key(0), x[..., :3], t, emb)["params"]
+
+
 def test_bad_input():
     x, t, emb, _ = inputs(PLAIN)
     params = random_variables(UNet(PLAIN), x, t, emb)
@@ -180,3 +192,5 @@ def test_bad_input():
         replace(CONFIG, norm_groups=3)
     with pytest.raises(UserError, match="head_channels"):
         replace(CONFIG, head_channels=5)
+    with pytest.raises(UserError, match="in_channels 4 must be a multiple"):
+        replace(PLAIN, in_channels=4, input_skip=True)

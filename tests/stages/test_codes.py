@@ -106,3 +106,12 @@ def test_unfit_data():
     image_emb[3, 2] = np.nan
     with pytest.raises(UserError, match="not finite"):
         codes.fit(image_emb, image_emb[:, 0], 5, 4)
+
+
+def test_edges_lie_halfway_between_neighbours_and_centres_are_means():
+    line = np.arange(8, dtype=np.float32)[::-1, None]
+    stats = codes.fit(line, 2 * line[:, 0], components=1, buckets=4)
+    np.testing.assert_allclose(stats["edges"], [[-2, 0, 2]], atol=1e-6)
+    np.testing.assert_allclose(stats["centres"], [[-3, -1, 1, 3]], atol=1e-6)
+    np.testing.assert_allclose(stats["dot_edges"], [3, 7, 11], atol=1e-6)
+    np.testing.assert_array_equal(codes.encode(stats, jnp.asarray(line))[:, 0], [3, 3, 2, 2, 1, 1, 0, 0])

@@ -12,8 +12,8 @@ from dalle2_jax.training.sharding import MeshConfig, make_mesh, shard_batch, tre
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.training.step import abstract_state, init_state, make_train_step, parameter_count, state_shardings
 
-STEPS, LONG = 10, 40
-OPTIMIZER = make_optimizer(OptimConfig(lr=3e-3, weight_decay=0.01), LONG)
+STEPS, LONG = 10, 60
+OPTIMIZER = make_optimizer(OptimConfig(lr=1e-3, weight_decay=0.01), LONG)
 BATCH = testing.tiny_batch(16)
 
 
