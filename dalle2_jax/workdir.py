@@ -221,8 +221,8 @@ def _read(path: pathlib.Path, wanted: Mapping[str, Any]) -> tuple[dict[str, Any]
             while error.__cause__ or error.__context__:
                 error = error.__cause__ or error.__context__
             reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        gc.collect()
         time.sleep(GRACE)
+        gc.collect()
     raise _Damaged(reason)
 
 

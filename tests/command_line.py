@@ -36,14 +36,14 @@ class Shop:
     environment: dict
     pool: ThreadPoolExecutor
 
-    def start(self, *words, **options):
+    def start(self, *words):
         """Starts ``python WORDS`` and returns its Popen."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=self.environment, **pipes, **options)
+        return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=self.environment, **pipes)
 
-    def run(self, *words, **options):
+    def run(self, *words):
         """Runs ``python WORDS`` to its end; returns the CompletedProcess."""
-        with self.start(*words, **options) as process:
+        with self.start(*words) as process:
             out, err = process.communicate(timeout=PATIENCE)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 

@@ -6,12 +6,10 @@ Articles agree ("an orange star"). Every caption names size, colour and shape of
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from dalle2_jax.data.shapes import Scene, SceneObject
+from dalle2_jax.data.scenes import Scene, SceneObject
 
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 RELATION_WORDS = {
@@ -51,12 +49,12 @@ _TWO = (
 _BACKGROUND = " on {article} {colour} background"
 
 
-def captions(scene: "Scene") -> tuple[str, ...]:
+def captions(scene: Scene) -> tuple[str, ...]:
     """Returns every paraphrase of a scene with one or two objects, in a fixed order."""
     return tuple(_say(scene, number) for number in range(_count(scene)))
 
 
-def caption(scene: "Scene", rng: np.random.Generator) -> str:
+def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Draws one paraphrase; half of the draws name the background."""
     return _say(scene, int(rng.integers(_count(scene))))
 
@@ -66,16 +64,16 @@ def mentions_background(text: str) -> bool:
     return "background" in text
 
 
-def _count(scene: "Scene") -> int:
+def _count(scene: Scene) -> int:
     return math.prod(_radices(scene))
 
 
-def _radices(scene: "Scene") -> tuple[int, ...]:
+def _radices(scene: Scene) -> tuple[int, ...]:
     """How many choices each part offers: background, size words, template, and for two also relation word, order."""
     return (2, 2, len(_ONE)) if len(scene.objects) == 1 else (2, 2, len(_TWO), 2, 2, 2)
 
 
-def _say(scene: "Scene", number: int) -> str:
+def _say(scene: Scene, number: int) -> str:
     choices = []
     for radix in _radices(scene):
         number, choice = divmod(number, radix)
@@ -98,7 +96,7 @@ def _say(scene: "Scene", number: int) -> str:
     )
 
 
-def _nouns(thing: "SceneObject", word: int) -> dict[str, str]:
+def _nouns(thing: SceneObject, word: int) -> dict[str, str]:
     size = SIZE_WORDS[thing.size][word]
     bare = f"{size} {thing.colour} {thing.shape}"
     return {

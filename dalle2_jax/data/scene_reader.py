@@ -32,7 +32,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from dalle2_jax.data import grammar, polygons
-from dalle2_jax.data.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, SceneObject, relation_of, snap
+from dalle2_jax.data.scenes import Scene, SceneObject, relation_of
+from dalle2_jax.data.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, snap
 
 ATTRIBUTES = ("colour", "shape", "size", "count", "relation", "background", "all")
 UNKNOWN = "unknown"

@@ -17,13 +17,13 @@ relation where there is one, and name the background in half of them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
 
 from dalle2_jax.data import grammar
 from dalle2_jax.data.polygons import EXTENT, SHAPES, coverage
+from dalle2_jax.data.scenes import Scene, SceneObject
 from dalle2_jax.types import UserError
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -55,44 +55,6 @@ SPLITS = ("train", "val", "compositional")
 
 _LATTICE = 512  # places are multiples of 1/512 of the side, so that coverage patches can be cached
 _MARGIN, _GAP, _JITTER = 0.02, 0.05, 0.2  # to the edge, between two objects, about the centre; in sides
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One object; (x, y) is its centre as a fraction of the side, y downwards."""
-
-    shape: str
-    colour: str
-    size: str
-    x: float
-    y: float
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One or two objects on a plain background (a reader may find none, or more than two)."""
-
-    objects: tuple[SceneObject, ...]
-    background: str
-
-    @property
-    def relation(self) -> str | None:
-        """Where the first object lies from the second: left, right, above, below; None unless there are two."""
-        return relation_of(*self.objects) if len(self.objects) == 2 else None
-
-    @property
-    def attributes(self) -> tuple:
-        """Everything a full caption says: the scene without its places. Equal for indistinguishable scenes."""
-        objects = tuple((thing.size, thing.colour, thing.shape) for thing in self.objects)
-        return (*objects, self.relation, self.background)
-
-
-def relation_of(first: SceneObject, second: SceneObject) -> str:
-    """Returns where ``first`` lies from ``second``, along the axis on which they are further apart."""
-    dx, dy = first.x - second.x, first.y - second.y
-    if abs(dx) >= abs(dy):
-        return "left" if dx < 0 else "right"
-    return "above" if dy < 0 else "below"
 
 
 def render(scene: Scene, resolution: int) -> UInt8[np.ndarray, "H W 3"]:

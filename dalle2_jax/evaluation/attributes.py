@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 from dalle2_jax.data.grammar import mentions_background
 from dalle2_jax.data.scene_reader import ATTRIBUTES, matches, read_scene
-from dalle2_jax.data.shapes import Scene
+from dalle2_jax.data.scenes import Scene
 
 
 def attribute_accuracy(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dalle2_jax.data import grammar
-from dalle2_jax.data.shapes import COLOURS, SHAPES, Scene, SceneObject, ShapesSource
+from dalle2_jax.data.scenes import Scene, SceneObject
+from dalle2_jax.data.shapes import COLOURS, SHAPES, ShapesSource
 
 STAR = SceneObject("star", "orange", "large", 0.25, 0.5)
 CROSS = SceneObject("cross", "blue", "small", 0.75, 0.5)

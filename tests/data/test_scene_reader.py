@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from dalle2_jax.data.scene_reader import UNKNOWN, matches, read_scene
-from dalle2_jax.data.shapes import Scene, SceneObject, ShapesSource, render
+from dalle2_jax.data.scenes import Scene, SceneObject
+from dalle2_jax.data.shapes import ShapesSource, render
 
 
 def _accuracy(side, count, spoil=lambda levels: levels, split="val"):

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from dalle2_jax.data import grammar, shapes
+from dalle2_jax.data import grammar, scenes, shapes
 from dalle2_jax.data.polygons import EXTENT
 from dalle2_jax.data.shapes import COLOURS, HELD_OUT, SHAPES, SIZES, ShapesSource
 from dalle2_jax.types import UserError
@@ -73,12 +73,12 @@ def test_two_objects_are_apart_in_every_relation():
 
 def test_relation_is_where_the_first_object_lies():
     def place(x, y):
-        return shapes.SceneObject("circle", "red", "small", x, y)
+        return scenes.SceneObject("circle", "red", "small", x, y)
 
-    assert shapes.relation_of(place(0.2, 0.5), place(0.8, 0.6)) == "left"
-    assert shapes.relation_of(place(0.8, 0.5), place(0.2, 0.6)) == "right"
-    assert shapes.relation_of(place(0.5, 0.1), place(0.6, 0.9)) == "above"
-    assert shapes.relation_of(place(0.5, 0.9), place(0.6, 0.1)) == "below"
+    assert scenes.relation_of(place(0.2, 0.5), place(0.8, 0.6)) == "left"
+    assert scenes.relation_of(place(0.8, 0.5), place(0.2, 0.6)) == "right"
+    assert scenes.relation_of(place(0.5, 0.1), place(0.6, 0.9)) == "above"
+    assert scenes.relation_of(place(0.5, 0.9), place(0.6, 0.1)) == "below"
 
 
 def test_source_draws_and_lists():
