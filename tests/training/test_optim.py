@@ -51,7 +51,8 @@ def stages():
         yield kind, testing.tiny_stage(kind)
     decoder, prior = testing.tiny_stage("decoder"), testing.tiny_stage("prior")
     clip_text = {"text_input": "clip", "text_width": testing.WIDTH}
-    unet = dataclasses.replace(decoder.model.unet, channel_mult=(1, 2), resblock_updown=False, attention_resolutions=(8,))
+    shape = {"channel_mult": (1, 2), "resblock_updown": False, "attention_resolutions": (8,)}
+    unet = dataclasses.replace(decoder.model.unet, **shape)
     karlo = dataclasses.replace(decoder.model, unet=unet, text=None, text_emb_proj=True, **clip_text)
     yield "decoder of clip's text", dataclasses.replace(decoder, model=karlo)
     yield "prior of clip's text", dataclasses.replace(
@@ -112,7 +113,8 @@ def test_two_steps_are_adams():
 def test_gradients_are_clipped_by_their_global_norm(clip_norm, norm):
     grads = jax.tree.map(lambda leaf: leaf * 10 / math.sqrt(6) / 4, PARAMS)
     _, state = step(OptimConfig(clip_norm=clip_norm), PARAMS, grads)
-    (moments,) = (leaf for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: hasattr(leaf, "mu")) if hasattr(leaf, "mu"))
+    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: hasattr(leaf, "mu"))
+    (moments,) = (leaf for leaf in leaves if hasattr(leaf, "mu"))
     mean = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moments.mu)])
     np.testing.assert_allclose(np.linalg.norm(mean), 0.1 * norm, rtol=1e-5)  # (1 - beta1) x gradient
 
