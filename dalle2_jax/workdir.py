@@ -194,7 +194,10 @@ class Checkpoints:
             trees |= {name: tree for name, tree in abstract.items() if name not in wanted}
             return Restored(step, trees, data_state, tuple(skipped))
         if skipped:
-            raise UserError(f"no checkpoint of stage {self._folder.stage} can be read: {'; '.join(skipped)}")
+            raise UserError(
+                f"no checkpoint of stage {self._folder.stage} can be read: {'; '.join(skipped)}; "
+                f"restore one, or remove {self._folder.path} and train it again"
+            )
         return None
 
     def discard_after(self, step: int) -> None:
