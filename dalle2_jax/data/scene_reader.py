@@ -33,7 +33,7 @@ from jaxtyping import Float, UInt8
 
 from dalle2_jax.data import grammar, polygons
 from dalle2_jax.data.scenes import Scene, SceneObject, relation_of
-from dalle2_jax.data.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, snap
+from dalle2_jax.data.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, radius_of, snap
 
 ATTRIBUTES = ("colour", "shape", "size", "count", "relation", "background", "all")
 UNKNOWN = "unknown"
@@ -60,12 +60,12 @@ def read_scene(picture: UInt8[np.ndarray, "H W 3"]) -> Scene:
     border = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
     background = np.median(border, axis=0)
     smooth = cv2.GaussianBlur(levels, (0, 0), _SMOOTHING)
-    objects = []
+    parts = []
     for found in _components(np.linalg.norm(smooth - background, axis=2) > _FOREGROUND, side):
         share = _share(smooth, background, _ink(smooth, background, found))
-        parts = _components((share > 0.5) & found, side)
-        objects.extend(_describe(levels, smooth, background, part) for part in parts)
-    return Scene(tuple(objects), _nearest(background, BACKGROUNDS)[0])
+        parts.extend(_components((share > 0.5) & found, side))
+    objects = tuple(_describe(levels, smooth, background, part, len(parts)) for part in parts)
+    return Scene(objects, _nearest(background, BACKGROUNDS)[0])
 
 
 def matches(reading: Scene, scene: Scene, caption: str | None = None) -> Mapping[str, bool]:
@@ -123,8 +123,10 @@ def _nearest(colour: np.ndarray, names: Mapping[str, tuple[int, int, int]]) -> t
     return name, distances[name]
 
 
-def _describe(levels: np.ndarray, smooth: np.ndarray, background: np.ndarray, part: np.ndarray) -> SceneObject:
-    """Names one object, from its pixels and the ring about them, where its edge covers less than half."""
+def _describe(
+    levels: np.ndarray, smooth: np.ndarray, background: np.ndarray, part: np.ndarray, count: int
+) -> SceneObject:
+    """Names one of ``count`` objects, from its pixels and the ring about them, where its edge covers less than half."""
     side = levels.shape[0]
     ink = _ink(smooth, background, part)
     colour, distance = _nearest(ink, COLOURS)
@@ -137,7 +139,7 @@ def _describe(levels: np.ndarray, smooth: np.ndarray, background: np.ndarray, pa
         (shape, size, radius): _fit(share, shape, radius, x, y)
         for shape in SHAPES
         for size in SIZES
-        for radius in (SIZES[size] * scale for scale in _SCALES)
+        for radius in (radius_of(size, count) * scale for scale in _SCALES)
     }
     (shape, size, _), (_, overlap) = min(fits.items(), key=lambda item: item[1][0])
     return SceneObject(

@@ -38,7 +38,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
 SIZES: dict[str, float] = {"small": 0.13, "large": 0.215}
-"""Radius as a fraction of the picture's side."""
+"""Radius of one of two objects, as a fraction of the picture's side. A single object has more room: see `radius_of`."""
 HELD_OUT = frozenset(
     {
         ("red", "circle"),
@@ -55,6 +55,12 @@ SPLITS = ("train", "val", "compositional")
 
 _LATTICE = 512  # places are multiples of 1/512 of the side, so that coverage patches can be cached
 _MARGIN, _GAP, _JITTER = 0.02, 0.05, 0.2  # to the edge, between two objects, about the centre; in sides
+_SINGLE = 1.4  # a small star of 2 * 0.13 * 32 pixels would be little more than a blot
+
+
+def radius_of(size: str, count: int) -> float:
+    """Returns the radius of an object in a scene of ``count`` objects, as a fraction of the side."""
+    return SIZES[size] * (_SINGLE if count == 1 else 1.0)
 
 
 def render(scene: Scene, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -62,7 +68,8 @@ def render(scene: Scene, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
     picture = np.empty((resolution, resolution, 3), np.uint8)
     picture[:] = BACKGROUNDS[scene.background]
     for thing in scene.objects:
-        patch, top, left = coverage(thing.shape, SIZES[thing.size], thing.x, thing.y, resolution)
+        radius = radius_of(thing.size, len(scene.objects))
+        patch, top, left = coverage(thing.shape, radius, thing.x, thing.y, resolution)
         below, right = top + patch.shape[0], left + patch.shape[1]
         rows, columns = slice(max(top, 0), below), slice(max(left, 0), right)
         seen = patch[rows.start - top : resolution - top, columns.start - left : resolution - left, None]
@@ -80,7 +87,8 @@ class ShapesSource:
         resolution: side of the pictures, at least 8.
         seed: another seed is another data set.
         max_objects: 1, or 2 for scenes with one or two objects, half of each.
-        jitter: how far a single object stands from the centre along each axis, at most, in sides; 0 to 0.2.
+        jitter: how far a single object stands from the centre along each axis, at most, in sides; 0 to 0.2. A
+            large one stays further in, clear of the edge.
         num_examples: how many scenes the split has; scene i does not depend on it.
 
     Raises:
@@ -167,7 +175,8 @@ def _random_scene(rng: np.random.Generator, held_out: bool, max_objects: int, ji
     looks = [pairs[rng.integers(len(pairs))] for _ in range(count)]
     chosen = [sizes[rng.integers(len(sizes))] for _ in range(count)]
     background = backgrounds[rng.integers(len(backgrounds))]
-    places = _place_one(rng, jitter) if count == 1 else _place_two(rng, chosen)
+    insets = [EXTENT * radius_of(size, count) + _MARGIN for size in chosen]
+    places = _place_one(rng, jitter, *insets) if count == 1 else _place_two(rng, *insets)
     objects = tuple(
         SceneObject(shape, colour, size, x, y)
         for (colour, shape), size, (x, y) in zip(looks, chosen, places, strict=True)
@@ -175,24 +184,20 @@ def _random_scene(rng: np.random.Generator, held_out: bool, max_objects: int, ji
     return Scene(objects, background)
 
 
-def _inset(size: str) -> float:
-    """How far a centre must stay from the edge, in sides."""
-    return EXTENT * SIZES[size] + _MARGIN
-
-
 def snap(place: float) -> float:
     """Returns the place on the lattice that is nearest, in sides."""
     return round(place * _LATTICE) / _LATTICE
 
 
-def _place_one(rng: np.random.Generator, jitter: float) -> list[tuple[float, float]]:
-    x, y = 0.5 + rng.uniform(-jitter, jitter, 2)
+def _place_one(rng: np.random.Generator, jitter: float, inset: float) -> list[tuple[float, float]]:
+    """Puts one object about the centre. An inset is how far a centre stays from the edge, in sides."""
+    reach = min(jitter, 0.5 - inset)
+    x, y = 0.5 + rng.uniform(-reach, reach, 2)
     return [(snap(x), snap(y))]
 
 
-def _place_two(rng: np.random.Generator, sizes: list[str]) -> list[tuple[float, float]]:
+def _place_two(rng: np.random.Generator, near: float, far: float) -> list[tuple[float, float]]:
     """Puts two objects apart along one axis, and at most half as far along the other, in random order."""
-    near, far = (_inset(size) for size in sizes)
     slack = max(0.0, 1 - 2 * near - 2 * far + 2 * _MARGIN - _GAP)
     start, end = np.sort(rng.uniform(0, slack, 2))
     along = (near + start, 1 - far - (slack - end))

@@ -5,7 +5,7 @@ import pytest
 
 from dalle2_jax.data import grammar, scenes, shapes
 from dalle2_jax.data.polygons import EXTENT
-from dalle2_jax.data.shapes import COLOURS, HELD_OUT, SHAPES, SIZES, ShapesSource
+from dalle2_jax.data.shapes import COLOURS, HELD_OUT, SHAPES, SIZES, ShapesSource, radius_of
 from dalle2_jax.types import UserError
 
 
@@ -116,5 +116,9 @@ def test_jitter_bounds_where_a_single_object_stands():
         source = ShapesSource("train", 8, jitter=jitter, num_examples=50)
         away = [max(abs(thing.x - 0.5), abs(thing.y - 0.5)) for i in range(50) for thing in source.scene(i).objects]
         assert jitter / 2 <= max(away) <= jitter + 1 / 512
+    crowded = ShapesSource("train", 8, num_examples=200)
+    for scene in map(crowded.scene, range(200)):
+        reach = EXTENT * radius_of(scene.objects[0].size, 1)
+        assert all(reach < place < 1 - reach for place in (scene.objects[0].x, scene.objects[0].y))
     with pytest.raises(UserError, match="jitter=0.3"):
         ShapesSource("train", 8, jitter=0.3)
