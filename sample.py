@@ -17,7 +17,7 @@ import dalle2_jax
 from dalle2_jax import build, entry
 from dalle2_jax.diffusion.schedule import respace
 from dalle2_jax.files import captioned_grid, write_atomically, write_png
-from dalle2_jax.generation import Cascade, Member, Request, Settings
+from dalle2_jax.generation import PRIORS, Cascade, Member, Request, Settings
 from dalle2_jax.stages import ArSamplingConfig, DiffusionStage, SamplingConfig, Stage
 from dalle2_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
 from dalle2_jax.types import UsageError, UserError
@@ -28,8 +28,6 @@ BY_DIFFUSION = {"sampler": ("name", str), "steps": ("steps", str), "eta": ("eta"
 BY_CODES = {"dot_quantile": ("dot_quantile", float), **GUIDANCE}
 OPTIONS = {**dict.fromkeys(DIFFUSED, BY_DIFFUSION), "ar_prior": BY_CODES}
 """A stage -> its options on the command line -> the field of its sampling, and the type."""
-
-PRIOR_NAMES = {"diffusion": "prior", "ar": "ar_prior"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=entry.seed, default=0, help="decides every picture (default 0)")
     command.add_argument("--batch_size", type=entry.positive, default=16, help="pictures at a time (default 16)")
     command.add_argument("--out", required=True, type=pathlib.Path, help="folder for PNGs, grid.png and samples.json")
-    command.add_argument("--prior", choices=PRIOR_NAMES, help="which, where the system has both (default diffusion)")
+    command.add_argument("--prior", choices=PRIORS, help="which, where the system has both (default diffusion)")
     command.add_argument(
         "--prior.candidates",
         type=entry.positive,
@@ -118,7 +116,7 @@ def text2image(options: argparse.Namespace) -> None:
     """Draws, and writes ``OUT/<prompt>_<sample>.png``, ``OUT/grid.png`` and ``OUT/samples.json``."""
     prompts = read_prompts(options)
     mesh = make_mesh(MeshConfig())
-    members = build.load_cascade(options.system, mesh, PRIOR_NAMES.get(options.prior))
+    members = build.load_cascade(options.system, mesh, options.prior)
     for name in (name for name, member in members.items() if member.tokenizer and name != "clip"):
         for i in members[name].tokenizer.truncated(prompts, members[name].context_length):
             room = f"the {name}'s {members[name].context_length} tokens"

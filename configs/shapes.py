@@ -17,6 +17,8 @@ noise eps would have to pass through it pixel by pixel. Add `,large` to a stage'
 form (`configs/shapes.py:decoder,large`); all stages of a system must be of one form.
 """
 
+from collections.abc import Iterator
+
 from ml_collections import ConfigDict
 
 from dalle2_jax.types import choose
@@ -27,6 +29,17 @@ def get_config(which: str) -> ConfigDict:
     config = choose("config of configs/shapes.py", which, STAGES)()
     config.stage = which.partition(",")[0]
     return config
+
+
+def sweep(which: str) -> Iterator[dict]:
+    """Yields what ``python -m dalle2_jax.sweep`` varies, in runs of a quarter of the steps."""
+    config = get_config(which)
+    short = {"total_steps": config.total_steps // 4, "optim.warmup_steps": config.optim.warmup_steps // 4}
+    for scale in (0.5, 1.0, 2.0):
+        yield {"optim.lr": scale * config.optim.lr, **short}
+    if config.stage == "decoder":
+        yield {"diffusion.prediction": "v", **short}
+        yield {"diffusion.prediction": "eps", "diffusion.weighting": "none", **short}
 
 
 def common(total_steps: int, batch_size: int, lr: float, resolution: int) -> ConfigDict:
@@ -112,7 +125,7 @@ def prior_large() -> ConfigDict:
 
 
 def decoder() -> ConfigDict:
-    config = common(7000, 16, 1.5e-3, resolution=32)
+    config = common(6000, 16, 1.5e-3, resolution=32)
     config.model = {
         "unet": {
             "image_size": 32,

@@ -13,9 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dalle2_jax import data, stages, text
-from dalle2_jax.generation.cascade import PRIORS
-from dalle2_jax.generation.preview import make_preview
-from dalle2_jax.generation.system import Member, check_agreement
+from dalle2_jax.generation import PRIORS, Member, check_agreement, make_preview
 from dalle2_jax.models.ar_prior import ArPriorConfig
 from dalle2_jax.models.clip import ClipConfig
 from dalle2_jax.models.decoder import DecoderConfig
@@ -249,7 +247,7 @@ def load_cascade(root: pathlib.Path, mesh: jax.sharding.Mesh, prior: str | None 
     Args:
       root: the workdir.
       mesh: where the weights go.
-      prior: one of ``PRIORS``; None takes the first that was started there.
+      prior: a kind of ``PRIORS``; None takes the first that was started there.
 
     Raises:
       UserError: there is no such system, it lacks a stage for that, or two stages disagree.
@@ -257,9 +255,9 @@ def load_cascade(root: pathlib.Path, mesh: jax.sharding.Mesh, prior: str | None 
     started = [name for name in STAGES if StageFolder(root, name).exists()]
     if not started:
         return load_system(root, mesh)  # says what is wrong
-    prior = prior or next((name for name in PRIORS if name in started), PRIORS[0])
-    needed = {"clip", prior, "decoder"}
-    names = tuple(name for name in STAGES if name in needed or (name in started and name not in PRIORS))
+    stage = PRIORS.get(prior) or next((name for name in PRIORS.values() if name in started), "prior")
+    needed = {"clip", stage, "decoder"}
+    names = tuple(name for name in STAGES if name in needed or (name in started and name not in PRIORS.values()))
     return load_system(root, mesh, names)
 
 

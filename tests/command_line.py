@@ -186,6 +186,7 @@ def wrong_words(system, root):
     def sample(*words):
         return sample_words(system, root / "out", "--prompt", "red", *words)
 
+    paper = ["--config", "configs/paper.py:decoder", "--out", root / "sweep"]
     return {
         "unknown stage": (train_words("decodr", root / "new"), ["'decodr': did you mean 'decoder'"]),
         "unknown field": (train("--config.optim.lrr=3"), ["config.optim 'lrr': did you mean 'lr'"]),
@@ -208,6 +209,7 @@ def wrong_words(system, root):
         "too many steps": (sample("--decoder.steps", "5000"), ["--decoder.*", "5000 of 100 steps"]),
         "stage not there": (sample("--upsampler_2.steps", "3"), ["upsampler_2"]),
         "seed of a giant": (sample("--seed", 10**20), ["--seed"]),
+        "nothing to vary": (["-m", "dalle2_jax.sweep", *paper], ["lists nothing to vary"]),
         "nothing to measure": (evaluate_words("retrieval", system, "--num", "-1"), ["--num"]),
     }
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from command_line import (
+    CONFIG,
     MOMENTS,
     Shop,
     assert_one_line,
@@ -200,6 +201,8 @@ def test_ar_prior(shop, system, tmp_path):
     resumed = shop.pool.submit(shop.train, "ar_prior", killed)
     shop.good(*sample_words(reference, tmp_path / "out", "--prior", "ar", "--prompt", "red", "--num", "2"))
     resumed.result()
+    measured = shop.good(*evaluate_words("attributes", reference, "--prior", "ar", "--num", "2"))
+    assert "2 val captions" in measured.stdout
     assert_same_end(killed, reference, "ar_prior")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"0_0.png", "0_1.png", "grid.png", "samples.json"}
 
@@ -217,6 +220,21 @@ def test_evaluation(shop, system, tmp_path, command):
         assert {"colour", "shape", "size", "all"} <= written["matched"].keys()
         assert "6 val captions" in done.stdout and "shuffled" in done.stdout
         assert (tmp_path / "grid.png").is_file()
+
+
+def test_sweep(shop, tmp_path):
+    """A run that fails does not stop those after it; the same command has nothing left to train but that one."""
+    words = ("-m", "dalle2_jax.sweep", "--config", f"{CONFIG}:upsampler_1", "--out", tmp_path)
+    done = shop.run(*words)
+    failed, last = "01_lr=0.01_batch_size=0", "02_total_steps=6"
+    assert done.returncode == 1 and "config.batch_size must be at least 1, not 0" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: 1 of 3 runs failed: {failed}")
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert [set(row) for row in rows] == [{"run", "varied", "loss"}, {"run", "varied"}, {"run", "varied", "loss"}]
+    assert rows[2]["varied"] == {"total_steps": 6} and last in done.stdout
+    assert steps_in(tmp_path / last, "upsampler_1")[-1] == 6
+    listed = shop.good(*words, "--list").stdout.splitlines()
+    assert len(listed) == 3 and "--config.optim.lr=0.01 --config.batch_size=0" in listed[1]
 
 
 # --- mistakes -------------------------------------------------------------------------------
@@ -256,6 +274,7 @@ def test_long_prompt_is_cut_with_a_warning(shop, system, tmp_path):
         ("sample.py", "python sample.py text2image --system runs/demo --prompt"),
         ("sample.py text2image", "--decoder.guidance 3"),
         ("-m dalle2_jax.evaluation", "python -m dalle2_jax.evaluation attributes --system runs/demo"),
+        ("-m dalle2_jax.sweep", "python -m dalle2_jax.sweep --config configs/shapes.py:decoder --system runs/demo"),
     ],
 )
 def test_help_has_an_example(shop, command, example):

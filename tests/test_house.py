@@ -34,6 +34,7 @@ WALLS = {
     "generation": ("types", "rng", "files", "diffusion", "stages", "text"),
     "evaluation": ("types", "files", "data", "stages", "generation"),
     "sections": ("types", "models"),
+    "sweep": ("types", "files", "entry"),
     "build": ("types", "text", "data", "models", "stages", "training", "generation", "workdir", "sections"),
     "testing": ("types", "rng", "files", "text", "data", "diffusion", "models", "stages", "training", "generation"),
 }

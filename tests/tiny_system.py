@@ -21,6 +21,11 @@ def get_config(which: str) -> ConfigDict:
     return config
 
 
+def sweep(which: str) -> list[dict]:
+    """Two short runs, and between them one that cannot be."""
+    return [{"optim.lr": 1e-3, "total_steps": 4}, {"optim.lr": 1e-2, "batch_size": 0}, {"total_steps": 6}]
+
+
 def common(resolution: int) -> ConfigDict:
     """What every stage's config has."""
     return ConfigDict(

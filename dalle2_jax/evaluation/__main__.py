@@ -17,7 +17,7 @@ from dalle2_jax.data import digits as digits_data
 from dalle2_jax.evaluation import attributes, retrieval
 from dalle2_jax.evaluation import digits as digit_reader
 from dalle2_jax.files import captioned_grid, write_atomically, write_png
-from dalle2_jax.generation import Cascade, Request, Settings
+from dalle2_jax.generation import PRIORS, Cascade, Request, Settings
 from dalle2_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
 from dalle2_jax.types import UserError
 from dalle2_jax.workdir import StageFolder
@@ -44,6 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name != "retrieval":
             command.add_argument("--seed", type=entry.seed, default=1, help="of the samples (default %(default)s)")
             command.add_argument("--batch_size", type=entry.positive, default=64, help="pictures at a time")
+            command.add_argument("--prior", choices=PRIORS, help="which, where the system has both (default diffusion)")
     return parser
 
 
@@ -58,7 +59,7 @@ def open_source(options: argparse.Namespace, stage: str, split: str) -> data.Sou
 def draw(options: argparse.Namespace, captions: Sequence[str]) -> np.ndarray:
     """Draws a picture for each caption with the system's own sampling, uint8[B, H, W, 3]."""
     mesh = make_mesh(MeshConfig())
-    members = build.load_cascade(options.system, mesh)
+    members = build.load_cascade(options.system, mesh, options.prior)
     sampling = {name: member.stage.sampling for name, member in members.items() if name != "clip"}
     cascade = Cascade(members, Settings(options.seed, sampling), batch_sharding(mesh), mesh.size)
     requests = [Request(caption, index, 0) for index, caption in enumerate(captions)]

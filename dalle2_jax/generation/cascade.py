@@ -30,8 +30,9 @@ from dalle2_jax.stages import (
 )
 from dalle2_jax.types import Batch, Params
 
-PRIORS = ("prior", "ar_prior")
-"""Stages that turn a caption into an image embedding; a system has one or both, the first is preferred."""
+PRIORS = {"diffusion": "prior", "ar": "ar_prior"}
+"""A prior's kind -> the stage that turns a caption into an image embedding. A system has one or both; the first is
+preferred."""
 
 UPSAMPLERS = ("upsampler_1", "upsampler_2")
 
@@ -127,7 +128,7 @@ class Cascade:
     """The loaded stages as one machine from captions to pictures.
 
     Args:
-      members: "clip", one of ``PRIORS``, "decoder" and any upsamplers, loaded on ``mesh``.
+      members: "clip", a stage of ``PRIORS``, "decoder" and any upsamplers, loaded on ``mesh``.
       settings: how to draw.
       batch_sharding: how a batch is split over the devices.
       rows: what a batch's size must divide by.
@@ -140,7 +141,7 @@ class Cascade:
         self._settings = settings
         self._sharding = batch_sharding
         self._rows = rows
-        self._prior = next(name for name in PRIORS if name in members)
+        self._prior = next(name for name in PRIORS.values() if name in members)
 
     @property
     def candidates(self) -> int:
