@@ -28,6 +28,9 @@ class PriorStage(DiffusionStage):
     clip: ClipStage
     drop_text: float = 0.1
 
+    def __post_init__(self) -> None:
+        self.check_channels(self.model.embed_dim, self.model.embed_dim, "a network that predicts it, of output width")
+
     candidates: ClassVar[int] = 2  # embeddings drawn for each picture, the closest to the caption kept
 
     @property
