@@ -11,6 +11,9 @@ Karras et al. 2022 (arXiv 2206.00364, eq. 5) the ratio sigma = noise rate / sign
 
     sigma_k = (sigma_max^(1/rho) + k / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho    (2)
 
+Both start at sigma = 80 (ibid., table 1) where a schedule goes further, as cosine does to 20,000: of x_0 there is
+nothing to be seen beyond, and the steps are better spent below.
+
 A network knows whole timesteps alone, so each level takes the timestep nearest in log SNR, or the next
 one that is free: n levels are always n different steps.
 """
@@ -23,6 +26,9 @@ from jaxtyping import Float, Int
 
 from dalle2_jax.diffusion.schedule import Schedule, of_alpha_bar
 from dalle2_jax.types import UserError
+
+SIGMA_MAX = 80.0
+"""The most noise over signal that the last two spacings start from."""
 
 GRAMMAR = "50, 'ddim50', '10,10,3,2,2', 'fast27', 'logsnr20', 'karras20', 'karras20:7' or 't:0,250,500,999'"
 
@@ -117,30 +123,28 @@ def _listed(schedule: Schedule, timesteps: list[int]) -> np.ndarray:
     return np.searchsorted(schedule.timesteps, timesteps)
 
 
-def _finite_log_snr(schedule: Schedule) -> Float[np.ndarray, "T"]:
-    """log SNR; a last step of pure noise stands one step's change beyond the one before it."""
-    log_snr = schedule.log_snr.copy()
-    if not np.isfinite(log_snr[-1]):
-        log_snr[-1] = 2 * log_snr[-2] - log_snr[-3] if schedule.num_steps > 2 else log_snr[-2] - 1.0
-    return log_snr
+def _ends(schedule: Schedule) -> tuple[float, float]:
+    """Returns the log SNR of the first step and of the last that is used."""
+    return schedule.log_snr[0], max(schedule.log_snr[-1], -2 * np.log(SIGMA_MAX))
 
 
 def _even_log_snr(schedule: Schedule, count: int) -> np.ndarray:
-    log_snr = _finite_log_snr(schedule)
-    return np.linspace(log_snr[0], log_snr[-1], count) if count > 1 else log_snr[-1:]
+    """Returns evenly spaced log SNRs, cleanest first; a single one is the noisiest."""
+    first, last = _ends(schedule)
+    return np.linspace(first, last, count) if count > 1 else np.array([last])
 
 
 def _karras(schedule: Schedule, count: int, rho: float) -> np.ndarray:
     """Levels of eq. (2) as log SNR = -2 log sigma, cleanest first."""
     if rho <= 0:
         raise UserError(f"the rho of a Karras spacing must be above 0, not {rho}")
-    least, most = (np.exp(-log_snr / 2 / rho) for log_snr in _finite_log_snr(schedule)[[0, -1]])
+    least, most = (np.exp(-log_snr / 2 / rho) for log_snr in _ends(schedule))
     return -2 * rho * np.log(np.linspace(least, most, count) if count > 1 else np.array([most]))
 
 
 def _nearest(schedule: Schedule, wanted: Float[np.ndarray, "n"]) -> np.ndarray:
     """Returns a different step for each of descending log SNRs: the nearest, or the next that is free."""
-    log_snr, count = _finite_log_snr(schedule), len(wanted)
+    log_snr, count = schedule.log_snr, len(wanted)
     kept = np.abs(log_snr[None, :] - wanted[:, None]).argmin(axis=1)
     order = np.arange(count)
     kept = np.maximum.accumulate(kept - order) + order  # ascending: each at least one after the one before
