@@ -6,10 +6,13 @@
 
 | stage                | pictures             | on two CPU cores | `,large`, for one GPU                 |
 | -------------------- | -------------------- | ---------------- | ------------------------------------- |
-| clip                 | 32x32, patches of 8  | 2 minutes        | 64x64, one or two objects, batch 1024 |
-| prior (or ar_prior)  | embeddings           | 2 minutes        | 8 layers of width 512                 |
-| decoder              | 32x32, folded 2x2    | 6 minutes        | 64x64, 90 M parameters                |
+| clip                 | 32x32, patches of 8  | 1.5 minutes      | 64x64, one or two objects, batch 1024 |
+| prior (or ar_prior)  | embeddings           | 1.5 (4) minutes  | 8 layers of width 512                 |
+| decoder              | 32x32, folded 4x4    | 7.5 minutes      | 64x64, 90 M parameters                |
 | upsampler_1          | 32 -> 64, folded 2x2 | 1 minute         | 64 -> 256                             |
+
+On 256 held-out captions the small system's pictures have the right colour in 100 %, the right shape in 95 %, and show
+everything the caption says in 95 % (84 % with the autoregressive prior).
 
 The small stages learn from many small batches: at this size the number of steps counts, not their
 precision. They predict x_0, which a narrow network can draw from the first hundred steps on; the
