@@ -37,6 +37,12 @@ class Itinerary(NamedTuple):
     indices: Int[np.ndarray, "turns"]
     climbs: Bool[np.ndarray, "turns"]
 
+    @property
+    def starts(self) -> Int[np.ndarray, "turns"]:
+        """The step with which each turn's way down began: the first of all, or the first after a climb."""
+        begins = ~self.climbs & np.append(True, self.climbs[:-1])
+        return self.indices[begins][np.cumsum(begins) - 1]
+
     def jumps(self, schedule: Schedule) -> Jump:
         """Returns the coefficients of eq. (2) for each turn."""
         beta = schedule.betas[self.indices]

@@ -32,7 +32,7 @@ def normal_kl(mean: jax.Array, log_variance: jax.Array, other_mean: jax.Array, o
     """Returns KL(N(mean, e^log_variance) || N(other_mean, e^other_log_variance)), elementwise, in nats."""
     difference = log_variance - other_log_variance
     distance = jnp.square(mean - other_mean) * jnp.exp(-other_log_variance)
-    return 0.5 * (jnp.exp(difference) + distance - 1.0 - difference)
+    return 0.5 * (jnp.expm1(difference) - difference + distance)
 
 
 def byte_log_likelihood(

@@ -138,8 +138,10 @@ def _karras(schedule: Schedule, count: int, rho: float) -> np.ndarray:
     """Levels of eq. (2) as log SNR = -2 log sigma, cleanest first."""
     if rho <= 0:
         raise UserError(f"the rho of a Karras spacing must be above 0, not {rho}")
-    least, most = (np.exp(-log_snr / 2 / rho) for log_snr in _ends(schedule))
-    return -2 * rho * np.log(np.linspace(least, most, count) if count > 1 else np.array([most]))
+    first, last = _ends(schedule)
+    least = np.exp((last - first) / 2 / rho)  # sigma_min over sigma_max, to the power 1 / rho: it cannot overflow
+    with np.errstate(divide="ignore"):
+        return last - 2 * rho * np.log(np.linspace(least, 1.0, count) if count > 1 else np.array([1.0]))
 
 
 def _nearest(schedule: Schedule, wanted: Float[np.ndarray, "n"]) -> np.ndarray:

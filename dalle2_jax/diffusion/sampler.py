@@ -15,6 +15,7 @@ the i-th turn of the loop from ``fold_in(stream "noise", i)``, so that a picture
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from dalle2_jax import rng
 from dalle2_jax.diffusion import process, variance
 from dalle2_jax.diffusion.inpainting import Inpainting, Itinerary, one_way, resampling
 from dalle2_jax.diffusion.respacing import respace
-from dalle2_jax.diffusion.schedule import Schedule
+from dalle2_jax.diffusion.schedule import Schedule, first_steps
 from dalle2_jax.diffusion.solvers import DpmSolver, Heun, UniPc
 from dalle2_jax.diffusion.steppers import Ddim, Ddpm, InverseDdim, Predict, Stepper
 from dalle2_jax.diffusion.thresholding import thresholding
@@ -186,10 +187,26 @@ def integrate(
 
     # Turns are numbered from the last, so that a step of the plain way down has its own number.
     numbers = np.arange(len(itinerary.indices), dtype=np.int32)[::-1]
-    taken = jax.tree.map(lambda table: np.asarray(table)[itinerary.indices], rows)
+    taken = _rows_taken(stepper, schedule, itinerary) if itinerary.climbs.any() else _chosen(rows, itinerary.indices)
     xs = numbers, itinerary.indices, taken, itinerary.climbs, itinerary.jumps(schedule)
     (x_0, _), states = jax.lax.scan(turn, (x_T, fresh), xs)
     return states if trajectory else x_0
+
+
+def _chosen(rows: Any, indices: np.ndarray) -> Any:
+    return jax.tree.map(lambda table: np.asarray(table)[indices], rows)
+
+
+def _rows_taken(stepper: Stepper, schedule: Schedule, itinerary: Itinerary) -> Any:
+    """Returns the row of each turn, where some climb and need none.
+
+    After a climb the way down begins anew: its rows are those of a schedule that ends where it begins, at which a
+    multistep solver has no memory to ask.
+    """
+    starts, indices = itinerary.starts, np.where(itinerary.climbs, 0, itinerary.indices)
+    ways = {start: stepper.rows(first_steps(schedule, start + 1)) for start in np.unique(starts)}
+    taken = [_chosen(ways[start], index) for start, index in zip(starts, indices, strict=True)]
+    return jax.tree.map(lambda *rows: np.stack(rows), *taken)
 
 
 def sample(

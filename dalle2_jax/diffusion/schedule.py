@@ -195,6 +195,11 @@ def of_alpha_bar(alpha_bar: Float[np.ndarray, "T"], timesteps: Int[np.ndarray, "
     return Schedule(1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1]), timesteps.copy())
 
 
+def first_steps(schedule: Schedule, count: int) -> Schedule:
+    """Returns the schedule of the ``count`` cleanest steps alone."""
+    return Schedule(schedule.betas[:count], schedule.timesteps[:count])
+
+
 @functools.lru_cache(maxsize=None)
 def with_zero_terminal_snr(schedule: Schedule) -> Schedule:
     """Returns the schedule stretched so that its last step is pure noise, eq. (12)."""

@@ -6,8 +6,9 @@ arXiv 2206.00364, eq. 3),
 
     d(x / a) / d sigma = eps(x, sigma)                                                        (1)
 
-Euler's method on (1) is DDIM with eta = 0. Heun's (Karras et al., algorithm 1) follows the mean of the
-slopes at both ends of a step, with two evaluations in all but the last.
+Euler's method on (1) is DDIM with eta = 0, and computed in its form: x / a and sigma eps are large and nearly equal
+where there is hardly any signal. Heun's (Karras et al., algorithm 1) follows the mean of the slopes at both ends of a
+step, with two evaluations in all but the last.
 
 DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) writes the exact solution from (a, s) to (a', s') with
 h = lambda' - lambda as an integral over x_0,
@@ -53,7 +54,8 @@ class HeunRow(NamedTuple):
     level: Level
     next_level: Level  # where the second slope is taken; the level itself at the last step, which takes none
     is_last: np.ndarray  # bool
-    x_t_weight: np.ndarray  # a' / a
+    signal_rate_prev: np.ndarray  # a'
+    noise_rate_prev: np.ndarray  # s'
     eps_weight: np.ndarray  # a' (sigma' - sigma)
 
 
@@ -68,7 +70,7 @@ class Heun:
 
     def rows(self, schedule: Schedule) -> HeunRow:
         if schedule.alpha_bar[-1] == 0:
-            raise UserError("samplers 'euler' and 'heun' cannot start where no signal is left: use 'ddim' or 'dpmpp_2m'")
+            raise UserError("'euler' and 'heun' cannot start where no signal is left: use sampler 'ddim' or 'dpmpp_2m'")
         signal_prev, noise_prev = _rates_prev(schedule)
         before = np.maximum(np.arange(schedule.num_steps) - 1, 0)
         eps_weight = noise_prev - signal_prev * schedule.noise_rate / schedule.signal_rate
@@ -76,21 +78,21 @@ class Heun:
             schedule.levels,
             Level(*(table[before] for table in schedule.levels)),
             np.arange(schedule.num_steps) == 0,
-            *_float32(signal_prev / schedule.signal_rate, eps_weight),
+            *_float32(signal_prev, noise_prev, eps_weight),
         )
 
     def init(self, x_T):
         return ()
 
     def step(self, predict, x_t, row, noise, carry):
-        slope = predict(x_t, row.level).eps
-        euler = row.x_t_weight * x_t + row.eps_weight * slope
+        pair = predict(x_t, row.level)
+        euler = row.signal_rate_prev * pair.x_0 + row.noise_rate_prev * pair.eps
         if self.order == 1:
             return euler, carry
 
         def heun():
-            ahead = predict(euler, row.next_level).eps
-            return row.x_t_weight * x_t + row.eps_weight * 0.5 * (slope + ahead)
+            change = predict(euler, row.next_level).eps - pair.eps
+            return euler + row.eps_weight * 0.5 * change
 
         return jax.lax.cond(row.is_last, lambda: euler, heun), carry
 
@@ -114,8 +116,8 @@ def _log_steps(schedule: Schedule) -> np.ndarray:
 def _extrapolation(h: np.ndarray, order: int) -> np.ndarray:
     """Weights [T, order] of m_0, m_1, .. in the integral of eq. (2); fewer than ``order`` where there are fewer.
 
-    2M: (1 - e^-h) (m_0 + (m_0 - m_1) / (2 r)), r = h_1 / h. 3M: the quadratic through three values, integrated
-    (Lu et al., appendix B; its derivatives are those of Newton's form).
+    2M: (1 - e^-h) (m_0 + (m_0 - m_1) / (2 r)), r = h_1 / h. 3M: the quadratic through three values in Newton's form,
+    integrated (in the manner of Lu et al., appendix B). Public code takes half of its curvature, and so keeps order 2.
     """
     count = len(h)
     weights = np.zeros((count, order))
@@ -132,7 +134,7 @@ def _extrapolation(h: np.ndarray, order: int) -> np.ndarray:
         first, second = np.array([1.0, -1.0, 0.0]) / r_0, np.array([0.0, 1.0, -1.0]) / r_1
         curvature = (first - second) / (r_0 + r_1)
         slope = first + r_0 * curvature
-        weights[i] += (1.0 - grown / h[i]) * slope + (0.5 - (h[i] - grown) / h[i] ** 2) * curvature
+        weights[i] += (1.0 - grown / h[i]) * slope + (1.0 - 2.0 * (h[i] - grown) / h[i] ** 2) * curvature
     return weights
 
 

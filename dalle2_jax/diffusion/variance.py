@@ -99,6 +99,7 @@ def analytic(schedule: Schedule, moments: NoiseMoments) -> Float[np.ndarray, "T"
         raise UserError(f"noise moments of {len(moments.eps)} timesteps do not fit a schedule of more: measure them again")
     eps = np.asarray(moments.eps, np.float64)[schedule.timesteps]
     with np.errstate(divide="ignore", invalid="ignore"):
-        spread = np.nan_to_num((1.0 - schedule.alpha_bar) / schedule.alpha_bar * (1.0 - eps), posinf=moments.x_0)
-    spread = np.clip(spread, 0.0, moments.x_0)
+        spread = (1.0 - schedule.alpha_bar) / schedule.alpha_bar * (1.0 - eps)
+    # Pure noise says nothing of x_0, nor does (6): all of the spread is left.
+    spread = np.where(schedule.alpha_bar > 0, np.clip(spread, 0.0, moments.x_0), moments.x_0)
     return schedule.posterior_variance + schedule.posterior_mean_x_0**2 * spread

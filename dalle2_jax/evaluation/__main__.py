@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--prior", choices=PRIORS, help="which, where the system has both (default diffusion)")
     for name, split, help_text in (
         ("bits_per_dim", "val", "of a stage that draws pictures: the bound on their likelihood, over every step"),
-        ("moments", "train", "of a diffusion stage: the noise it predicts at every step, which variance analytic needs"),
+        ("moments", "train", "of a diffusion stage: the noise it predicts at each step, which variance analytic needs"),
     ):
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.add_argument("--system", required=True, type=pathlib.Path, help="the system's folder")
@@ -143,7 +143,7 @@ def measure_bits_per_dim(options: argparse.Namespace) -> dict:
 def measure_moments(options: argparse.Namespace) -> dict:
     """Measures what Analytic-DPM needs, and stores it with the stage."""
     members, source = load_stage(options)
-    moments = bound.noise_moments(members, options.stage, source, options.num, options.seed)
+    moments = bound.noise_moments(members, options.stage, source, options.num, options.seed, options.batch_size)
     folder = StageFolder(options.system, options.stage)
     folder.write_json("moments.json", moments)
     print(f"{folder.path / 'moments.json'}: {options.stage} can be sampled with ddpm and variance analytic")

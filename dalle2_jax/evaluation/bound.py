@@ -4,7 +4,6 @@ Both go over every step of the schedule with held examples: bits per dimension (
 mean power of the predicted noise (``diffusion.variance``, eq. 6).
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -54,7 +53,7 @@ def bits_per_dim(
 
 
 def noise_moments(
-    members: Mapping[str, Member], name: str, source: data.Source, num: int, seed: int
+    members: Mapping[str, Member], name: str, source: data.Source, num: int, seed: int, batch_size: int = 16
 ) -> dict[str, object]:
     """Returns what ``moments.json`` of a stage holds: "step", "eps" (a number a timestep) and "x_0".
 
@@ -64,9 +63,18 @@ def noise_moments(
     stage, variables = members[name].stage, members[name].variables
     if not isinstance(stage, DiffusionStage):
         raise UserError(f"noise moments are of a diffusion, and stage {name} is none")
-    x_0, condition = examples(members, name, source, range(num), seed)
-    power = jax.jit(functools.partial(stage.noise_power, variables.params))
+    steps = jnp.arange(stage.schedule.num_steps)
+
+    @jax.jit
+    def power(params, key, x_0, condition):
+        return jax.lax.map(lambda t: stage.noise_power(params, rng.at_step(key, t), x_0, condition, t), steps)
+
     key = rng.stream(rng.root(seed), "moments")
-    steps = tqdm.tqdm(range(stage.schedule.num_steps), desc="measuring", unit="step")
-    eps = [power(rng.at_step(key, t), x_0, condition, jnp.int32(t)) for t in steps]
-    return {"step": members[name].step, "eps": [float(value) for value in eps], "x_0": float(jnp.mean(x_0**2))}
+    eps, second = np.zeros(len(steps)), 0.0
+    for start in tqdm.tqdm(range(0, num, batch_size), desc="measuring", unit="batch"):
+        indices = range(start, min(start + batch_size, num))
+        x_0, condition = examples(members, name, source, indices, seed)
+        share = len(indices) / num
+        eps += share * np.asarray(power(variables.params, rng.at_step(key, start), x_0, condition))
+        second += share * float(jnp.mean(x_0**2))
+    return {"step": members[name].step, "eps": eps.tolist(), "x_0": second}

@@ -93,9 +93,7 @@ class SamplingConfig(SamplerConfig):
         for scale in self.scales.values():
             stand_ins.setdefault(scale, 2.0 + len(stand_ins))
         image, text = (stand_ins[scale] for scale in self.scales.values())
-        program = dataclasses.replace(
-            self, guidance=1.0, image_guidance=image, text_guidance=text, eta=float(self.eta > 0)
-        )
+        program = dataclasses.replace(self, guidance=1.0, image_guidance=image, text_guidance=text, eta=0.0)
         return program, {"scales": self.scales, "eta": self.eta}
 
 
@@ -153,6 +151,8 @@ class DiffusionStage:
         """Raises UserError where this stage cannot be sampled so: steps, moments or scales that it does not have."""
         stepper = diffusion.make_stepper(config, None, self.diffusion.variance, self.moments)
         stepper.rows(diffusion.respace(self.schedule, config.steps))
+        if config.guidance != 1.0 and not self.drop_rates:
+            raise UserError(f"stage {self.name} was not trained to go without what it is told: it has no guidance")
         for name, scale in (("image", config.image_guidance), ("text", config.text_guidance)):
             if scale is not None and name not in self.drop_rates:
                 raise UserError(f"stage {self.name} was not trained to go without {name}: it has no {name}_guidance")
@@ -162,7 +162,8 @@ class DiffusionStage:
         wanted = in_channels * (2 if self.diffusion.variance in LEARNED else 1)
         if out_channels != wanted:
             raise UserError(
-                f"stage {self.name} with variance {self.diffusion.variance!r} needs {field} {wanted}, not {out_channels}"
+                f"stage {self.name} with variance {self.diffusion.variance!r} "
+                f"needs {field} {wanted}, not {out_channels}"
             )
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
