@@ -66,7 +66,7 @@ class Course:
     def __post_init__(self) -> None:
         choose("guidance schedule", self.kind, _COURSES)
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
-            raise UserError(f"a guidance interval is two ascending shares of the steps, as in 0.2,0.8, not {self.interval}")
+            raise UserError(f"guidance_interval is two ascending shares of the steps, as 0.2,0.8, not {self.interval}")
         if not 0 <= self.rescale <= 1:
             raise UserError(f"guidance is rescaled by a share from 0 to 1, not {self.rescale}")
 

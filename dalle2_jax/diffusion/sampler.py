@@ -144,8 +144,7 @@ def integrate(
 ) -> Float[Array, "..."]:
     """Goes from x_T through the steps of the schedule, the noisiest first: the one sampling loop.
 
-    The network is traced once (as often as the stepper asks for it in a step), and x_t is carried
-    with whatever the stepper carries besides.
+    The network is traced as often as the stepper asks for it in a step; x_t is carried with what the stepper carries.
 
     Args:
         stepper: takes a step.
@@ -187,7 +186,7 @@ def integrate(
 
     # Turns are numbered from the last, so that a step of the plain way down has its own number.
     numbers = np.arange(len(itinerary.indices), dtype=np.int32)[::-1]
-    taken = _rows_taken(stepper, schedule, itinerary) if itinerary.climbs.any() else _chosen(rows, itinerary.indices)
+    taken = _rows_taken(stepper, schedule, itinerary, rows)
     xs = numbers, itinerary.indices, taken, itinerary.climbs, itinerary.jumps(schedule)
     (x_0, _), states = jax.lax.scan(turn, (x_T, fresh), xs)
     return states if trajectory else x_0
@@ -197,12 +196,14 @@ def _chosen(rows: Any, indices: np.ndarray) -> Any:
     return jax.tree.map(lambda table: np.asarray(table)[indices], rows)
 
 
-def _rows_taken(stepper: Stepper, schedule: Schedule, itinerary: Itinerary) -> Any:
-    """Returns the row of each turn, where some climb and need none.
+def _rows_taken(stepper: Stepper, schedule: Schedule, itinerary: Itinerary, rows: Any) -> Any:
+    """Returns the row of each turn; those that climb need none.
 
     After a climb the way down begins anew: its rows are those of a schedule that ends where it begins, at which a
     multistep solver has no memory to ask.
     """
+    if not itinerary.climbs.any():
+        return _chosen(rows, itinerary.indices)
     starts, indices = itinerary.starts, np.where(itinerary.climbs, 0, itinerary.indices)
     ways = {start: stepper.rows(first_steps(schedule, start + 1)) for start in np.unique(starts)}
     taken = [_chosen(ways[start], index) for start, index in zip(starts, indices, strict=True)]

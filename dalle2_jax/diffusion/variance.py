@@ -96,7 +96,7 @@ def analytic(schedule: Schedule, moments: NoiseMoments) -> Float[np.ndarray, "T"
         UserError: the moments are of another schedule.
     """
     if schedule.timesteps[-1] >= len(moments.eps):
-        raise UserError(f"noise moments of {len(moments.eps)} timesteps do not fit a schedule of more: measure them again")
+        raise UserError(f"noise moments of {len(moments.eps)} timesteps are of a shorter schedule: measure them again")
     eps = np.asarray(moments.eps, np.float64)[schedule.timesteps]
     with np.errstate(divide="ignore", invalid="ignore"):
         spread = (1.0 - schedule.alpha_bar) / schedule.alpha_bar * (1.0 - eps)

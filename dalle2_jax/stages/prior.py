@@ -31,8 +31,8 @@ class PriorStage(DiffusionStage):
     def __post_init__(self) -> None:
         if self.diffusion.loss != "mse":  # a learned variance has another loss
             raise UserError(
-                f"loss {self.diffusion.loss!r} bounds the likelihood of pictures, and the prior draws embeddings, without "
-                "a variance: use loss 'mse' and variance 'fixed_small'"
+                f"loss {self.diffusion.loss!r} bounds the likelihood of pictures, and the prior draws embeddings, "
+                "without a variance: use loss 'mse' and variance 'fixed_small'"
             )
 
     candidates: ClassVar[int] = 2  # embeddings drawn for each picture, the closest to the caption kept

@@ -203,7 +203,8 @@ def test_the_bound_is_the_same_whatever_is_predicted(variance):
             eps = to_x0_eps(SCHEDULE, "x0", guess, x_t, t).eps
             return jnp.concatenate([from_x0_eps(SCHEDULE, prediction_type, guess, eps, t), raw], axis=-1)
 
-        both, metrics = training_loss(SCHEDULE, hybrid(prediction_type, variance, vlb_weight=2.0), denoiser, x_0, t, KEY)
+        weighted = hybrid(prediction_type, variance, vlb_weight=2.0)
+        both, metrics = training_loss(SCHEDULE, weighted, denoiser, x_0, t, KEY)
         whole, _ = training_loss(SCHEDULE, Objective(prediction_type, variance, "vlb"), denoiser, x_0, t, KEY)
         mean_alone, _ = training_loss(
             SCHEDULE,

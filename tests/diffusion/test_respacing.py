@@ -127,7 +127,7 @@ def test_karras_approaches_even_log_snr_as_rho_grows():
 def test_karras_crowds_at_the_noisy_end_as_rho_falls(rho):
     first, *rest = respace(LINEAR, f"karras5:{rho}").timesteps
     assert first == 0 and np.all(np.diff(rest) > 0)
-    np.testing.assert_allclose(-LINEAR.log_snr[rest] / 2, np.log(80), atol=0.1)
+    np.testing.assert_allclose(-LINEAR.log_snr[rest] / 2, np.log(80), atol=0.2)
 
 
 def test_the_usual_rho_is_7():
