@@ -227,12 +227,12 @@ def test_guidance_is_what_the_config_says(clip):
         ("decoder", {"model__unet__out_channels": 3}, "'learned_range' needs model.unet.out_channels 6, not 3"),
         ("decoder", {"sampling__threshold": "dynamic", "sampling__clip": 0.0}, "config.sampling: clip bounds |x_0|"),
         ("decoder", {"sampling__threshold": "dinamic"}, "config.sampling: unknown threshold 'dinamic'"),
-        ("decoder", {"sampling__guidance_interval": [0.9, 0.1]}, "config.sampling: a guidance interval"),
+        ("decoder", {"sampling__guidance_interval": [0.9, 0.1]}, "config.sampling: guidance_interval is"),
         ("upsampler_1", {"model__out_channels": 6}, "with variance 'fixed_small' needs model.out_channels 3, not 6"),
         (
             "upsampler_1",
             {"diffusion__zero_terminal_snr": True, "diffusion__prediction": "eps"},
-            "config.diffusion: with zero terminal SNR the last step is all noise",
+            "config.diffusion: with zero terminal SNR no x_0 follows",
         ),
     ],
 )

@@ -90,7 +90,7 @@ class Objective:
     def check(self, schedule: Schedule) -> None:
         """Raises UserError where the schedule leaves nothing to predict: eps, at a step of pure noise."""
         if self.prediction == "eps" and schedule.alpha_bar[-1] == 0:
-            raise UserError("with zero terminal SNR no x_0 follows from the last step's eps: use prediction 'v' or 'x0'")
+            raise UserError("with zero terminal SNR no x_0 follows from the last step's eps: predict 'v' or 'x0'")
 
 
 @functools.lru_cache
