@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic_denoisers import gaussian, keys, normals, relative_error
+from analytic_denoisers import gaussian, keys, normals
 from public_recordings import (
     CASES,
     RECORDED,
     VARIANCES,
-    assert_each_example_close,
     channels_last,
     recorded_network_with_variance,
     recorded_process,
@@ -23,7 +22,6 @@ from dalle2_jax.diffusion import (
     Denoised,
     bits_per_dim,
     make_schedule,
-    posterior,
     q_sample,
     respace,
     to_x0_eps,

@@ -285,7 +285,7 @@ def test_wrong_objectives_say_what_to_do(fields, says):
 
 def test_eps_is_refused_where_the_last_step_is_pure_noise():
     pure = with_zero_terminal_snr(SCHEDULE)
-    with pytest.raises(UserError, match="use 'v' or 'x0'") as error:
+    with pytest.raises(UserError, match="predict 'v' or 'x0'") as error:
         Objective("eps").check(pure)
     assert "\n" not in str(error.value)
     Objective("v").check(pure), Objective("x0").check(pure), Objective("eps").check(SCHEDULE)

@@ -12,15 +12,7 @@ from public_recordings import (
     recorded_process,
 )
 
-from dalle2_jax.diffusion import (
-    NoiseMoments,
-    from_x0_eps,
-    make_schedule,
-    q_sample,
-    respace,
-    variance,
-    with_zero_terminal_snr,
-)
+from dalle2_jax.diffusion import NoiseMoments, make_schedule, q_sample, respace, variance, with_zero_terminal_snr
 from dalle2_jax.types import UserError
 
 NAMES = ["linear", "scaled_linear", "cosine", "sigmoid"]

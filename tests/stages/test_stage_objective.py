@@ -46,7 +46,7 @@ def test_a_stage_draws_from_pure_noise(prediction):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"prediction": "eps", "zero_terminal_snr": True}, "says nothing of x_0: use 'v' or 'x0'"),
+        ({"prediction": "eps", "zero_terminal_snr": True}, "zero terminal SNR .*'v' or 'x0'"),
         ({"resolution_shift": 0.0}, "a ratio of sides above 0"),
         ({"num_steps": 0}, "at least 1 step"),
         ({"timesteps": "importance"}, "unknown timesteps 'importance'"),
@@ -176,15 +176,20 @@ def test_the_history_is_the_stage_s_statistics():
     assert Probe().init(rng.root(0)).stats == {}
 
 
-def test_a_step_s_losses_are_recorded_unweighted_at_their_timesteps():
-    """Of uniform draws the loss is the mean of what is recorded."""
-    stage = Probe(UNEVEN)
-    loss, outputs = stage.loss(params(), stage.init(rng.root(0)).stats, rng.root(1), batch(9))
-    assert outputs.stats["counts"].sum() == 9
-    written = np.asarray(outputs.stats["losses"])
-    for losses, count in zip(written, outputs.stats["counts"], strict=True):
-        assert (losses[:count] > 0).all() and (losses[count:] == 0).all()
-    np.testing.assert_allclose(written.sum() / 9, loss, rtol=1e-5)
+@pytest.mark.parametrize("known", [False, True], ids=["at first", "later"])
+def test_a_step_s_losses_are_recorded_without_the_weights_of_its_draw(known):
+    """The loss is the mean of what is recorded, each over T times the probability of its timestep."""
+    stage, skewed = Probe(UNEVEN), np.array([8.0, 4.0, 2.0, 1.0, 0.5, 0.25])
+    stats = full_history(skewed) if known else stage.init(rng.root(0)).stats
+    loss, outputs = stage.loss(params(), stats, rng.root(1), batch(9))
+    counts = np.asarray(outputs.stats["counts"] - stats["counts"])
+    written = [row[:count] for row, count in zip(np.asarray(outputs.stats["losses"]), counts, strict=True)]
+    kept = [row[count:] for row, count in zip(np.asarray(outputs.stats["losses"]), counts, strict=True)]
+    assert counts.sum() == 9 and counts.max() > 1
+    assert all((row == was).all() for row, was in zip(kept, skewed if known else np.zeros(T), strict=True))
+    shares = (1 - UNIFORM) * skewed / skewed.sum() + UNIFORM / T if known else np.full(T, 1 / T)
+    expected = sum(row.sum() / (T * share) for row, share in zip(written, shares, strict=True)) / 9
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
 def test_timesteps_are_drawn_by_their_losses_and_the_mean_loss_stays():
