@@ -204,7 +204,7 @@ def measure_overhead(system: pathlib.Path, repeats: int) -> dict[str, float]:
         draw = jax.jit(lambda params, sampling=sampling: stage.sample(params, keys, condition, sampling))
         # Turn by turn, so that what else the machine does meets both alike.
         pairs = [
-            (common.median_seconds(lambda: draw(params), 1)[1], common.median_seconds(lambda: network(params, x), 1)[1])
+            [common.median_seconds(run, 1, warm_up=1)[1] for run in (lambda: draw(params), lambda: network(params, x))]
             for _ in range(repeats)
         ]
         ratios[title] = float(np.median([sampler / alone for sampler, alone in pairs]))

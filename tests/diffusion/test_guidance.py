@@ -185,7 +185,7 @@ def test_traced_scales_compile_once_for_all(course):
     ("fields", "says"),
     [
         ({"kind": "linar"}, "unknown guidance schedule 'linar': did you mean 'linear'"),
-        ({"interval": (0.8, 0.2)}, "two ascending shares of the steps, as in 0.2,0.8"),
+        ({"interval": (0.8, 0.2)}, "two ascending shares of the steps, as 0.2,0.8"),
         ({"interval": (0.2, 1.5)}, "two ascending shares"),
         ({"interval": (0.2,)}, "two ascending shares"),
         ({"rescale": 1.5}, "a share from 0 to 1, not 1.5"),
