@@ -15,7 +15,7 @@ import tqdm
 
 import dalle2_jax
 from dalle2_jax import build, entry
-from dalle2_jax.diffusion.schedule import respace
+from dalle2_jax.diffusion import SAMPLERS
 from dalle2_jax.files import captioned_grid, write_atomically, write_png
 from dalle2_jax.generation import PRIORS, Cascade, Member, Request, Settings
 from dalle2_jax.stages import ArSamplingConfig, DiffusionStage, SamplingConfig, Stage
@@ -23,9 +23,22 @@ from dalle2_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
 from dalle2_jax.types import UsageError, UserError
 
 DIFFUSED = ("prior", "decoder", "upsampler_1", "upsampler_2")
-GUIDANCE = {"guidance": ("guidance", entry.finite)}
-BY_DIFFUSION = {"sampler": ("name", str), "steps": ("steps", str), "eta": ("eta", float), **GUIDANCE}
-BY_CODES = {"dot_quantile": ("dot_quantile", float), **GUIDANCE}
+BY_DIFFUSION = {
+    "sampler": ("name", str),
+    "steps": ("steps", str),
+    "eta": ("eta", float),
+    "variance": ("variance", str),
+    "clip": ("clip", entry.finite),
+    "threshold": ("threshold", str),
+    "quantile": ("quantile", float),
+    "guidance": ("guidance", entry.finite),
+    "image_guidance": ("image_guidance", entry.finite),
+    "text_guidance": ("text_guidance", entry.finite),
+    "guidance_schedule": ("guidance_schedule", str),
+    "guidance_interval": ("guidance_interval", entry.interval),
+    "guidance_rescale": ("guidance_rescale", float),
+}
+BY_CODES = {"dot_quantile": ("dot_quantile", float), "guidance": ("guidance", entry.finite)}
 OPTIONS = {**dict.fromkeys(DIFFUSED, BY_DIFFUSION), "ar_prior": BY_CODES}
 """A stage -> its options on the command line -> the field of its sampling, and the type."""
 
@@ -60,9 +73,10 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{stage}.{option}", type=kind, metavar=option.upper(), help=argparse.SUPPRESS)
     command.add_argument_group(
         "sampling of each stage",
-        "--STAGE.sampler, --STAGE.steps, --STAGE.eta and --STAGE.guidance, with STAGE one of "
-        f"{', '.join(DIFFUSED)}; --ar_prior.guidance and --ar_prior.dot_quantile (0.5: closeness to the caption from "
-        "the upper half of the training pairs'); left out, they are as the stage's config says",
+        f"--STAGE.OPTION, with STAGE one of {', '.join(DIFFUSED)} and OPTION one of sampler ({', '.join(SAMPLERS)}), "
+        f"{', '.join(list(BY_DIFFUSION)[1:])} (docs/diffusion.md says what each does); --ar_prior.guidance and "
+        "--ar_prior.dot_quantile (0.5: closeness to the caption from the upper half of the training pairs'); left out, "
+        "they are as the stage's config says",
     )
     return parser
 
@@ -84,8 +98,8 @@ def sampling_of(
         }
         if given and stage not in sampling:
             raise UsageError(f"--{stage}.* is given but no stage {stage} is used here")
-        if given.get("name", "ddim") != "ddim" and "eta" not in given:
-            given["eta"] = 0.0  # the config's eta was DDIM's
+        if "name" in given:  # eta and variance in the config were those of its own sampler
+            given = {"eta": 0.0, "variance": "auto", **given}
         if stage in sampling:
             sampling[stage] = checked_sampling(members[stage].stage, given)
     return sampling
@@ -96,7 +110,7 @@ def checked_sampling(stage: Stage, given: dict[str, object]) -> SamplingConfig |
     try:
         sampling = dataclasses.replace(stage.sampling, **given)
         if isinstance(stage, DiffusionStage):
-            respace(stage.schedule, sampling.steps)
+            stage.check_sampling(sampling)
     except UserError as error:
         raise UsageError(f"--{stage.name}.*: {error}") from error
     return sampling

@@ -85,7 +85,12 @@ def clip() -> ConfigDict:
 
 
 def prior() -> ConfigDict:
-    """The diffusion prior: 24 layers of width 2048 over 256 text tokens and four more."""
+    """The diffusion prior: 24 layers of width 2048 over 256 text tokens and four more.
+
+    Analytic-DPM asks for statistics of the trained network; measure them once before the first picture:
+
+        python -m dalle2_jax.evaluation moments --system runs/paper --stage prior --num 1024
+    """
     optim = {"lr": 1.1e-4, "beta2": 0.96, "eps": 1e-6, "weight_decay": 6e-2, "ema_decay": 0.9999}
     config = common(600_000, 4096, 256, optim)
     config.model = {
@@ -98,16 +103,17 @@ def prior() -> ConfigDict:
     }
     config.conditioning = {"drop_text": 0.1}
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
-    config.sampling = {"name": "ddpm", "steps": 64, "clip": None}
+    config.sampling = {"name": "ddpm", "steps": 64, "variance": "analytic", "clip": None}
     return config
 
 
 def decoder() -> ConfigDict:
-    """3.5B: the 2.3B U-Net of GLIDE and its 1.2B text encoder, told a CLIP image embedding."""
+    """3.5B: the 2.3B U-Net of GLIDE and its 1.2B text encoder, told a CLIP image embedding; it learns its variance."""
     config = common(800_000, 2048, 256, {"lr": 1.2e-4, "eps": 1e-8, "ema_decay": 0.9999})
     config.model = {
         "unet": {
             "image_size": 64,
+            "out_channels": 6,
             "channels": 512,
             "channel_mult": (1, 2, 3, 4),
             "num_res_blocks": 3,
@@ -123,8 +129,14 @@ def decoder() -> ConfigDict:
         "text": {"width": 2048, "layers": 24, "heads": 32, "activation": "gelu"},
     }
     config.conditioning = {"drop_image": 0.1, "drop_text": 0.5}
-    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "eps"}
-    config.sampling = {"name": "ddpm", "steps": 250, "variance": "fixed_large", "guidance": 1.25}
+    config.diffusion = {
+        "schedule": "cosine",
+        "num_steps": 1000,
+        "prediction": "eps",
+        "variance": "learned_range",
+        "loss": "hybrid",
+    }
+    config.sampling = {"name": "ddpm", "steps": 250, "guidance": 1.25}
     return config
 
 

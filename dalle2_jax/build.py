@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dalle2_jax import data, stages, text
+from dalle2_jax.diffusion import NoiseMoments
 from dalle2_jax.generation import PRIORS, Member, check_agreement, make_preview
 from dalle2_jax.models.ar_prior import ArPriorConfig
 from dalle2_jax.models.clip import ClipConfig
@@ -205,6 +206,10 @@ def load_member(root: pathlib.Path, name: str, mesh: jax.sharding.Mesh, clip: Cl
     restored = Checkpoints(folder).restore({"ema": shapes.params, "stats": shapes.stats})
     for message in restored.skipped:
         print(f"warning: {message}; step {restored.step} is used", file=sys.stderr)
+    measured = folder.read_json("moments.json")
+    if measured is not None and measured["step"] == restored.step:
+        moments = NoiseMoments(tuple(measured["eps"]), measured["x_0"])
+        stage = dataclasses.replace(stage, moments=moments)
     return Member(
         stage=stage,
         variables=Variables(restored.trees["ema"], restored.trees["stats"]),

@@ -48,6 +48,12 @@ def finite(word: str) -> float:
     return number
 
 
+def interval(word: str) -> tuple[float, float]:
+    """Reads two numbers with a comma between, for an argument parser."""
+    low, high = word.split(",")
+    return finite(low), finite(high)
+
+
 def guarded(action: Callable[[], None]) -> int:
     """Runs a front door and returns its exit code.
 

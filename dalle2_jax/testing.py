@@ -73,7 +73,7 @@ def _clip(tower: VisionConfig | ResNetConfig) -> ClipStage:
 
 def _prior() -> PriorStage:
     return PriorStage(
-        DiffusionConfig("cosine", 100, "x0"),
+        DiffusionConfig("x0", num_steps=100),
         SamplingConfig("ddpm", steps=3, clip=None, guidance=2.0),
         "prior",
         PriorConfig(
@@ -85,7 +85,7 @@ def _prior() -> PriorStage:
 
 def _decoder() -> DecoderStage:
     return DecoderStage(
-        DiffusionConfig("cosine", 100, "eps"),
+        DiffusionConfig("eps", num_steps=100),
         SamplingConfig("ddim", steps=3, guidance=2.0),
         "decoder",
         DecoderConfig(_UNET, EMBED_DIM, text_input="tokens", text=_TEXT),
@@ -95,7 +95,7 @@ def _decoder() -> DecoderStage:
 
 def _upsampler() -> UpsamplerStage:
     return UpsamplerStage(
-        DiffusionConfig("linear", 100, "v"),
+        DiffusionConfig("v", schedule="linear", num_steps=100),
         SamplingConfig("ddim", steps=3),
         "upsampler_1",
         _ENLARGING_UNET,

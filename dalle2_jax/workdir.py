@@ -4,6 +4,7 @@
       clip/                      one folder a stage
         config.json              the stage's whole config
         contract.json            the embedding contract it was trained under
+        moments.json             the noise it predicts, where it was measured, and of which checkpoint
         tokenizer/               what turns captions into its tokens
         checkpoints/<step>/      params, ema, opt_state, stats; the data position as metadata
         metrics.jsonl  tensorboard/  samples/

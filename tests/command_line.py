@@ -186,6 +186,9 @@ def wrong_words(system, root):
     def sample(*words):
         return sample_words(system, root / "out", "--prompt", "red", *words)
 
+    def enlarge(*overrides):
+        return train_words("upsampler_1", root / "new", *(f"--config.diffusion.{word}" for word in overrides))
+
     paper = ["--config", "configs/paper.py:decoder", "--out", root / "sweep"]
     return {
         "unknown stage": (train_words("decodr", root / "new"), ["'decodr': did you mean 'decoder'"]),
@@ -193,6 +196,11 @@ def wrong_words(system, root):
         "unknown field at the top": (train("--config.batchsize=3"), ["did you mean 'batch_size'"]),
         "wrong type": (train("--config.total_steps=many"), ["total_steps", "'many'"]),
         "refused value": (train("--config.log_every=0"), ["config.log_every must be at least 1"]),
+        "nothing trains the variance": (enlarge("variance=learned"), ["config.diffusion", "use loss 'hybrid'"]),
+        "too few channels": (
+            enlarge("variance=learned_range", "loss=hybrid"),
+            ["with variance 'learned_range' needs model.out_channels 6, not 3"],
+        ),
         "unknown dtype": (train("--config.model.dtype=half"), ["config.model.dtype 'half'"]),
         "unknown flag": (train("--wrkdir=x"), ["'wrkdir'. Did you mean: workdir"]),
         "stray word": (train("please"), ["unexpected word 'please'"]),
@@ -207,6 +215,8 @@ def wrong_words(system, root):
         "no pictures": (sample("--num", "0"), ["--num: 0 is not above 0"]),
         "unknown sampler": (sample("--decoder.sampler", "ddimm"), ["--decoder.*", "did you mean 'ddim'"]),
         "too many steps": (sample("--decoder.steps", "5000"), ["--decoder.*", "5000 of 100 steps"]),
+        "nothing to guide by": (sample("--upsampler_1.text_guidance", "2"), ["--upsampler_1.*", "no text_guidance"]),
+        "no moments": (sample("--prior.variance", "analytic"), ["--prior.*", "dalle2_jax.evaluation moments"]),
         "stage not there": (sample("--upsampler_2.steps", "3"), ["upsampler_2"]),
         "seed of a giant": (sample("--seed", 10**20), ["--seed"]),
         "nothing to vary": (["-m", "dalle2_jax.sweep", *paper], ["lists nothing to vary"]),
@@ -244,6 +254,7 @@ def failures(system, root):
         "no prompts": (sample_words(system, root / "out", "--prompts", root / "no.txt"), ["no.txt"]),
         "no such split": (vall, ["no split 'vall'", "compositional"]),
         "too few examples": (evaluate_words("attributes", system, "--num", "65"), ["the 64 examples"]),
+        "bits of no picture": (evaluate_words("bits_per_dim", system, "--stage", "prior"), ["prior draws none"]),
         "not digits": (evaluate_words("digits", system), ["digits folder alone"]),
     }
 

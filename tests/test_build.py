@@ -6,6 +6,7 @@ import pytest
 import tiny_system
 
 from dalle2_jax import build
+from dalle2_jax.diffusion import Course, make_schedule, shifted, with_zero_terminal_snr
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.models.vit import VisionConfig
 from dalle2_jax.sections import expand, expand_kind
@@ -174,6 +175,25 @@ def test_reading_clip_states(which, clip):
         build.build_stage(config_of(which, **overrides, text__context_length=14), VOCAB_SIZE, clip)
 
 
+def test_schedules_are_what_the_config_says():
+    """Shifted by the side of the pictures, and stretched to end in pure noise."""
+
+    def schedule(**fields):
+        overrides = {f"diffusion__{name}": value for name, value in fields.items()}
+        return build.build_stage(config_of("upsampler_1", **overrides), None, None).schedule
+
+    plain = make_schedule("cosine", tiny_system.UPSAMPLER_STEPS)
+    assert schedule() is plain and schedule(resolution_shift=2) is shifted(plain, 2.0)
+    ends = schedule(resolution_shift=2.0, zero_terminal_snr=True)
+    assert ends is with_zero_terminal_snr(shifted(plain, 2.0)) and ends.alpha_bar[-1] == 0
+
+
+def test_guidance_is_what_the_config_says(clip):
+    told = {"sampling__text_guidance": 3, "sampling__guidance_interval": [0.25, 1.0], "sampling__guidance": 1.5}
+    sampling = build.build_stage(config_of("decoder", **told), VOCAB_SIZE, clip).sampling
+    assert sampling.scales == {"image": 1.5, "text": 3.0} and sampling.course == Course(interval=(0.25, 1.0))
+
+
 @pytest.mark.parametrize(
     ("which", "overrides", "message"),
     [
@@ -198,6 +218,22 @@ def test_reading_clip_states(which, clip):
         ("decoder", {"model__unet__channels": "8"}, "config.model.unet.channels must be int, not '8'"),
         ("decoder", {"model__unet__dtype": "float16"}, "unknown config.model.unet.dtype 'float16'"),
         ("upsampler_1", {"conditioning__low_size": 5}, "image_size 16 is not a multiple of low_size 5"),
+        ("prior", {"diffusion__num_step": 10}, "config.diffusion 'num_step': did you mean 'num_steps'"),
+        ("prior", {"diffusion__loss": "hybrid"}, "config.diffusion: loss 'hybrid' trains a learned variance"),
+        ("prior", {"diffusion__loss": "hybird"}, "unknown loss 'hybird': did you mean 'hybrid'"),
+        ("prior", {"diffusion__timesteps": "loss_moment"}, "did you mean 'loss_second_moment'"),
+        ("decoder", {"diffusion__loss": "mse"}, "use loss 'hybrid'"),
+        ("decoder", {"diffusion__variance": "fixed_small"}, "use variance 'learned_range', or loss 'mse'"),
+        ("decoder", {"model__unet__out_channels": 3}, "'learned_range' needs model.unet.out_channels 6, not 3"),
+        ("decoder", {"sampling__threshold": "dynamic", "sampling__clip": 0.0}, "config.sampling: clip bounds |x_0|"),
+        ("decoder", {"sampling__threshold": "dinamic"}, "config.sampling: unknown threshold 'dinamic'"),
+        ("decoder", {"sampling__guidance_interval": [0.9, 0.1]}, "config.sampling: guidance_interval is"),
+        ("upsampler_1", {"model__out_channels": 6}, "with variance 'fixed_small' needs model.out_channels 3, not 6"),
+        (
+            "upsampler_1",
+            {"diffusion__zero_terminal_snr": True, "diffusion__prediction": "eps"},
+            "config.diffusion: with zero terminal SNR no x_0 follows",
+        ),
     ],
 )
 def test_build_stage_refuses(which, overrides, message, clip):

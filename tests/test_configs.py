@@ -3,6 +3,7 @@
 A config file may have ``sweep(which)``, a list of ``{"section.field": value}``: each is tried too.
 """
 
+import dataclasses
 import importlib.util
 import pathlib
 
@@ -12,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dalle2_jax import build, data
+from dalle2_jax.diffusion import NoiseMoments
 from dalle2_jax.sections import expand, expand_kind
 from dalle2_jax.stages import DiffusionStage
 from dalle2_jax.training.optim import OptimConfig, make_optimizer
@@ -53,6 +55,13 @@ def stage_of(module, config, form=""):
     return build.build_stage(config.to_dict(), vocab_size, clip)
 
 
+def measured(stage):
+    """Returns the stage with the moments that are measured after training, where its sampling asks for them."""
+    if stage.sampling.variance != "analytic":
+        return stage
+    return dataclasses.replace(stage, moments=NoiseMoments((1.0,) * stage.diffusion.num_steps, 1.0))
+
+
 def builds(module, config, form=""):
     """Goes through a whole config as training and sampling do, and makes no array."""
     stage = stage_of(module, config, form)
@@ -75,12 +84,15 @@ def builds(module, config, form=""):
     def loss(params, stats, frozen, batch):
         return stage.loss(params, stats, key, stage.prepare(frozen, batch))[0]
 
-    def draw(params, frozen, batch):
-        _, condition = stage.example(key, stage.prepare(frozen, batch))
-        return stage.sample(params, jax.random.split(key, 2), condition, stage.sampling)
-
     assert jax.eval_shape(loss, state.params, state.stats, frozen, batch).shape == ()
     if isinstance(stage, DiffusionStage):
+        drawn_from = measured(stage)
+        drawn_from.check_sampling(stage.sampling)
+
+        def draw(params, frozen, batch):
+            _, condition = stage.example(key, stage.prepare(frozen, batch))
+            return drawn_from.sample(params, jax.random.split(key, 2), condition, stage.sampling)
+
         drawn = jax.eval_shape(draw, state.params, frozen, batch)
         assert drawn.dtype == jnp.float32 and drawn.shape[0] == 2
     return stage, state.params

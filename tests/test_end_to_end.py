@@ -23,6 +23,7 @@ from command_line import (
     evaluate_words,
     failures,
     kill_when,
+    restored,
     sample_words,
     steps_in,
     train_words,
@@ -30,6 +31,11 @@ from command_line import (
 )
 from PIL import Image
 from tiny_system import CHECKPOINT_EVERY, STEPS
+
+from dalle2_jax import build
+from dalle2_jax.diffusion import NoiseMoments
+from dalle2_jax.diffusion.timesteps import HISTORY
+from dalle2_jax.training.sharding import MeshConfig, make_mesh
 
 PROMPTS = ["a large red circle", ""]
 
@@ -61,6 +67,8 @@ def test_uninterrupted_run(system):
         lines = [json.loads(line) for line in (system / stage / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(2, STEPS + 1, 2))
         assert all({"loss", "examples_per_second"} <= line.keys() for line in lines)
+    history = restored(system, "upsampler_1").trees["stats"]
+    assert history["counts"].sum() == STEPS * 8 and history["counts"].min() >= HISTORY  # so it was used
     contracts = [json.loads((system / stage / "contract.json").read_text()) for stage in ("clip", "prior", "decoder")]
     assert contracts[0] == contracts[1] == contracts[2]
     assert (contracts[0]["dim"], contracts[0]["scale"]) == (8, 1.5)
@@ -89,7 +97,7 @@ def test_every_stage_survives_a_kill(shop, system, tmp_path):
         shop.train(stage, root)
         assert_same_end(root, system, stage)
 
-    moments = {"prior": "while a checkpoint is written", "decoder": "late", "upsampler_1": "in the first steps"}
+    moments = {"prior": "while a checkpoint is written", "decoder": "in the first steps", "upsampler_1": "late"}
     list(shop.pool.map(killed_and_resumed, moments, moments.values()))
 
 
@@ -135,8 +143,10 @@ def drawn(shop, system, tmp_path_factory):
     """Two runs of one command, one with batches of 1 and one of 4 by what samples.json of the first says."""
     root = tmp_path_factory.mktemp("drawn")
     words = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    given = [*words, "--num", "3", "--seed", "5", "--decoder.steps", "3", "--decoder.guidance", "1.5"]
-    given += ["--upsampler_1.sampler", "ddpm", "--prior.candidates", "3"]
+    given = [*words, "--num", "3", "--seed", "5", "--decoder.steps", "3", "--decoder.sampler", "ddpm"]
+    given += ["--decoder.image_guidance", "1.5", "--decoder.text_guidance", "3", "--decoder.threshold", "dynamic"]
+    given += ["--decoder.guidance_schedule", "cosine", "--decoder.guidance_rescale", "0.3"]
+    given += ["--prior.guidance_interval", "0.1,0.9", "--prior.guidance", "2", "--prior.candidates", "3"]
     first, again = shop.pool.map(lambda name: shop.good(*sample_words(system, root / name, *given)), ("first", "again"))
     assert first.stderr.count("warning") == again.stderr.count("warning") == 0
     written = json.loads((root / "first" / "samples.json").read_text())
@@ -144,9 +154,9 @@ def drawn(shop, system, tmp_path_factory):
     told = ["--prompts", root / "prompts.txt", "--num", "3", "--seed", written["seed"]]
     told += ["--prior.candidates", written["candidates"]]
     for stage, sampling in written["sampling"].items():
-        told += [f"--{stage}.sampler", sampling["name"], f"--{stage}.steps", sampling["steps"]]
-        told += [f"--{stage}.guidance", sampling["guidance"]]
-        told += [f"--{stage}.eta", sampling["eta"]] if sampling["name"] == "ddim" else []
+        sampling["guidance_interval"] = ",".join(map(str, sampling["guidance_interval"]))
+        sampling["sampler"] = sampling.pop("name")
+        told += [part for name, value in sampling.items() if value is not None for part in (f"--{stage}.{name}", value)]
     sizes = [("--batch_size", size) for size in (1, 4)]
     list(shop.pool.map(lambda size: shop.good(*sample_words(system, root / f"by_{size[1]}", *told, *size)), sizes))
     return root
@@ -180,8 +190,10 @@ def test_samples_json(drawn, system):
     assert written["clip"] == json.loads((system / "clip" / "contract.json").read_text())["clip"]
     assert written["checkpoints"] == dict.fromkeys(("clip", "prior", "decoder", "upsampler_1"), STEPS)
     sampling = written["sampling"]
-    assert (sampling["decoder"]["steps"], sampling["decoder"]["guidance"]) == ("3", 1.5)
-    assert sampling["upsampler_1"]["name"] == "ddpm" and sampling["prior"]["steps"] == 4
+    decoder = {name: sampling["decoder"][name] for name in ("name", "steps", "image_guidance", "text_guidance")}
+    assert decoder == {"name": "ddpm", "steps": "3", "image_guidance": 1.5, "text_guidance": 3.0}
+    assert sampling["upsampler_1"]["name"] == "ddim" and sampling["prior"]["steps"] == 4
+    assert sampling["prior"]["guidance_interval"] == [0.1, 0.9]
     assert written["candidates"] == 3 and {"dalle2_jax", "jax", "numpy"} <= written["versions"].keys()
     assert written["pictures"] == [
         {"file": f"{i}_{j}.png", "prompt": prompt, "index": i, "sample": j}
@@ -205,6 +217,29 @@ def test_ar_prior(shop, system, tmp_path):
     assert "2 val captions" in measured.stdout
     assert_same_end(killed, reference, "ar_prior")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"0_0.png", "0_1.png", "grid.png", "samples.json"}
+
+
+def test_moments_and_bits_per_dim(shop, system, tmp_path):
+    """Both go over every step of a stage; the moments let the prior be sampled with the variance they give."""
+    root = copy_of(system, tmp_path / "tiny", "clip", "prior", "decoder")
+    bits = shop.pool.submit(
+        shop.good, *evaluate_words("bits_per_dim", system, "--stage", "decoder", "--num", "3", "--out", tmp_path)
+    )
+    words = ("--stage", "prior", "--num", "6", "--batch_size", "4")
+    assert "variance analytic" in shop.good(*evaluate_words("moments", root, *words)).stdout
+    analytic = ("--prior.sampler", "ddpm", "--prior.variance", "analytic", "--prompt", "red", "--num", "1")
+    shop.good(*sample_words(root, tmp_path / "out", *analytic))
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["sampling"]["prior"]["variance"] == "analytic"
+    assert "decoder, 3 val examples" in bits.result().stdout
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert np.isfinite(written["total"]) and 0 < written["prior"] < written["total"]
+    assert written["total"] == pytest.approx(written["prior"] + written["vlb"])
+    moments = json.loads((root / "prior" / "moments.json").read_text())
+    assert moments["step"] == STEPS and len(moments["eps"]) == 100 and min(moments["eps"]) > 0
+    for step in (STEPS, STEPS - CHECKPOINT_EVERY):  # of another checkpoint, they are not used
+        (root / "prior" / "moments.json").write_text(json.dumps({**moments, "step": step}))
+        prior = build.load_system(root, make_mesh(MeshConfig()), ("clip", "prior"))["prior"].stage
+        assert prior.moments == (NoiseMoments(tuple(moments["eps"]), moments["x_0"]) if step == STEPS else None)
 
 
 @pytest.mark.parametrize("command", ["retrieval", "attributes"])

@@ -76,6 +76,7 @@ def test_help_ends_with_an_example(parser, capsys):
         (entry.positive, {"1": 1, "16": 16}, ["0", "-3"]),
         (entry.seed, {"0": 0, "4294967295": 2**32 - 1}, ["-1", "4294967296"]),
         (entry.finite, {"1": 1.0, "-2.5": -2.5, "1e3": 1000.0}, ["nan", "inf", "-inf"]),
+        (entry.interval, {"0.2,0.8": (0.2, 0.8), "0,1": (0.0, 1.0)}, ["0,nan", "inf,1"]),
     ],
 )
 def test_words_to_numbers(read, good, bad):
@@ -84,8 +85,9 @@ def test_words_to_numbers(read, good, bad):
     for word in bad:
         with pytest.raises(argparse.ArgumentTypeError):
             read(word)
-    with pytest.raises(ValueError):
-        read("many")
+    for word in ("many", "1,2,3"):
+        with pytest.raises(ValueError):
+            read(word)
 
 
 @pytest.fixture

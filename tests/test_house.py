@@ -32,10 +32,13 @@ WALLS = {
     "stages": ("types", "rng", "models", "diffusion"),
     "training": ("types", "rng", "files", "workdir", "stages.base"),
     "generation": ("types", "rng", "files", "diffusion", "stages", "text"),
-    "evaluation": ("types", "files", "data", "stages", "generation"),
+    "evaluation": ("types", "rng", "files", "data", "stages", "generation"),
     "sections": ("types", "models"),
     "sweep": ("types", "files", "entry"),
-    "build": ("types", "text", "data", "models", "stages", "training", "generation", "workdir", "sections"),
+    "build": (
+        *("types", "text", "data", "diffusion", "models", "stages", "training"),
+        *("generation", "workdir", "sections"),
+    ),
     "testing": ("types", "rng", "files", "text", "data", "diffusion", "models", "stages", "training", "generation"),
 }
 """An entry point (train.py, sample.py, a room's ``__main__.py``) may import every room."""

@@ -13,6 +13,9 @@ from dalle2_jax.types import choose
 STEPS, CHECKPOINT_EVERY = 24, 4
 """Of every stage."""
 
+UPSAMPLER_STEPS = 8
+"""Of the upsampler's diffusion."""
+
 
 def get_config(which: str) -> ConfigDict:
     """Returns the config of one stage."""
@@ -58,10 +61,10 @@ def clip() -> ConfigDict:
     return config
 
 
-def diffused(resolution: int, prediction: str) -> ConfigDict:
+def diffused(resolution: int, prediction: str, num_steps: int = 100, **fields) -> ConfigDict:
     """What the config of every diffusion stage has."""
     config = common(resolution)
-    config.diffusion = {"schedule": "cosine", "num_steps": 100, "prediction": prediction}
+    config.diffusion = {"schedule": "cosine", "num_steps": num_steps, "prediction": prediction, **fields}
     return config
 
 
@@ -80,10 +83,11 @@ def unet(**fields) -> dict:
 
 
 def decoder() -> ConfigDict:
-    """A 4x4 grid of 2x2 pixels, with attention to an embedding and a caption."""
-    config = diffused(8, "v")
+    """A 4x4 grid of 2x2 pixels, with attention to an embedding and a caption; it learns its variance."""
+    config = diffused(8, "v", variance="learned_range", loss="hybrid")
+    sizes = {"image_size": 8, "out_channels": 6, "patch_size": 2, "context_dim": 8}
     config.model = {
-        "unet": unet(image_size=8, patch_size=2, attention_resolutions=(4,), head_channels=8, context_dim=8),
+        "unet": unet(**sizes, attention_resolutions=(4,), head_channels=8),
         "image_tokens": 2,
         "text_input": "tokens",
         "text": {"width": 8, "layers": 1, "heads": 2},
@@ -94,8 +98,8 @@ def decoder() -> ConfigDict:
 
 
 def upsampler_1() -> ConfigDict:
-    """8x8 to 16x16."""
-    config = diffused(16, "v")
+    """8x8 to 16x16, by so few steps that their losses decide which are trained before the run is over."""
+    config = diffused(16, "v", UPSAMPLER_STEPS, timesteps="loss_second_moment")
     config.model = unet(image_size=16, in_channels=6, attention_resolutions=(), middle_attention=False)
     config.conditioning = {"low_size": 8, "crop_fraction": 0.5}
     config.sampling = {"name": "ddim", "steps": 3}

@@ -1,80 +1,146 @@
 """The training objective: how far a network's prediction is from the truth.
 
-With t ~ U{0 .. T-1} and eps ~ N(0, I) drawn for each example, x_t = a_t x_0 + s_t eps, and f the
-target of the prediction type (eps, x_0 or v, see ``process``), the simple objective
-(Ho et al. 2020, arXiv 2006.11239, eq. 14; for x_0 and v: Salimans & Ho 2022, arXiv 2202.00512) is
+With eps ~ N(0, I) drawn for each example, x_t = a_t x_0 + s_t eps, and f the target of the prediction type
+(eps, x_0 or v, see ``process``), the simple objective (Ho et al. 2020, arXiv 2006.11239, eq. 14; for x_0
+and v: Salimans & Ho 2022, arXiv 2202.00512) is
 
-    L_simple = E_{t, eps} || f(x_0, eps, t) - f_theta(x_t, t) ||^2 / dim                      (1)
+    L_simple = E_{t, eps} w_t || f(x_0, eps, t) - f_theta(x_t, t) ||^2 / dim                  (1)
 
-The prior trains it with x_0 (Ramesh et al. 2022, arXiv 2204.06125, eq. 2), the decoder with eps.
+with w_t = 1. The prior trains it with x_0 (Ramesh et al. 2022, arXiv 2204.06125, eq. 2), the decoder with eps.
+With SNR = alpha_bar_t / (1 - alpha_bar_t), other weights of the error in x_0 are
 
-Over x_0, (1) looks at the noisy steps, where the layout is decided, and hardly at the clean ones, where
-edges are. The weight "snr" (the "SNR + 1" of Salimans & Ho 2022, section 4), bounded by c,
+    snr       min(SNR + 1, c)                (Salimans & Ho, section 4, bounded by max_weight) (2)
+    min_snr   min(SNR, gamma)                (Hang et al. 2023, arXiv 2303.09556, section 3.4) (3)
+    p2        SNR / (k + SNR)^gamma          (Choi et al. 2022, arXiv 2204.00227, eq. 8)       (4)
 
-    w_t = min(alpha_bar_t / (1 - alpha_bar_t) + 1, c)                                         (2)
+The error in eps is sqrt(SNR) times that in x_0, the error in v sqrt(SNR + 1) times; so a network of
+another prediction type gets the same objective by the weight over SNR, or over SNR + 1.
 
-of the error in x_0 looks at both; without the bound it is the loss in v. A network that predicts v
-gets w_t over alpha_bar_t / (1 - alpha_bar_t) + 1, which is the same objective.
+A network that predicts the variance too (``variance``) is trained on
+
+    L_hybrid = L_simple + vlb_weight T L_vlb         (Nichol & Dhariwal 2021, eq. 16)          (5)
+
+L_vlb (``likelihood`` eq. 3-4) sees the mean as a constant, so it trains the variance alone; in bits, and
+with vlb_weight = 1e-3, as the public code has it. The "vlb" loss is T L_vlb, mean and all. Both are float32.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from dalle2_jax import rng
-from dalle2_jax.diffusion import process
+from dalle2_jax.diffusion import process, variance
+from dalle2_jax.diffusion.likelihood import vlb_terms
 from dalle2_jax.diffusion.schedule import Schedule
-from dalle2_jax.types import Denoiser, Metrics, UsageError, choose
+from dalle2_jax.types import Denoiser, Metrics, UserError, choose
 
-WEIGHTINGS = ("none", "snr")
+LOSSES = ("mse", "hybrid", "vlb")
+WEIGHTINGS = ("none", "snr", "min_snr", "p2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a network predicts, and on what it is trained.
+
+    Attributes:
+        prediction: "eps", "x0" or "v".
+        variance: "fixed_small" or "fixed_large", or "learned" or "learned_range" for a network of twice the channels.
+        loss: "mse", eq. (1); "hybrid", eq. (5); or "vlb".
+        weighting: of the squared error: "none", "snr", "min_snr" or "p2", eq. (2)-(4).
+        max_weight: c of "snr".
+        gamma: of "min_snr" (5 in its paper) and "p2" (1 in its paper).
+        k: of "p2".
+        vlb_weight: of "hybrid".
+
+    Raises:
+        UserError: an unknown word, or parts that do not belong together.
+    """
+
+    prediction: str = "eps"
+    variance: str = "fixed_small"
+    loss: str = "mse"
+    weighting: str = "none"
+    max_weight: float = 10.0
+    gamma: float = 5.0
+    k: float = 1.0
+    vlb_weight: float = 1e-3
+
+    def __post_init__(self) -> None:
+        process.check_prediction(self.prediction)
+        choose("variance", self.variance, dict.fromkeys(variance.VARIANCES))
+        choose("loss", self.loss, dict.fromkeys(LOSSES))
+        choose("weighting", self.weighting, dict.fromkeys(WEIGHTINGS))
+        learned = self.variance in variance.LEARNED
+        if self.loss == "hybrid" and not learned:
+            raise UserError(
+                f"loss 'hybrid' trains a learned variance, and {self.variance!r} is not: "
+                "use variance 'learned_range', or loss 'mse'"
+            )
+        if self.loss == "mse" and learned:
+            raise UserError(f"loss 'mse' would never train variance {self.variance!r}: use loss 'hybrid'")
+        if self.loss == "vlb" and self.weighting != "none":
+            raise UserError("loss 'vlb' has its own weights: use weighting 'none'")
+        if self.weighting == "snr" and self.prediction == "eps":
+            raise UserError("weighting 'snr' is for predictions of x0 and v: use weighting 'min_snr' with eps")
+
+    def check(self, schedule: Schedule) -> None:
+        """Raises UserError where the schedule leaves nothing to predict: eps, at a step of pure noise."""
+        if self.prediction == "eps" and schedule.alpha_bar[-1] == 0:
+            raise UserError("with zero terminal SNR no x_0 follows from the last step's eps: predict 'v' or 'x0'")
 
 
 @functools.lru_cache
-def loss_weights(
-    schedule: Schedule, prediction_type: str, weighting: str, max_weight: float
-) -> Float[np.ndarray, "T"]:
-    """Returns the weight of each step's squared error: all 1 for "none", eq. (2) for "snr".
-
-    Raises:
-        UsageError: an unknown weighting, or "snr" with eps, where it would be unbounded at the noisiest steps.
-    """
-    choose("weighting", weighting, dict.fromkeys(WEIGHTINGS))
-    if weighting == "none":
+def loss_weights(schedule: Schedule, objective: Objective) -> Float[np.ndarray, "T"]:
+    """Returns w_t of eq. (1) for the error in what the network predicts, from eq. (2)-(4)."""
+    if objective.weighting == "none":
         return np.ones(schedule.num_steps, np.float32)
-    if prediction_type == "eps":
-        raise UsageError("weighting 'snr' is for predictions of x0 and v: use weighting 'none' with eps")
-    whole = schedule.alpha_bar / (1.0 - schedule.alpha_bar) + 1.0
-    over = whole if prediction_type == "v" else 1.0
-    return (np.minimum(whole, max_weight) / over).astype(np.float32)
+    snr = schedule.alpha_bar / (1.0 - schedule.alpha_bar)
+    of_x_0 = {
+        "snr": lambda: np.minimum(snr + 1.0, objective.max_weight),
+        "min_snr": lambda: np.minimum(snr, objective.gamma),
+        "p2": lambda: snr / (objective.k + snr) ** objective.gamma,
+    }[objective.weighting]()
+    over = {"x0": 1.0, "eps": snr, "v": snr + 1.0}[objective.prediction]
+    return (of_x_0 / over).astype(np.float32)
 
 
-def mse_loss(
+def training_loss(
     schedule: Schedule,
-    prediction_type: str,
+    objective: Objective,
     denoiser: Denoiser,
     x_0: Float[Array, "B *shape"],
+    t: Int[Array, "B"],
     key: Key[Array, ""],
-    weighting: str = "none",
-    max_weight: float = 10.0,
 ) -> tuple[Float[Array, "B"], Metrics]:
-    """Returns the weighted loss of each example, eq. (1), and the mean without weights as the metric "mse".
+    """Returns the loss of each example, and the metrics "mse" (without weights) and, with a bound, "vlb" (bits).
 
     Args:
         schedule: the schedule to train on, T steps.
-        prediction_type: "eps", "x0" or "v"; UserError on another.
+        objective: what to predict, and the loss.
         denoiser: the network, told ``schedule.timesteps[t]``; what it returns is compared in float32.
-        x_0: clean examples, float32.
-        key: the key of this call; t and eps are drawn from streams of it.
-        weighting: "none" or "snr", eq. (2), whose bound is ``max_weight``.
+        x_0: clean examples, float32; with "hybrid" and "vlb" bytes scaled to [-1, 1].
+        t: the step of each example.
+        key: the key of this call; eps is drawn from a stream of it.
     """
-    t = jax.random.randint(rng.stream(key, "t"), x_0.shape[:1], 0, schedule.num_steps)
     eps = jax.random.normal(rng.stream(key, "eps"), x_0.shape, jnp.float32)
     x_t = process.q_sample(schedule, x_0, t, eps)
-    target = process.from_x0_eps(schedule, prediction_type, x_0, eps, t)
-    prediction = denoiser(x_t, jnp.asarray(schedule.levels.timestep)[t]).astype(jnp.float32)
-    loss = jnp.mean(jnp.square(prediction - target), axis=tuple(range(1, x_0.ndim)))
-    weights = jnp.asarray(loss_weights(schedule, prediction_type, weighting, max_weight))
-    return loss * weights[t], {"mse": loss.mean()}
+    output = denoiser(x_t, jnp.asarray(schedule.levels.timestep)[t]).astype(jnp.float32)
+    prediction, raw = variance.split(objective.variance, output)
+    target = process.from_x0_eps(schedule, objective.prediction, x_0, eps, t)
+    mse = jnp.mean(jnp.square(prediction - target), axis=tuple(range(1, x_0.ndim)))
+    weighted = mse * jnp.asarray(loss_weights(schedule, objective))[t]
+    metrics = {"mse": mse.mean()}
+    if objective.loss == "mse":
+        return weighted, metrics
+    # Whatever is predicted, the mean is a function of it: stopped there, none of eps, x_0 and v sees the bound.
+    fixed = prediction if objective.loss == "vlb" else jax.lax.stop_gradient(prediction)
+    pair = process.to_x0_eps(schedule, objective.prediction, fixed, x_t, t)._replace(variance=raw)
+    vlb = vlb_terms(schedule, objective.variance, pair, x_0, x_t, t)
+    metrics["vlb"] = vlb.mean()
+    if objective.loss == "vlb":
+        return schedule.num_steps * vlb, metrics
+    return weighted + objective.vlb_weight * schedule.num_steps * vlb, metrics

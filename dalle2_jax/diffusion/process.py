@@ -36,10 +36,14 @@ from dalle2_jax.types import choose
 
 
 class Denoised(NamedTuple):
-    """What a network says of x_t: the clean picture and the noise in it, each [B, ...]."""
+    """What a network says of x_t: the clean picture and the noise in it, each [B, ...].
+
+    ``variance`` is what it says of the reverse step's variance, unprocessed (``variance``), or None.
+    """
 
     x_0: jax.Array
     eps: jax.Array
+    variance: jax.Array | None = None
 
 
 def _eps_from_x0(x_0, x_t, signal_rate, noise_rate):
@@ -69,6 +73,11 @@ _TARGET = {
     "x0": lambda x_0, eps, signal_rate, noise_rate: x_0,
     "v": lambda x_0, eps, signal_rate, noise_rate: signal_rate * eps - noise_rate * x_0,  # eq. (2)
 }
+
+
+def check_prediction(prediction_type: str) -> None:
+    """Raises UserError unless the prediction type is "eps", "x0" or "v"."""
+    choose("prediction type", prediction_type, _DENOISED)
 
 
 def denoised(
@@ -136,6 +145,8 @@ def from_x0_eps(
     return choose("prediction type", prediction_type, _TARGET)(x_0, eps, *rates)
 
 
-def with_x_0(x_0: Float[Array, "B *shape"], x_t: Float[Array, "B *shape"], level: Level) -> Denoised:
+def with_x_0(
+    pair: Denoised, x_0: Float[Array, "B *shape"], x_t: Float[Array, "B *shape"], level: Level
+) -> Denoised:
     """Returns the pair for a picture that was mended after prediction: eps follows from x_t, eq. (4)."""
-    return _from_x0(x_0, x_t, level.signal_rate, level.noise_rate)
+    return pair._replace(x_0=x_0, eps=_eps_from_x0(x_0, x_t, level.signal_rate, level.noise_rate))

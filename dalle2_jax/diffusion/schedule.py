@@ -17,20 +17,32 @@ the step back when x_0 is known (Ho et al. eq. 6-7):
 
 Schedules:
 
-    linear   beta from 1e-4 to 0.02 at T = 1000, scaled by 1000 / T           (Ho et al. sec. 4)  (8)
-    cosine   alpha_bar(u) = cos^2(pi/2 (u + s) / (1 + s)), s = 0.008, u = i / T, beta <= 0.999
-             (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17)                               (9)
+    linear          beta from 1e-4 to 0.02 at T = 1000, scaled by 1000 / T     (Ho et al. sec. 4) (8)
+    scaled_linear   sqrt(beta) from sqrt(8.5e-4) to sqrt(0.012), scaled likewise
+                    (Rombach et al. 2022, arXiv 2112.10752, app. E.1)                         (9)
+    cosine          alpha_bar(u) = cos^2(pi/2 (u + s) / (1 + s)), s = 0.008, u = (i + 1) / T,
+                    beta <= 0.999        (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17)   (10)
+    sigmoid         alpha_bar(u) = (S(3) - S(6 u - 3)) / (S(3) - S(-3)), S the logistic function,
+                    beta <= 0.999                        (Jabri et al. 2022, arXiv 2212.11972) (11)
 
-*Respacing* (Nichol & Dhariwal sec. 4) keeps the alpha_bar of some of the timesteps and derives the
-betas of the jumps between them:
+Two functions make a schedule of another:
 
-    beta_k = 1 - alpha_bar_{t_k} / alpha_bar_{t_{k-1}}                                       (10)
+    with zero terminal SNR (Lin et al. 2023, arXiv 2305.08891, algorithm 1): the signal rate a_i becomes
+
+        a_0 (a_i - a_{T-1}) / (a_0 - a_{T-1})                                                (12)
+
+    which ends in pure noise; of which nothing follows about x_0, so a network must predict x_0 or v.
+
+    for another resolution (Hoogeboom et al. 2023, arXiv 2301.11093, eq. 4): a picture r times the side
+    averages its noise away over r^2 times the pixels, so log SNR becomes
+
+        log SNR - 2 log r,                SNR = alpha_bar / (1 - alpha_bar)                  (13)
 
 An *index* counts the steps of a schedule; a *timestep* is what the network was trained on. They are
-the same until a schedule is respaced; ``Schedule.timesteps`` maps one to the other.
+the same until a schedule is respaced (``respacing``); ``Schedule.timesteps`` maps one to the other.
 
-Tables are float64 numpy, cast to float32 once where they enter a compiled program. Both makers
-remember what they made, so equal arguments return the same object, which is hashed by identity.
+Tables are float64 numpy, cast to float32 once where they enter a compiled program. Makers remember
+what they made, so equal arguments return the same object, which is hashed by identity.
 """
 
 import dataclasses
@@ -118,6 +130,12 @@ class Schedule:
         return np.log(np.append(first, variance[1:]))
 
     @property
+    def log_snr(self) -> Float[np.ndarray, "T"]:
+        """log(alpha_bar / (1 - alpha_bar)); -inf where there is no signal left."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alpha_bar) - np.log1p(-self.alpha_bar)
+
+    @property
     def levels(self) -> Level:
         """All the noise levels, ready for a compiled program: int32[T], float32[T], float32[T]."""
         return Level(
@@ -133,19 +151,36 @@ def _linear(num_steps: int) -> np.ndarray:
     return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
 
 
-def _cosine(num_steps: int) -> np.ndarray:
+def _scaled_linear(num_steps: int) -> np.ndarray:
     """Betas of eq. (9)."""
-    u = np.arange(num_steps + 1) / num_steps
-    alpha_bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+    scale = np.sqrt(1000 / num_steps)
+    return np.linspace(scale * np.sqrt(8.5e-4), scale * np.sqrt(0.012), num_steps, dtype=np.float64) ** 2
+
+
+def _of_signal(alpha_bar: Float[np.ndarray, "T_plus_1"]) -> np.ndarray:
+    """Betas of an alpha_bar given before the first step and after each, bounded as in eq. (10)."""
     return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
-_BETAS = {"linear": _linear, "cosine": _cosine}
+def _cosine(num_steps: int) -> np.ndarray:
+    """Betas of eq. (10)."""
+    u = np.arange(num_steps + 1) / num_steps
+    return _of_signal(np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2)
+
+
+def _sigmoid(num_steps: int) -> np.ndarray:
+    """Betas of eq. (11)."""
+    first, last = 1 / (1 + np.exp(3.0)), 1 / (1 + np.exp(-3.0))
+    u = np.arange(num_steps + 1) / num_steps
+    return _of_signal((last - 1 / (1 + np.exp(3 - 6 * u))) / (last - first))
+
+
+_BETAS = {"linear": _linear, "scaled_linear": _scaled_linear, "cosine": _cosine, "sigmoid": _sigmoid}
 
 
 @functools.lru_cache(maxsize=None)
 def make_schedule(name: str, num_steps: int) -> Schedule:
-    """Returns the schedule "linear" (eq. 8) or "cosine" (eq. 9) of num_steps steps.
+    """Returns the schedule "linear", "scaled_linear", "cosine" or "sigmoid" of num_steps steps, eq. (8)-(11).
 
     Raises UserError on an unknown name or a number of steps that the schedule cannot have.
     """
@@ -155,67 +190,33 @@ def make_schedule(name: str, num_steps: int) -> Schedule:
     return Schedule(betas(num_steps), np.arange(num_steps))
 
 
-def respace(schedule: Schedule, spec: int | str) -> Schedule:
-    """Returns the schedule of a part of the steps, eq. (10); the same object for the same arguments.
+def of_alpha_bar(alpha_bar: Float[np.ndarray, "T"], timesteps: Int[np.ndarray, "T"]) -> Schedule:
+    """Returns the schedule of a descending alpha_bar: its betas are those of the jumps between its steps."""
+    return Schedule(1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1]), timesteps.copy())
 
-    Args:
-        schedule: the schedule to take steps from, T steps.
-        spec: which steps, in the grammar of the public code (guided-diffusion, GLIDE):
-            50 or "50"     50 steps evenly spaced from the first to the last, both included;
-                           1 takes the last alone
-            "10,10,3,2,2"  so many steps, likewise, in each of equal sections, cleanest first
-            "ddim50"       every (T/50)-th step from the first (Song et al. 2021, sec. 4)
-            "fast27"       "10,10,3,2,2", whose last step is drawn two back from pure noise
 
-    Raises:
-        UserError: more steps than there are, a stride that does not divide, or no such grammar.
-    """
-    return _respace(schedule, str(spec).replace(" ", ""))
+def first_steps(schedule: Schedule, count: int) -> Schedule:
+    """Returns the schedule of the ``count`` cleanest steps alone."""
+    return Schedule(schedule.betas[:count], schedule.timesteps[:count])
 
 
 @functools.lru_cache(maxsize=None)
-def _respace(schedule: Schedule, spec: str) -> Schedule:
-    kept = _kept_steps(schedule.num_steps, spec)
-    if len(kept) == schedule.num_steps:
-        return schedule
-    alpha_bar = schedule.alpha_bar[kept]
-    betas = 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-    return Schedule(betas, schedule.timesteps[kept])
+def with_zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """Returns the schedule stretched so that its last step is pure noise, eq. (12)."""
+    if schedule.num_steps < 2:
+        raise UserError("a schedule of one step cannot end in pure noise: it would have no signal at all")
+    rate = schedule.signal_rate
+    stretched = rate[0] * (rate - rate[-1]) / (rate[0] - rate[-1])
+    return of_alpha_bar(stretched**2, schedule.timesteps)
 
 
-def _kept_steps(num_steps: int, spec: str) -> np.ndarray:
-    """Returns the indices that a respacing keeps, ascending."""
-    if spec == "fast27":
-        kept = _kept_steps(num_steps, "10,10,3,2,2")
-        kept[-1] = num_steps - 3
-        return kept
-    if spec.startswith("ddim") and spec[4:].isdecimal():
-        return _strided(num_steps, int(spec[4:]))
-    parts = spec.split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"not a respacing: {spec!r}; write one like 50, 'ddim50', '10,10,3,2,2' or 'fast27'")
-    counts = [int(part) for part in parts]
-    if counts == [1]:
-        # Even spacing would keep step 0, from which noise cannot become a picture.
-        return np.array([num_steps - 1])
-    # Sections differ by one step at most, the longer ones first.
-    sections = np.array_split(np.arange(num_steps), len(counts))
-    return np.concatenate([_even(section, count) for section, count in zip(sections, counts, strict=True)])
+@functools.lru_cache(maxsize=None)
+def shifted(schedule: Schedule, ratio: float) -> Schedule:
+    """Returns the schedule for pictures ``ratio`` times the side it was made for, eq. (13).
 
-
-def _even(section: np.ndarray, count: int) -> np.ndarray:
-    """Returns count of the steps of a section, from its first to its last."""
-    if count > len(section):
-        raise UserError(f"a respacing asks for {count} of {len(section)} steps; ask for at most {len(section)}")
-    stride = (len(section) - 1) / (count - 1) if count > 1 else 0.0
-    # A running sum and half-to-even rounding, as the public code has, decide the ties.
-    return section[np.rint(np.cumsum([0.0] + [stride] * (count - 1))).astype(int)]
-
-
-def _strided(num_steps: int, count: int) -> np.ndarray:
-    """Returns every k-th step, for the smallest k that leaves exactly count of them."""
-    strides = {len(range(0, num_steps, k)): k for k in range(num_steps, 0, -1)}
-    if count not in strides:
-        nearest = min(strides, key=lambda n: abs(n - count))
-        raise UserError(f"'ddim{count}' does not divide {num_steps} steps; the nearest that does is 'ddim{nearest}'")
-    return np.arange(0, num_steps, strides[count])
+    Raises UserError unless the ratio is above 0.
+    """
+    if not ratio > 0 or not np.isfinite(ratio):
+        raise UserError(f"a schedule is shifted by a ratio of sides above 0, not {ratio}")
+    signal, noise = schedule.alpha_bar, ratio**2 * (1.0 - schedule.alpha_bar)
+    return of_alpha_bar(signal / (signal + noise), schedule.timesteps)

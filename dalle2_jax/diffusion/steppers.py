@@ -1,4 +1,5 @@
-"""Steppers: one step from x_t to x_{t-1}, given what the network says of x_t.
+"""Steppers: one step from x_t to x_{t-1}, given what the network says of x_t. Here those of the processes
+that a network is trained on; ``solvers`` has the solvers of its differential equation.
 
 In what follows x_0 and eps are the network's, after clipping; alpha_bar' is alpha_bar of the step
 before (1 before the first), and z ~ N(0, I).
@@ -7,22 +8,26 @@ DDPM, ancestral sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2): the po
 network's x_0 in place of the true one,
 
     x_{t-1} = c_t x_0 + d_t x_t + sigma_t z                                                   (1)
-    sigma_t^2 = beta_tilde_t  ("fixed_small")   or   beta_t  ("fixed_large")                  (2)
 
-the first being exact when x_0 is certain, the second when the data are N(0, I) (sec. 3.2).
+sigma_t being any of ``variance``.
 
 DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16): eta = 0 is deterministic, eta = 1 has the
 variance beta_tilde of DDPM,
 
-    x_{t-1} = sqrt(alpha_bar') x_0 + sqrt(1 - alpha_bar' - sigma_t^2) eps + sigma_t z          (3)
-    sigma_t = eta sqrt((1 - alpha_bar') r_t),       r_t = beta_t / (1 - alpha_bar_t)          (4)
+    x_{t-1} = sqrt(alpha_bar') x_0 + sqrt(1 - alpha_bar' - sigma_t^2) eps + sigma_t z          (2)
+    sigma_t = eta sqrt((1 - alpha_bar') r_t),       r_t = beta_t / (1 - alpha_bar_t)          (3)
 
-With 1 - r_t = (1 - beta_t) (1 - alpha_bar') / (1 - alpha_bar_t), the root in (3) is computed as
+With 1 - r_t = (1 - beta_t) (1 - alpha_bar') / (1 - alpha_bar_t), the root in (2) is computed as
 
-    sqrt(1 - alpha_bar') sqrt((1 - r_t) + r_t (1 - eta) (1 + eta))                            (5)
+    sqrt(1 - alpha_bar') sqrt((1 - r_t) + r_t (1 - eta) (1 + eta))                            (4)
 
 a sum of positive terms, which loses nothing in float32. In all of them sigma_0 = 0: the last step
 ends in x_0 without noise.
+
+DDIM inversion runs (2) with eta = 0 backwards, from a picture to the noise that draws it (Dhariwal & Nichol 2021,
+arXiv 2105.05233, appendix F; Ramesh et al. 2022, section 3): with the network's (x_0, eps) of x_t,
+
+    x_{t+1} = sqrt(alpha_bar_{t+1}) x_0 + sqrt(1 - alpha_bar_{t+1}) eps                       (5)
 
 A stepper turns a schedule into *rows*, its coefficients at each step (computed in float64, kept
 as float32), and takes one step with one row. It may ask for several predictions in one step, and
@@ -37,9 +42,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalle2_jax.diffusion import variance
 from dalle2_jax.diffusion.process import Denoised
 from dalle2_jax.diffusion.schedule import Level, Schedule
-from dalle2_jax.types import choose
+from dalle2_jax.diffusion.variance import NoiseMoments
+from dalle2_jax.types import UserError, choose
 
 Predict = Callable[[jax.Array, Level], Denoised]
 """(x_t [B, ...], its level) -> the network's (x_0, eps) of it, already clipped or thresholded."""
@@ -77,36 +84,49 @@ class DdpmRow(NamedTuple):
     level: Level
     x_0_weight: np.ndarray  # c_t
     x_t_weight: np.ndarray  # d_t
-    std: np.ndarray  # sigma_t
-
-
-VARIANCES = {
-    "fixed_small": lambda schedule: schedule.posterior_variance,
-    "fixed_large": lambda schedule: schedule.betas,
-}
+    std: np.ndarray  # sigma_t; 1 where the network says it, 0 at the last step
+    log_small: np.ndarray  # log beta_tilde_t
+    log_large: np.ndarray  # log beta_t
 
 
 @dataclasses.dataclass(frozen=True)
 class Ddpm:
-    """Ancestral sampling, eq. (1), with the variance "fixed_small" or "fixed_large", eq. (2)."""
+    """Ancestral sampling, eq. (1), with a variance of ``variance.VARIANCES`` or "analytic", which has its moments."""
 
     variance: str = "fixed_small"
+    moments: NoiseMoments | None = None
 
-    def __post_init__(self):
-        choose("variance", self.variance, VARIANCES)
+    def __post_init__(self) -> None:
+        choose("variance", self.variance, dict.fromkeys((*variance.VARIANCES, "analytic")))
+        if self.variance == "analytic" and self.moments is None:
+            raise UserError(
+                "variance 'analytic' needs the network's noise moments: "
+                "measure them by `python -m dalle2_jax.evaluation moments`"
+            )
+
+    def _std(self, schedule: Schedule) -> np.ndarray:
+        if self.variance in variance.LEARNED:
+            return np.ones(schedule.num_steps)
+        if self.variance == "analytic":
+            return np.sqrt(variance.analytic(schedule, self.moments))
+        return np.sqrt(schedule.posterior_variance if self.variance == "fixed_small" else schedule.betas)
 
     def rows(self, schedule: Schedule) -> DdpmRow:
-        std = np.sqrt(VARIANCES[self.variance](schedule))
+        std = self._std(schedule)
         std[0] = 0.0
-        weights = schedule.posterior_mean_x_0, schedule.posterior_mean_x_t, std
-        return DdpmRow(schedule.levels, *(table.astype(np.float32) for table in weights))
+        tables = schedule.posterior_mean_x_0, schedule.posterior_mean_x_t, std, *variance.bounds(schedule)
+        return DdpmRow(schedule.levels, *(table.astype(np.float32) for table in tables))
 
     def init(self, x_T):
         return ()
 
     def step(self, predict, x_t, row, noise, carry):
-        x_0, _ = predict(x_t, row.level)
-        return row.x_0_weight * x_0 + row.x_t_weight * x_t + row.std * noise(), carry
+        pair = predict(x_t, row.level)
+        mean = row.x_0_weight * pair.x_0 + row.x_t_weight * x_t
+        std = row.std
+        if self.variance in variance.LEARNED:
+            std = std * jnp.exp(0.5 * variance.mixed(self.variance, pair.variance, row.log_small, row.log_large))
+        return mean + std * noise(), carry
 
 
 class DdimRow(NamedTuple):
@@ -121,7 +141,7 @@ class DdimRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ddim:
-    """DDIM, eq. (3)-(5). eta in [0, 1] may be traced; no normals are drawn while it is 0."""
+    """DDIM, eq. (2)-(4). eta in [0, 1] may be traced; no normals are drawn while it is 0."""
 
     eta: float | jax.Array = 0.0
 
@@ -136,9 +156,41 @@ class Ddim:
         return ()
 
     def step(self, predict, x_t, row, noise, carry):
-        x_0, eps = predict(x_t, row.level)
+        pair = predict(x_t, row.level)
         eta = jnp.asarray(self.eta, jnp.float32)
         towards = row.noise_rate_prev * jnp.sqrt(row.kept + row.fresh * (1 - eta) * (1 + eta))
         sigma = eta * row.noise_rate_prev * jnp.sqrt(row.fresh)
         z = jax.lax.cond(eta > 0, noise, lambda: jnp.zeros_like(x_t))
-        return row.signal_rate_prev * x_0 + towards * eps + sigma * z, carry
+        return row.signal_rate_prev * pair.x_0 + towards * pair.eps + sigma * z, carry
+
+
+class InversionRow(NamedTuple):
+    """What inversion knows of a step; each field float32[steps]."""
+
+    level: Level
+    signal_rate_next: np.ndarray  # sqrt(alpha_bar_{t+1}); 0 after the last
+    noise_rate_next: np.ndarray  # sqrt(1 - alpha_bar_{t+1})
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseDdim:
+    """DDIM inversion, eq. (5): it climbs, so ``sampler.integrate`` goes through its rows cleanest first.
+
+    The clean picture stands for x at the first level. The last step would go on to pure noise, a level that no
+    sampler starts from; left out, as Dhariwal & Nichol found better, inversion ends where DDIM begins.
+    """
+
+    skip_last: bool = True
+
+    def rows(self, schedule: Schedule) -> InversionRow:
+        following = np.append(schedule.alpha_bar[1:], 0.0)
+        tables = np.sqrt(following), np.sqrt(1.0 - following)
+        row = InversionRow(schedule.levels, *(table.astype(np.float32) for table in tables))
+        return jax.tree.map(lambda table: table[:-1], row) if self.skip_last else row
+
+    def init(self, x_T):
+        return ()
+
+    def step(self, predict, x_t, row, noise, carry):
+        pair = predict(x_t, row.level)
+        return row.signal_rate_next * pair.x_0 + row.noise_rate_next * pair.eps, carry

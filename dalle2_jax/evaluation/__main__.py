@@ -14,10 +14,10 @@ import tqdm
 
 from dalle2_jax import build, data, entry
 from dalle2_jax.data import digits as digits_data
-from dalle2_jax.evaluation import attributes, retrieval
+from dalle2_jax.evaluation import attributes, bound, retrieval
 from dalle2_jax.evaluation import digits as digit_reader
 from dalle2_jax.files import captioned_grid, write_atomically, write_png
-from dalle2_jax.generation import PRIORS, Cascade, Request, Settings
+from dalle2_jax.generation import PRIORS, Cascade, Member, Request, Settings
 from dalle2_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
 from dalle2_jax.types import UserError
 from dalle2_jax.workdir import StageFolder
@@ -45,6 +45,18 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--seed", type=entry.seed, default=1, help="of the samples (default %(default)s)")
             command.add_argument("--batch_size", type=entry.positive, default=64, help="pictures at a time")
             command.add_argument("--prior", choices=PRIORS, help="which, where the system has both (default diffusion)")
+    for name, split, help_text in (
+        ("bits_per_dim", "val", "of a stage that draws pictures: the bound on their likelihood, over every step"),
+        ("moments", "train", "of a diffusion stage: the noise it predicts at each step, which variance analytic needs"),
+    ):
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.add_argument("--system", required=True, type=pathlib.Path, help="the system's folder")
+        command.add_argument("--stage", required=True, choices=build.DIFFUSED, help="which stage")
+        command.add_argument("--num", type=entry.positive, default=64, help="how many examples (default %(default)s)")
+        command.add_argument("--split", default=split, help="train, val, .. (default %(default)s)")
+        command.add_argument("--seed", type=entry.seed, default=1, help="of the noise (default %(default)s)")
+        command.add_argument("--batch_size", type=entry.positive, default=16, help="examples at a time")
+        command.add_argument("--out", type=pathlib.Path, help="folder for results.json")
     return parser
 
 
@@ -110,18 +122,54 @@ def measure_digits(options: argparse.Namespace) -> dict:
     return rates
 
 
+def load_stage(options: argparse.Namespace) -> tuple[dict[str, Member], data.Source]:
+    """Loads the stage of --stage with what it borrows, and opens its data."""
+    names = ("clip", options.stage) if options.stage in build.BORROWS_CLIP else (options.stage,)
+    members = build.load_system(options.system, make_mesh(MeshConfig()), names)
+    source = open_source(options, options.stage, options.split)
+    if options.num > len(source):
+        raise UserError(f"--num {options.num} is more than the {len(source)} examples of split {options.split}")
+    return members, source
+
+
+def measure_bits_per_dim(options: argparse.Namespace) -> dict:
+    """Bounds the likelihood of held-out pictures."""
+    members, source = load_stage(options)
+    bits = bound.bits_per_dim(members, options.stage, source, options.num, options.batch_size, options.seed)
+    print(f"{options.stage}, {options.num} {options.split} examples: {bits['total']:.4f} bits per dimension at most")
+    return bits
+
+
+def measure_moments(options: argparse.Namespace) -> dict:
+    """Measures what Analytic-DPM needs, and stores it with the stage."""
+    members, source = load_stage(options)
+    moments = bound.noise_moments(members, options.stage, source, options.num, options.seed, options.batch_size)
+    folder = StageFolder(options.system, options.stage)
+    folder.write_json("moments.json", moments)
+    print(f"{folder.path / 'moments.json'}: {options.stage} can be sampled with ddpm and variance analytic")
+    return moments
+
+
 def show(options: argparse.Namespace, pictures: np.ndarray, captions: Sequence[str]) -> None:
     """Writes a grid of the first pictures where --out says."""
     if options.out:
         write_png(options.out / "grid.png", captioned_grid(list(pictures[:30]), captions[:30]))
 
 
+MEASURES = {
+    "attributes": measure_attributes,
+    "retrieval": measure_retrieval,
+    "digits": measure_digits,
+    "bits_per_dim": measure_bits_per_dim,
+    "moments": measure_moments,
+}
+
+
 def main() -> None:
     """Runs the command line."""
     options = make_parser().parse_args()
     entry.enable_compilation_cache()
-    measure = {"attributes": measure_attributes, "retrieval": measure_retrieval, "digits": measure_digits}
-    result = measure[options.command](options)
+    result = MEASURES[options.command](options)
     if options.out:
         write_atomically(options.out / "results.json", json.dumps(result, indent=2) + "\n")
 

@@ -10,6 +10,7 @@ fold_in(fold_in(root, i), j), and each stage a stream of it, so that a picture d
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def draw_embedding(
     keys: Key[Array, "B"],
     batch: Batch,
     absent: Bool[Array, "B"],
-    scalars: Mapping[str, Float[Array, ""]],
+    scalars: Mapping[str, Any],
 ) -> Float[Array, "B E"]:
     """Draws image embeddings from the prior, in the contract's space, the best of ``candidates`` each."""
     batch = {**batch, **stage.clip.read(clip, batch)}
@@ -92,14 +93,13 @@ def draw_picture(
     keys: Key[Array, "B"],
     batch: Batch,
     absent: Bool[Array, "B"],
-    guidance: Float[Array, ""],
-    eta: Float[Array, ""],
+    scalars: Mapping[str, Any],
 ) -> Float[Array, "B H W 3"]:
     """Draws pictures in [-1, 1] from image embeddings and captions."""
     if stage.model.text_input == "clip":
         batch = {**batch, **stage.clip.read(clip, batch)}
     condition = stage.condition(batch)
-    picture = stage.sample(params, keys, condition, config, guidance, eta, absent={"text": absent})
+    picture = stage.sample(params, keys, condition, config, **scalars, absent={"text": absent})
     return jnp.clip(picture, -1.0, 1.0)
 
 
@@ -175,7 +175,7 @@ class Cascade:
         batch, absent = self._captions("decoder", requests)
         picture = draw_picture(
             *self._static("decoder"), members["decoder"].variables.params, clip,
-            self._stream(keys, "decoder"), {**batch, "image_emb": emb}, absent, **self._scalars("decoder"),
+            self._stream(keys, "decoder"), {**batch, "image_emb": emb}, absent, self._scalars("decoder"),
         )
         for name in UPSAMPLERS:
             if name in members:
@@ -195,9 +195,9 @@ class Cascade:
         """A stage and its sampling with the values that are traced instead replaced by fixed ones."""
         return self._members[name].stage, self._settings.sampling[name].split()[0]
 
-    def _scalars(self, name: str) -> dict[str, jax.Array]:
+    def _scalars(self, name: str) -> dict[str, Any]:
         """The values that are traced."""
-        return {field: jnp.float32(value) for field, value in self._settings.sampling[name].split()[1].items()}
+        return jax.tree.map(jnp.float32, self._settings.sampling[name].split()[1])
 
     def _put(self, *arrays: np.ndarray) -> list[jax.Array]:
         return [jax.device_put(array, self._sharding) for array in arrays]

@@ -27,6 +27,10 @@ class DecoderStage(DiffusionStage):
     drop_image: float = 0.1
     drop_text: float = 0.5
 
+    def __post_init__(self) -> None:
+        unet = self.model.unet
+        self.check_channels(unet.in_channels, unet.out_channels, "model.unet.out_channels")
+
     @property
     def borrows(self) -> tuple[str, ...]:
         return ("clip",)

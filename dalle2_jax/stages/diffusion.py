@@ -6,16 +6,18 @@ training (``drop_rates``); the loss, classifier-free guidance and sampling are h
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from dalle2_jax import rng
-from dalle2_jax.diffusion import SamplerConfig, Schedule, classifier_free, make_schedule, mse_loss, sample
+from dalle2_jax import diffusion, rng
+from dalle2_jax.diffusion import Course, NoiseMoments, Objective, SamplerConfig, Schedule
+from dalle2_jax.diffusion.timesteps import SAMPLERS as TIMESTEP_SAMPLERS
+from dalle2_jax.diffusion.variance import LEARNED
 from dalle2_jax.stages.base import Outputs, Variables
-from dalle2_jax.types import Batch, Denoiser, Params
+from dalle2_jax.types import Batch, Denoiser, Metrics, Params, UserError, choose
 
 Condition = Mapping[str, jax.Array]
 """What a sample leans on: arrays by name, each with the batch as its first axis."""
@@ -25,28 +27,74 @@ Drops = Mapping[str, Bool[Array, "B"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionConfig:
-    """The forward process of a stage and what its network predicts: "eps", "x0" or "v"."""
+class DiffusionConfig(Objective):
+    """The forward process of a stage, what its network predicts of it, and on what it is trained.
+
+    ``schedule`` and ``num_steps`` are ``diffusion.make_schedule``'s; ``resolution_shift`` is the side of the pictures
+    over the side the schedule was made for (``diffusion.shifted``). ``timesteps`` is "uniform" or
+    "loss_second_moment" (``diffusion.timesteps``). The rest is `Objective`'s.
+    """
 
     schedule: str = "cosine"
     num_steps: int = 1000
-    prediction: str = "eps"
-    weighting: str = "none"  # or "snr", for x0 and v
-    max_weight: float = 10.0  # of "snr"
+    zero_terminal_snr: bool = False
+    resolution_shift: float = 1.0
+    timesteps: str = "uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("timesteps", self.timesteps, dict.fromkeys(TIMESTEP_SAMPLERS))
+        self.check(self.make_schedule())
+
+    def make_schedule(self) -> Schedule:
+        """Returns the schedule of training; the same object for equal configurations."""
+        schedule = diffusion.make_schedule(self.schedule, self.num_steps)
+        if self.resolution_shift != 1.0:
+            schedule = diffusion.shifted(schedule, self.resolution_shift)
+        return diffusion.with_zero_terminal_snr(schedule) if self.zero_terminal_snr else schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(SamplerConfig):
-    """How a stage is sampled: the sampler, and the scale of classifier-free guidance (1: none)."""
+    """How a stage is sampled: the sampler, and classifier-free guidance (``diffusion.guidance``).
+
+    ``guidance`` is the scale of all that the stage is told (1: none); ``image_guidance`` and ``text_guidance`` take its
+    place for a part. The rest says how scales change over the steps.
+    """
 
     guidance: float = 1.0
+    image_guidance: float | None = None
+    text_guidance: float | None = None
+    guidance_schedule: str = "constant"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
 
-    def split(self) -> tuple["SamplingConfig", dict[str, float]]:
-        """Returns what decides the compiled program, and the numbers that the program takes."""
-        guided = self.guidance if self.guidance == 1.0 else 2.0
-        noisy = float(self.eta > 0) if self.name == "ddim" else 0.0
-        program = dataclasses.replace(self, guidance=guided, eta=noisy)
-        return program, {"guidance": self.guidance, "eta": self.eta}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.course
+
+    @property
+    def course(self) -> Course:
+        """How scales change over the steps."""
+        return Course(self.guidance_schedule, self.guidance_interval, self.guidance_rescale)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The scale of each part that a stage may be told."""
+        parts = {"image": self.image_guidance, "text": self.text_guidance}
+        return {name: self.guidance if scale is None else scale for name, scale in parts.items()}
+
+    def split(self) -> tuple["SamplingConfig", dict[str, Any]]:
+        """Returns what decides the compiled program, and the numbers that the program takes.
+
+        Scales that are 0, 1 or equal spare branches of the network, so that is part of the program.
+        """
+        stand_ins = {0.0: 0.0, 1.0: 1.0}
+        for scale in self.scales.values():
+            stand_ins.setdefault(scale, 2.0 + len(stand_ins))
+        image, text = (stand_ins[scale] for scale in self.scales.values())
+        program = dataclasses.replace(self, guidance=1.0, image_guidance=image, text_guidance=text, eta=0.0)
+        return program, {"scales": self.scales, "eta": self.eta}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +104,7 @@ class DiffusionStage:
     diffusion: DiffusionConfig
     sampling: SamplingConfig
     name: str
-
-    stats: ClassVar[dict] = {}
+    moments: NoiseMoments | None = dataclasses.field(default=None, kw_only=True)  # measured once it is trained
 
     # What a subclass says.
 
@@ -92,18 +139,39 @@ class DiffusionStage:
     @property
     def schedule(self) -> Schedule:
         """The schedule of training, shared with sampling."""
-        return make_schedule(self.diffusion.schedule, self.diffusion.num_steps)
+        return self.diffusion.make_schedule()
 
     def init(self, key: jax.Array) -> Variables:
-        """Returns fresh variables."""
-        return Variables(self.init_params(key), {})
+        """Returns fresh variables; the statistics are the losses by which timesteps are drawn, if they are."""
+        importance = self.diffusion.timesteps == "loss_second_moment"
+        stats = diffusion.empty_history(self.diffusion.num_steps)._asdict() if importance else {}
+        return Variables(self.init_params(key), stats)
+
+    def check_sampling(self, config: SamplingConfig) -> None:
+        """Raises UserError where this stage cannot be sampled so: steps, moments or scales that it does not have."""
+        stepper = diffusion.make_stepper(config, None, self.diffusion.variance, self.moments)
+        stepper.rows(diffusion.respace(self.schedule, config.steps))
+        if config.guidance != 1.0 and not self.drop_rates:
+            raise UserError(f"stage {self.name} was not trained to go without what it is told: it has no guidance")
+        for name, scale in (("image", config.image_guidance), ("text", config.text_guidance)):
+            if scale is not None and name not in self.drop_rates:
+                raise UserError(f"stage {self.name} was not trained to go without {name}: it has no {name}_guidance")
+
+    def check_channels(self, in_channels: int, out_channels: int, field: str) -> None:
+        """Raises UserError unless a network's output has room for what it predicts of so many channels."""
+        wanted = in_channels * (2 if self.diffusion.variance in LEARNED else 1)
+        if out_channels != wanted:
+            raise UserError(
+                f"stage {self.name} with variance {self.diffusion.variance!r} "
+                f"needs {field} {wanted}, not {out_channels}"
+            )
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
         """Returns the batch as it is; stages that borrow CLIP add its embeddings."""
         return batch
 
     def loss(self, params: Params, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Outputs]:
-        """Mean squared error of the prediction, parts of the condition dropped at their rates."""
+        """The objective's mean over the batch, parts of the condition dropped at their rates."""
         x_0, condition = self.example(rng.stream(key, "example"), batch)
         drops = {
             name: jax.random.bernoulli(rng.stream(key, f"drop_{name}"), rate, x_0.shape[:1])
@@ -111,10 +179,12 @@ class DiffusionStage:
         }
         denoiser = self.bind(params, condition, drops, rng.stream(key, "dropout"))
         config, noise_key = self.diffusion, rng.stream(key, "noise")
-        losses, metrics = mse_loss(
-            self.schedule, config.prediction, denoiser, x_0, noise_key, config.weighting, config.max_weight
-        )
-        return losses.mean(), Outputs(metrics, stats)
+        history = diffusion.LossHistory(**stats) if stats else None
+        t, weights = diffusion.draw(rng.stream(noise_key, "t"), x_0.shape[0], config.num_steps, history)
+        losses, metrics = diffusion.training_loss(self.schedule, config, denoiser, x_0, t, noise_key)
+        if history:
+            stats = diffusion.record(history, t, jax.lax.stop_gradient(losses))._asdict()
+        return (losses * weights).mean(), Outputs(metrics, stats)
 
     def sample(
         self,
@@ -122,11 +192,12 @@ class DiffusionStage:
         keys: Key[Array, "B"],
         condition: Condition,
         config: SamplingConfig,
-        guidance: Float[Array, ""] | float | None = None,
+        scales: Mapping[str, Float[Array, ""] | float] | None = None,
         eta: Float[Array, ""] | float | None = None,
         *,
         absent: Drops | None = None,
         x_T: Float[Array, "B *shape"] | None = None,
+        **around: Any,
     ) -> Float[Array, "B *shape"]:
         """Draws x_0 for each key, float32.
 
@@ -134,29 +205,83 @@ class DiffusionStage:
           params: usually the average of the weights.
           keys: one an image; it alone decides the noise.
           condition: as ``example`` returns it.
-          config: static. Whether there is guidance follows from ``config.guidance``.
-          guidance: takes the place of ``config.guidance``; may be traced, so changing it compiles nothing.
+          config: static. Which branches of the network guidance needs follows from its scales.
+          scales: take the place of ``config.scales``; may be traced, so changing them compiles nothing.
           eta: takes the place of ``config.eta`` of DDIM, likewise.
           absent: images that go without a part of the condition (an empty caption), by ``drop_rates``' names.
           x_T: where to start instead of fresh noise.
+          **around: ``hook``, ``inpainting`` and ``resample`` of ``diffusion.sample``.
         """
-        batch = keys.shape[0]
-        kept = {name: (absent or {}).get(name, jnp.zeros(batch, bool)) for name in self.drop_rates}
-        if config.guidance == 1.0 or not self.drop_rates:
-            denoiser = self.bind(params, condition, kept, None)
-        else:
-            # Twice the condition, its second half dropped: both branches in one batched call.
-            double = {name: jnp.concatenate([value, value]) for name, value in condition.items()}
-            drops = {name: jnp.concatenate([value, jnp.ones(batch, bool)]) for name, value in kept.items()}
-            scale = config.guidance if guidance is None else guidance
-            denoiser = classifier_free(self.bind(params, double, drops, None), scale)
-        return sample(
+        return diffusion.sample(
             self.schedule,
             config,
             self.diffusion.prediction,
-            denoiser,
+            self._guided(params, condition, config, scales, absent or {}),
             keys,
             self.sample_shape(condition),
+            variance_type=self.diffusion.variance,
             x_T=x_T,
             eta=eta if config.name == "ddim" else None,
+            moments=self.moments,
+            **around,
         )
+
+    def _guided(
+        self,
+        params: Params,
+        condition: Condition,
+        config: SamplingConfig,
+        scales: Mapping[str, Float[Array, ""] | float] | None,
+        absent: Drops,
+    ) -> Denoiser:
+        """Returns the network under guidance, only those of its branches computed that have a weight."""
+        names = tuple(self.drop_rates)
+        batch = jax.tree.leaves(condition)[0].shape[0]
+        kept = {name: absent.get(name, jnp.zeros(batch, bool)) for name in names}
+        static = config.scales
+        computed = diffusion.branches([static[name] for name in names], config.course)
+        if computed == (len(names),):
+            return self.bind(params, condition, kept, None)
+        repeated = {name: jnp.concatenate([value] * len(computed)) for name, value in condition.items()}
+        # Branch k is told the first k parts.
+        drops = {
+            name: jnp.concatenate([kept[name] if place < k else jnp.ones(batch, bool) for k in computed])
+            for place, name in enumerate(names)
+        }
+        return diffusion.guided(
+            self.bind(params, repeated, drops, None),
+            [(static if scales is None else scales)[name] for name in names],
+            computed,
+            self.diffusion.num_steps,
+            config.course,
+            self.diffusion.variance in LEARNED,
+        )
+
+    def bits_per_dim(self, params: Params, keys: Key[Array, "B"], x_0: jax.Array, condition: Condition) -> Metrics:
+        """Returns the bound of ``diffusion.bits_per_dim`` for pictures, nothing dropped."""
+        return diffusion.bits_per_dim(
+            self.schedule,
+            self.diffusion.prediction,
+            self.diffusion.variance,
+            self._whole(params, condition),
+            x_0,
+            keys,
+        )
+
+    def noise_power(
+        self, params: Params, key: Key[Array, ""], x_0: jax.Array, condition: Condition, t: Int[Array, ""]
+    ) -> Float[Array, ""]:
+        """Returns the mean of eps_theta(x_t, t)^2 over examples and dimensions (``diffusion.variance``, eq. 6)."""
+        noise = jax.random.normal(key, x_0.shape)
+        times = jnp.full(x_0.shape[:1], t, jnp.int32)
+        x_t = diffusion.q_sample(self.schedule, x_0, times, noise)
+        level = jax.tree.map(lambda table: jnp.asarray(table)[t], self.schedule.levels)
+        predict = diffusion.predictor(
+            self.diffusion.prediction, self._whole(params, condition), None, self.diffusion.variance
+        )
+        return jnp.mean(jnp.square(predict(x_t, level).eps))
+
+    def _whole(self, params: Params, condition: Condition) -> Denoiser:
+        """The network told everything."""
+        batch = jax.tree.leaves(condition)[0].shape[0]
+        return self.bind(params, condition, {name: jnp.zeros(batch, bool) for name in self.drop_rates}, None)

@@ -17,7 +17,7 @@ from dalle2_jax.models.prior import PriorConfig, PriorNetwork
 from dalle2_jax.stages.base import Variables
 from dalle2_jax.stages.clip import ClipStage
 from dalle2_jax.stages.diffusion import Condition, DiffusionStage, Drops, SamplingConfig
-from dalle2_jax.types import Batch, Denoiser, Params
+from dalle2_jax.types import Batch, Denoiser, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,13 @@ class PriorStage(DiffusionStage):
     model: PriorConfig
     clip: ClipStage
     drop_text: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.diffusion.loss != "mse":  # a learned variance has another loss
+            raise UserError(
+                f"loss {self.diffusion.loss!r} bounds the likelihood of pictures, and the prior draws embeddings, "
+                "without a variance: use loss 'mse' and variance 'fixed_small'"
+            )
 
     candidates: ClassVar[int] = 2  # embeddings drawn for each picture, the closest to the caption kept
 

@@ -33,6 +33,8 @@ class UpsamplerStage(DiffusionStage):
     blur_rate: float = 1.0
 
     def __post_init__(self) -> None:
+        # The low-resolution picture stands beside the noised one.
+        self.check_channels(self.model.in_channels // 2, self.model.out_channels, "model.out_channels")
         size, crop = self.model.image_size, self.crop_side
         if size % self.low_size:
             raise UserError(f"{self.name}: image_size {size} is not a multiple of low_size {self.low_size}")

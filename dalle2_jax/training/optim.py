@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dalle2_jax.types import Params, UserError
+from dalle2_jax.types import Params, UsageError
 
 DECAY_RULES = (
     # Matrices that multiply activations are decayed; tables, gains, offsets and temperatures are not.
@@ -43,15 +43,15 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, total_steps: int) -> optax.Schedule:
-    """Returns step -> learning rate. UserError on an unknown schedule or a warm-up past the end."""
+    """Returns step -> learning rate. UsageError on an unknown schedule or a warm-up past the end."""
     if config.warmup_steps >= total_steps > 0 and config.warmup_steps:
-        raise UserError(f"optim.warmup_steps {config.warmup_steps} leaves no step of total_steps {total_steps}")
+        raise UsageError(f"config.optim.warmup_steps {config.warmup_steps} leaves no step of total_steps {total_steps}")
     if config.schedule == "constant":
         after = optax.constant_schedule(config.lr)
     elif config.schedule == "cosine":
         after = optax.cosine_decay_schedule(config.lr, max(total_steps - config.warmup_steps, 1))
     else:
-        raise UserError(f"optim.schedule {config.schedule!r} is unknown: use 'constant' or 'cosine'")
+        raise UsageError(f"config.optim.schedule {config.schedule!r} is unknown: use 'constant' or 'cosine'")
     if not config.warmup_steps:
         return after
     # The first step already moves: a rate of 0 at step 0 would waste it.

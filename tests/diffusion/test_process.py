@@ -4,9 +4,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from analytic_denoisers import normals, relative_error
-from public_recordings import CASES, RECORDED
+from public_recordings import (
+    CASES,
+    RECORDED,
+    VARIANCES,
+    assert_each_example_close,
+    channels_last,
+    recorded_network_with_variance,
+    recorded_process,
+)
 
-from dalle2_jax.diffusion import from_x0_eps, make_schedule, posterior, q_sample, respace, to_x0_eps
+from dalle2_jax.diffusion import (
+    Level,
+    from_x0_eps,
+    make_schedule,
+    posterior,
+    q_sample,
+    respace,
+    to_x0_eps,
+    variance,
+    with_zero_terminal_snr,
+)
+from dalle2_jax.diffusion.process import with_x_0
 from dalle2_jax.types import UserError
 
 
@@ -16,9 +35,7 @@ def public(name):
 
 @pytest.fixture(params=CASES)
 def case(request):
-    name, spec = CASES[request.param]
-    t = jnp.asarray(RECORDED[f"inputs/{request.param}/t"].astype(np.int32))
-    return f"outputs/{request.param}", respace(make_schedule(name, 1000), spec), t
+    return f"outputs/{request.param}", *recorded_process(request.param)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
@@ -53,15 +70,24 @@ def test_posterior_is_bayes_rule_done_numerically(index):
     np.testing.assert_allclose(np.exp(log_variance[0, 0]), expected_variance, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "sigmoid"])
+def test_the_posterior_of_the_first_step_is_x_0_itself(name):
+    schedule, x_0, x_t = make_schedule(name, 100), normals((2, 3)), normals((2, 3), seed=1)
+    mean, variance, log_variance = posterior(schedule, x_0, x_t, jnp.zeros(2, jnp.int32))
+    np.testing.assert_allclose(mean, x_0, rtol=1e-6)
+    assert variance.shape == (2, 1) and not variance.any()
+    np.testing.assert_allclose(np.exp(log_variance), schedule.posterior_variance[1], rtol=1e-5)
+
+
 @pytest.mark.parametrize("prediction_type", ["eps", "x0", "v"])
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "sigmoid"])
 def test_conversions_are_inverses(name, prediction_type):
     schedule = make_schedule(name, 100)
     t = jnp.arange(0, 95, 5, dtype=jnp.int32)
     x_0, eps = normals((19, 3, 2)), normals((19, 3, 2), seed=1)
     x_t = q_sample(schedule, x_0, t, eps)
     prediction = from_x0_eps(schedule, prediction_type, x_0, eps, t)
-    x_0_back, eps_back = to_x0_eps(schedule, prediction_type, prediction, x_t, t)
+    x_0_back, eps_back, _ = to_x0_eps(schedule, prediction_type, prediction, x_t, t)
     np.testing.assert_allclose(x_0_back, x_0, atol=1e-4)
     np.testing.assert_allclose(eps_back, eps, atol=1e-4)
 
@@ -76,6 +102,28 @@ def test_v_is_the_velocity_along_the_circle():
     np.testing.assert_allclose(
         from_x0_eps(schedule, "v", x_0, eps, t), (x_after - x_before) / (2 * step), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("prediction_type", ["x0", "v"])
+def test_pure_noise_is_no_obstacle_to_x_0_and_v(prediction_type):
+    schedule, t = with_zero_terminal_snr(make_schedule("cosine", 100)), jnp.array([99, 99], jnp.int32)
+    x_0, eps = normals((2, 5)), normals((2, 5), seed=1)
+    x_t = q_sample(schedule, x_0, t, eps)
+    np.testing.assert_array_equal(x_t, eps)
+    pair = to_x0_eps(schedule, prediction_type, from_x0_eps(schedule, prediction_type, x_0, eps, t), x_t, t)
+    np.testing.assert_allclose(pair.x_0, x_0, atol=1e-6)
+    np.testing.assert_allclose(pair.eps, eps, atol=1e-6)
+
+
+def test_a_mended_x_0_takes_eps_along_so_that_x_t_stays():
+    schedule, t = make_schedule("cosine", 100), jnp.array([60], jnp.int32)
+    level = Level(*(jnp.asarray(table)[60] for table in schedule.levels))
+    x_t, raw = normals((1, 5)), normals((1, 5), seed=2)
+    pair = to_x0_eps(schedule, "eps", normals((1, 5), seed=1), x_t, t)._replace(variance=raw)
+    mended = with_x_0(pair, jnp.clip(pair.x_0, -0.5, 0.5), x_t, level)
+    assert np.abs(mended.x_0).max() == 0.5
+    np.testing.assert_allclose(q_sample(schedule, mended.x_0, t, mended.eps), x_t, atol=1e-6)
+    np.testing.assert_array_equal(mended.variance, raw)
 
 
 def test_unknown_prediction_type_offers_the_nearest():
@@ -104,8 +152,19 @@ def test_posterior_equals_guided_diffusion(case):
 def test_conversions_equal_guided_diffusion(case):
     prefix, schedule, t = case
     x_t = public("inputs/x_t")
-    x_0, _ = to_x0_eps(schedule, "eps", public("inputs/noise"), x_t, t)
-    _, eps = to_x0_eps(schedule, "x0", public("inputs/x_start"), x_t, t)
+    x_0 = to_x0_eps(schedule, "eps", public("inputs/noise"), x_t, t).x_0
+    eps = to_x0_eps(schedule, "x0", public("inputs/x_start"), x_t, t).eps
     for value, name in [(x_0, "predict_xstart_from_eps"), (eps, "predict_eps_from_xstart")]:
-        for b, expected in enumerate(RECORDED[f"{prefix}/{name}"]):
-            assert relative_error(value[b], expected) < 1e-5, (name, int(t[b]))
+        assert_each_example_close(value, RECORDED[f"{prefix}/{name}"], 1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["eps", "x0"])
+@pytest.mark.parametrize(("case_name", "variance_type"), VARIANCES)
+def test_mean_of_the_reverse_step_equals_guided_diffusion(case_name, variance_type, prediction_type):
+    schedule, t = recorded_process(case_name)
+    x_t, network = channels_last("inputs/x_t"), recorded_network_with_variance(variance_type)
+    prediction, _ = variance.split(variance_type, network(x_t, jnp.asarray(schedule.levels.timestep)[t]))
+    x_0 = to_x0_eps(schedule, prediction_type, prediction, x_t, t).x_0
+    for clip, said in enumerate([x_0, jnp.clip(x_0, -1, 1)]):
+        name = f"outputs/{case_name}/{prediction_type}/{variance_type}/clip{clip}/p_mean_variance/mean"
+        assert_each_example_close(posterior(schedule, said, x_t, t)[0], channels_last(name), 1e-5)

@@ -128,7 +128,7 @@ def test_settings_reach_their_stage(members, pictures):
     """Each stage's own guidance, steps, sampler and eta make other pictures."""
     for change in (
         {"prior": {"guidance": 6.0}},
-        {"decoder": {"guidance": 1.0}},
+        {"decoder": {"image_guidance": 6.0, "text_guidance": 1.0}},
         {"decoder": {"eta": 1.0}},
         {"decoder": {"name": "ddpm"}},
         {"upsampler_1": {"steps": 2}},
@@ -142,15 +142,32 @@ def test_without_upsampler(members):
     assert all(one.shape == (testing.LOW_SIZE, testing.LOW_SIZE, 3) for one in small.values())
 
 
+FUNCTIONS = (programs.draw_embedding, programs.draw_picture, programs.enlarge, programs.request_keys)
+
+
+def programs_made():
+    """How often each was compiled."""
+    return [function._cache_size() for function in FUNCTIONS]
+
+
 def test_one_program_a_stage(members):
-    """Short last batches, other seeds, guidance and eta above zero compile nothing."""
-    draw(members, decoder={"eta": 0.5})
-    functions = (programs.draw_embedding, programs.draw_picture, programs.enlarge, programs.request_keys)
-    before = [function._cache_size() for function in functions]
+    """Short last batches, other seeds, eta, and guidance that needs the same branches compile nothing."""
+    draw(members)
+    before = programs_made()
     draw(members, REQUESTS[:5], seed=7, decoder={"eta": 0.7, "guidance": 3.5}, prior={"guidance": 1.5})
-    assert [function._cache_size() for function in functions] == before
+    draw(members, decoder={"image_guidance": 4.0, "text_guidance": 4.0}, upsampler_1={"eta": 0.2})
+    assert programs_made() == before
     draw(members, decoder={"steps": 2})  # this must
-    assert programs.draw_picture._cache_size() == before[1] + 1
+    assert programs_made() == [before[0], before[1] + 1, *before[2:]]
+
+
+def test_one_program_for_all_scales_apart(members):
+    """And each part's scale reaches the network: the same two numbers the other way round draw another picture."""
+    one = draw(members, REQUESTS[:4], decoder={"image_guidance": 6.0, "text_guidance": 2.0})
+    before = programs_made()
+    other = draw(members, REQUESTS[:4], decoder={"image_guidance": 2.0, "text_guidance": 6.0})
+    assert programs_made() == before
+    assert differ(one[0, 0], other[0, 0])
 
 
 # --- the prior's embeddings -----------------------------------------------------------------
@@ -169,7 +186,7 @@ def embeddings(members, captions, candidates, absent=None, guidance=2.0):
         prior.stage, program, candidates, prior.variables, members["clip"].variables,
         rng.per_image(rng.root(3), jnp.arange(size, dtype=jnp.int32)), caption_batch(captions),
         jnp.zeros(size, bool) if absent is None else jnp.asarray(absent),
-        {name: jnp.float32(value) for name, value in scalars.items()},
+        jax.tree.map(jnp.float32, scalars),
     )  # fmt: skip
 
 
@@ -218,9 +235,8 @@ def test_empty_prompt_reaches_the_decoder(members):
 
     def drawn(captions, absent):
         batch = {**caption_batch(captions), "image_emb": emb}
-        values = {name: jnp.float32(value) for name, value in scalars.items()}
         arguments = decoder.stage, program, decoder.variables.params, clip.variables, keys, batch, jnp.asarray(absent)
-        return programs.draw_picture(*arguments, **values)
+        return programs.draw_picture(*arguments, jax.tree.map(jnp.float32, scalars))
 
     one, other = drawn(["one caption", "x"], [True, False]), drawn(["another", "x"], [True, False])
     np.testing.assert_allclose(one, other, atol=1e-5)

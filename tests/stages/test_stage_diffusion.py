@@ -6,11 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import probe
 import pytest
 
 from dalle2_jax import rng, testing
-from dalle2_jax.stages import DecoderStage, DiffusionConfig, PriorStage, SamplingConfig
-from dalle2_jax.stages.diffusion import DiffusionStage
+from dalle2_jax.stages import DecoderStage, DiffusionConfig, PriorStage
 
 SIZE = 4
 
@@ -78,35 +78,20 @@ def test_precomputed_embeddings_are_what_is_learned(kind):
 # --- drops ------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Probe(DiffusionStage):
-    """A stage that remembers its drops."""
-
-    drop_rates = {"image": 0.1, "text": 0.5}
-    seen: list = dataclasses.field(default_factory=list, hash=False)
-
-    def example(self, key, batch):
-        return batch["image_emb"], {}
-
-    def bind(self, params, condition, drops, dropout_key):
-        self.seen.append(drops | {"dropout": dropout_key is not None})
-        return lambda x_t, t: jnp.zeros_like(x_t)
-
-
 def test_conditions_are_dropped_at_their_rates_independently():
-    probe, count = Probe(DiffusionConfig(num_steps=10), SamplingConfig(), "probe"), 20_000
-    loss, outputs = probe.loss({}, {"kept": 1}, rng.root(0), {"image_emb": jnp.ones((count, 2))})
-    (drops,) = probe.seen
-    assert drops.pop("dropout")
-    for name, rate in probe.drop_rates.items():
+    stage, count = probe.Probe(DiffusionConfig("eps", num_steps=10)), 20_000
+    loss, outputs = stage.loss(probe.params(0.0, 0.0), {}, rng.root(0), probe.batch(count))
+    (drops,) = stage.seen
+    assert drops["training"]
+    for name, rate in stage.drop_rates.items():
         assert drops[name].shape == (count,) and drops[name].dtype == bool
         assert abs(float(drops[name].mean()) - rate) < 4 * (rate * (1 - rate) / count) ** 0.5
-    together = np.corrcoef(*(np.asarray(drop, float) for drop in drops.values()))[0, 1]
+    together = np.corrcoef(np.asarray(drops["image"], float), np.asarray(drops["text"], float))[0, 1]
     assert abs(together) < 4 / count**0.5
     assert abs(float(loss) - 1) < 0.05  # a prediction of no noise at all misses by its variance
-    assert outputs.stats == {"kept": 1}
-    probe.loss({}, {}, rng.root(1), {"image_emb": jnp.ones((count, 2))})
-    assert not np.array_equal(probe.seen[1]["text"], drops["text"])
+    assert outputs.stats == {}
+    stage.loss(probe.params(), {}, rng.root(1), probe.batch(count))
+    assert not np.array_equal(stage.seen[1]["text"], drops["text"])
 
 
 def test_the_papers_drop_rates():
@@ -133,23 +118,23 @@ def sampler(stage, config):
     """``stage.sample`` compiled; each trace adds to TRACES."""
 
     @jax.jit
-    def run(params, keys, condition, guidance, eta, absent):
+    def run(params, keys, condition, scales, eta, absent):
         TRACES.append(stage)
-        return stage.sample(params, keys, condition, config, guidance, eta, absent=absent)
+        return stage.sample(params, keys, condition, config, scales, eta, absent=absent)
 
     return run
 
 
 def draw(stage, rows=slice(None), seed=0, guidance=3.0, eta=0.5, absent=(), condition_seed=0, config=None):
-    """Samples some of four images, with eta > 0 where the sampler has one."""
+    """Samples some of four images, with eta > 0 where the sampler has one; ``guidance`` is a scale, or one a part."""
     batch = testing.tiny_batch(SIZE, condition_seed) | embeddings(condition_seed)
     condition = {name: value[rows] for name, value in stage.condition(batch).items()}
-    noisy = {"eta": 1.0} if stage.sampling.name == "ddim" else {}
-    config = dataclasses.replace(stage.sampling, **noisy, **(config or {}))
+    config = dataclasses.replace(stage.sampling, **(config or {}))
     keys = rng.per_image(rng.root(seed), jnp.arange(SIZE, dtype=jnp.int32))[rows]
     absent = {name: jnp.full(keys.shape, name in absent) for name in stage.drop_rates}
-    scalars = jnp.float32(guidance), jnp.float32(eta)
-    return np.asarray(sampler(stage, config)(testing.tiny_variables(stage).params, keys, condition, *scalars, absent))
+    scales = dict(zip(("image", "text"), np.broadcast_to(np.float32(guidance), 2), strict=True))
+    arguments = testing.tiny_variables(stage).params, keys, condition, scales, jnp.float32(eta), absent
+    return np.asarray(sampler(stage, config)(*arguments))
 
 
 def close(left, right):
@@ -205,6 +190,18 @@ def test_one_part_of_the_condition_may_be_absent():
     differ(draw(stage, absent=("text",)), draw(stage, absent=("text",), condition_seed=1))  # the image embedding's
     differ(draw(stage, absent=("text",)), draw(stage, absent=("image", "text")))
     differ(draw(stage, absent=("image",)), draw(stage, absent=("image", "text")))
+
+
+def test_the_decoder_s_image_and_caption_have_each_a_scale():
+    """One step from a middle level: what is drawn is affine in what the network says."""
+    stage, one_step = testing.tiny_stage("decoder"), {"steps": "t:60", "clip": None}
+    plain = {**one_step, "guidance": 1.0}
+    alone = [draw(stage, absent=absent, config=plain) for absent in (("image", "text"), ("text",), ())]
+    apart = {**one_step, "image_guidance": 2.0, "text_guidance": 5.0}  # a pattern with all three branches
+    for image, text in ((3.0, 1.5), (1.5, 4.0)):
+        expected = alone[0] + image * (alone[1] - alone[0]) + text * (alone[2] - alone[1])
+        np.testing.assert_allclose(draw(stage, guidance=(image, text), config=apart), expected, rtol=1e-3, atol=1e-4)
+    assert all((abs(alone[a] - alone[b]) > 0.01).any() for a, b in ((0, 1), (1, 2)))
 
 
 # --- precision --------------------------------------------------------------------------------
