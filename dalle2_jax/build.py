@@ -87,6 +87,7 @@ def build_stage(config: Mapping[str, Any], vocab_size: int | None, clip: ClipSta
         return expand(stages.ArPriorStage, conditioning, "conditioning", **parts)
     common = {
         "name": name,
+        "moments": None,  # measured once the stage is trained, see load_member
         "diffusion": expand(stages.DiffusionConfig, config["diffusion"], "diffusion"),
         "sampling": expand(stages.SamplingConfig, config["sampling"], "sampling"),
     }

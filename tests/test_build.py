@@ -226,7 +226,8 @@ def test_guidance_is_what_the_config_says(clip):
         ("decoder", {"diffusion__variance": "fixed_small"}, "use variance 'learned_range', or loss 'mse'"),
         ("decoder", {"model__unet__out_channels": 3}, "'learned_range' needs model.unet.out_channels 6, not 3"),
         ("decoder", {"sampling__threshold": "dynamic", "sampling__clip": 0.0}, "config.sampling: clip bounds |x_0|"),
-        ("decoder", {"sampling__threshold": "dinamic"}, "config.sampling: unknown threshold 'dinamic'"),
+        ("decoder", {"sampling__threshold": "dinamic"}, "unknown threshold 'dinamic': did you mean 'dynamic'"),
+        ("decoder", {"conditioning__moments": 1}, "config.conditioning.moments follows from the rest of the system"),
         ("decoder", {"sampling__guidance_interval": [0.9, 0.1]}, "config.sampling: guidance_interval is"),
         ("upsampler_1", {"model__out_channels": 6}, "with variance 'fixed_small' needs model.out_channels 3, not 6"),
         (

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dalle2_jax.types import UserError
+from dalle2_jax.types import UserError, choose
 
 THRESHOLDS = ("static", "dynamic")
 
@@ -23,8 +23,7 @@ def thresholding(kind: str, bound: float | None, quantile: float) -> Callable | 
     Raises:
         UserError: an unknown kind, a bound or quantile out of range, or a dynamic threshold without a bound.
     """
-    if kind not in THRESHOLDS:
-        raise UserError(f"unknown threshold {kind!r}: choose one of {', '.join(THRESHOLDS)}")
+    choose("threshold", kind, dict.fromkeys(THRESHOLDS))
     if bound is None:
         if kind == "dynamic":
             raise UserError("threshold 'dynamic' needs the range of the data in clip: 1.0 for pictures")

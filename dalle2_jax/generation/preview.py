@@ -1,5 +1,6 @@
 """Pictures drawn while a stage trains: the same held-out conditions at every visit."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,10 @@ def make_preview(
     if not isinstance(stage, DecoderStage | UpsamplerStage):
         return None
 
+    sampling = stage.sampling
+    if sampling.variance == "analytic":  # its moments are measured once training has ended
+        sampling = dataclasses.replace(sampling, variance="auto")
+
     @functools.partial(jax.jit, static_argnames="config")
     def draw(params, frozen, batch, config):
         key = rng.root(0)
@@ -38,7 +43,7 @@ def make_preview(
         return images.to_uint8(stage.sample(params, keys, condition, config))
 
     def preview(variables: Variables, step: int) -> None:
-        pictures = np.asarray(draw(variables.params, frozen, batch, stage.sampling))
+        pictures = np.asarray(draw(variables.params, frozen, batch, sampling))
         if jax.process_index() == 0:
             write_png(folder / f"{step:08d}.png", captioned_grid(list(pictures), captions))
 

@@ -42,7 +42,7 @@ def test_without_a_bound_there_is_no_threshold():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("statics", 1.0, 0.9), "choose one of static, dynamic"),
+        (("statics", 1.0, 0.9), "did you mean 'static'"),
         (("dynamic", None, 0.9), "needs the range of the data in clip: 1.0 for pictures"),
         (("static", 0.0, 0.9), "a positive number, not 0.0; use None"),
         (("static", -1.0, 0.9), "a positive number"),

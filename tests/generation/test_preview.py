@@ -1,5 +1,7 @@
 """Pictures drawn while a stage trains."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from PIL import Image
 
 from dalle2_jax import testing
 from dalle2_jax.generation import make_preview
-from dalle2_jax.stages import Variables
+from dalle2_jax.stages import SamplingConfig, Variables
 
 CAPTIONS = ["one caption", "another", ""]
 
@@ -33,6 +35,13 @@ def test_preview(kind, tmp_path):
     assert first.shape[1] > len(CAPTIONS) * 100  # three pictures side by side, enlarged
     np.testing.assert_array_equal(first, second)
     assert (first != third).any()
+
+
+def test_a_preview_does_without_what_is_measured_after_training(tmp_path):
+    stage = testing.tiny_stage("upsampler")
+    stage = dataclasses.replace(stage, sampling=SamplingConfig("ddpm", steps=2, variance="analytic"))
+    make_preview(stage, {}, testing.tiny_batch(1), [""], tmp_path)(Variables(*noisy(stage, 0)), 1)
+    assert (tmp_path / "00000001.png").is_file()
 
 
 @pytest.mark.parametrize("kind", ["clip_vit", "prior"])
