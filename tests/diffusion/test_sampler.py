@@ -126,27 +126,40 @@ def test_the_analytic_variance_is_exact_for_isotropic_data(name):
         np.testing.assert_allclose(np.cov(x_0.T, bias=True), left * np.eye(2), atol=2e-6)
 
 
+SAYS_V = gaussian(SCHEDULE, "v", 0.2, 0.5)
+
+
+@functools.cache
+def drawn_without_a_learned_variance(config):
+    return run(config, SAYS_V, 2, (8,), prediction_type="v")
+
+
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
 @pytest.mark.parametrize("name", ["fixed_small", "fixed_large"])
 def test_ddpm_draws_with_the_variance_that_its_network_says(name, variance_type):
-    """And leaves it where the config asks for another, as other samplers do."""
     kept, large = respace(SCHEDULE, 5), name == "fixed_large"
     log_variance = np.zeros(1000, np.float32)
     log_variance[kept.timesteps[1:]] = np.log((kept.betas if large else kept.posterior_variance)[1:])
-    plain = gaussian(SCHEDULE, "v", 0.2, 0.5)
 
-    def says(x_t, t):
+    def denoiser(x_t, t):
         raw = jnp.asarray(log_variance)[t][:, None] if variance_type == "learned" else (1.0 if large else -1.0)
-        return jnp.concatenate([plain(x_t, t), jnp.broadcast_to(raw, x_t.shape)], axis=-1)
+        return jnp.concatenate([SAYS_V(x_t, t), jnp.broadcast_to(raw, x_t.shape)], axis=-1)
 
-    fixed = SamplerConfig("ddpm", steps=5, variance=name)
-    expected = run(fixed, plain, 2, (8,), prediction_type="v")
-    for config in (SamplerConfig("ddpm", steps=5), fixed):
-        x_0 = run(config, says, 2, (8,), prediction_type="v", variance_type=variance_type)
-        np.testing.assert_allclose(x_0, expected, atol=1e-5)
-    ddim = [run(SamplerConfig(steps=5), plain, 2, (8,), prediction_type="v")]
-    ddim += [run(SamplerConfig(steps=5), says, 2, (8,), prediction_type="v", variance_type=variance_type)]
-    np.testing.assert_allclose(*ddim, atol=1e-6)
+    config = SamplerConfig("ddpm", steps=5)
+    x_0 = run(config, denoiser, 2, (8,), prediction_type="v", variance_type=variance_type)
+    expected = drawn_without_a_learned_variance(SamplerConfig("ddpm", steps=5, variance=name))
+    np.testing.assert_allclose(x_0, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config", [SamplerConfig("ddpm", steps=5, variance="fixed_large"), SamplerConfig("ddim", steps=5)], ids=str
+)
+def test_a_learned_variance_is_left_where_another_or_none_is_asked_for(config):
+    def denoiser(x_t, t):
+        return jnp.concatenate([SAYS_V(x_t, t), 9 * jnp.ones_like(x_t)], axis=-1)
+
+    x_0 = run(config, denoiser, 2, (8,), prediction_type="v", variance_type="learned")
+    np.testing.assert_allclose(x_0, drawn_without_a_learned_variance(config), atol=1e-6)
 
 
 MIXTURE = [0.3, 0.7], [-1.0, 0.8], [0.15, 0.25]
