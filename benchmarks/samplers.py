@@ -153,10 +153,8 @@ def decoder_inputs(members: dict[str, Member], source: data.Source, count: int) 
     return decoder.stage.condition({**batch, "image_emb": image_emb}), keys
 
 
-def measure_decoder(system: pathlib.Path, count: int) -> dict[tuple[str, int], float]:
+def measure_decoder(members: dict[str, Member], config: dict, count: int) -> dict[tuple[str, int], float]:
     """Returns the share of pictures that show all their caption says, for each sampler."""
-    members = build.load_system(system, make_mesh(MeshConfig()), ("clip", "prior", "decoder"))
-    config = StageFolder(system, "decoder").read_json("config.json")
     source = build.open_source(config, "val")
     condition, keys = decoder_inputs(members, source, count)
     moments = noise_moments(members, "decoder", build.open_source(config, "train"), 16, 1)
@@ -176,14 +174,12 @@ def measure_decoder(system: pathlib.Path, count: int) -> dict[tuple[str, int], f
     return rates
 
 
-def measure_overhead(system: pathlib.Path, repeats: int) -> dict[str, float]:
+def measure_overhead(members: dict[str, Member], config: dict, repeats: int) -> dict[str, float]:
     """Returns each sampler's time over that of the network alone, evaluated as often in a loop of its own.
 
     Both draw 32 pictures under guidance, so that the network sees 64.
     """
-    members = build.load_system(system, make_mesh(MeshConfig()), ("clip", "prior", "decoder"))
-    source = build.open_source(StageFolder(system, "decoder").read_json("config.json"), "val")
-    condition, keys = decoder_inputs(members, source, 32)
+    condition, keys = decoder_inputs(members, build.open_source(config, "val"), 32)
     stage, params = members["decoder"].stage, members["decoder"].variables.params
     evaluations = 20
     drops = {name: jnp.zeros(64, bool) for name in stage.drop_rates}
@@ -261,8 +257,10 @@ def main() -> None:
     parser.add_argument("--docs", type=pathlib.Path, help="folder for samplers.md and samplers.png")
     options: argparse.Namespace = parser.parse_args()
     entry.enable_compilation_cache()
-    ratios = measure_overhead(options.system, options.repeats)
-    mixture, shapes = measure_mixture(), measure_decoder(options.system, options.num)
+    members = build.load_system(options.system, make_mesh(MeshConfig()), ("clip", "prior", "decoder"))
+    config = StageFolder(options.system, "decoder").read_json("config.json")
+    ratios = measure_overhead(members, config, options.repeats)
+    mixture, shapes = measure_mixture(), measure_decoder(members, config, options.num)
     costs = "".join(f"| {sampler} | {ratio:.3f} |\n" for sampler, ratio in ratios.items())
     text = (
         table("distance over that of data, by evaluations", mixture, "{:.2f}")

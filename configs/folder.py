@@ -50,6 +50,7 @@ def common(total_steps: int, batch_size: int, lr: float) -> ConfigDict:
 
 
 def clip() -> ConfigDict:
+    """A ViT of 16 patches and a text encoder of 2 layers."""
     config = common(400, 64, 1e-3)
     config.model = {
         "embed_dim": 64,
@@ -63,6 +64,7 @@ def clip() -> ConfigDict:
 
 
 def prior() -> ConfigDict:
+    """4 layers of width 128; it predicts the embedding."""
     config = common(1000, 64, 1e-3)
     config.model = {"width": 128, "layers": 4, "heads": 4, "text_input": "tokens"}
     config.conditioning = {"drop_text": 0.1}
@@ -72,6 +74,7 @@ def prior() -> ConfigDict:
 
 
 def decoder() -> ConfigDict:
+    """A U-Net on the 8x8 grid; it predicts the picture."""
     config = common(4000, 16, 1.5e-3)
     config.model = {
         "unet": {

@@ -83,6 +83,7 @@ def large(total_steps: int, batch_size: int, lr: float, resolution: int) -> Conf
 
 
 def clip() -> ConfigDict:
+    """A ViT of 16 patches and a text encoder of 3 layers."""
     config = common(600, 128, 1e-3, resolution=32)
     config.model = {
         "embed_dim": 64,
@@ -96,6 +97,7 @@ def clip() -> ConfigDict:
 
 
 def clip_large() -> ConfigDict:
+    """A ViT of 64 patches and a text encoder of 6 layers."""
     config = large(6000, 1024, 5e-4, resolution=64)
     config.model = {
         "embed_dim": 256,
@@ -110,6 +112,7 @@ def clip_large() -> ConfigDict:
 
 
 def prior() -> ConfigDict:
+    """4 layers of width 128; it predicts the embedding."""
     config = common(1200, 64, 1e-3, resolution=32)
     config.model = {"width": 128, "layers": 4, "heads": 4, "text_input": "tokens"}
     config.conditioning = {"drop_text": 0.1}
@@ -119,6 +122,7 @@ def prior() -> ConfigDict:
 
 
 def prior_large() -> ConfigDict:
+    """8 layers of width 512."""
     config = large(20_000, 512, 3e-4, resolution=64)
     config.model = {"width": 512, "layers": 8, "heads": 8, "text_input": "tokens", "dtype": "bfloat16"}
     config.conditioning = {"drop_text": 0.1}
@@ -128,6 +132,7 @@ def prior_large() -> ConfigDict:
 
 
 def decoder() -> ConfigDict:
+    """A U-Net on the 8x8 grid; it predicts the picture."""
     config = common(6000, 16, 1.5e-3, resolution=32)
     config.model = {
         "unet": {
@@ -153,6 +158,7 @@ def decoder() -> ConfigDict:
 
 
 def decoder_large() -> ConfigDict:
+    """A U-Net of four levels on 64x64, with attention at 16 and 8."""
     config = large(30_000, 256, 2e-4, resolution=64)
     config.model = {
         "unet": {
@@ -177,6 +183,7 @@ def decoder_large() -> ConfigDict:
 
 
 def upsampler_1() -> ConfigDict:
+    """A U-Net of convolutions alone, on a 32x32 grid."""
     config = common(1500, 8, 3e-3, resolution=64)
     config.model = {
         "image_size": 64,
@@ -198,6 +205,7 @@ def upsampler_1() -> ConfigDict:
 
 
 def upsampler_1_large() -> ConfigDict:
+    """A U-Net of convolutions alone, of four levels."""
     config = large(20_000, 128, 2e-4, resolution=256)
     config.model = {
         "image_size": 256,

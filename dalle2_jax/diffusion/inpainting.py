@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dalle2_jax import rng
-from dalle2_jax.diffusion.schedule import Schedule
+from dalle2_jax.diffusion.schedule import Schedule, float32
 from dalle2_jax.types import UserError
 
 
@@ -46,7 +46,7 @@ class Itinerary(NamedTuple):
     def jumps(self, schedule: Schedule) -> Jump:
         """Returns the coefficients of eq. (2) for each turn."""
         beta = schedule.betas[self.indices]
-        return Jump(np.sqrt(1.0 - beta).astype(np.float32), np.sqrt(beta).astype(np.float32))
+        return Jump(*float32(np.sqrt(1.0 - beta), np.sqrt(beta)))
 
 
 def one_way(num_steps: int, ascending: bool = False) -> Itinerary:
@@ -89,7 +89,7 @@ class Inpainting(NamedTuple):
         self, schedule: Schedule, x_prev: Float[Array, "B *shape"], index: Int[Array, ""], keys: Key[Array, "B"]
     ) -> Float[Array, "B *shape"]:
         """Returns x after step ``index`` with what is known put in, eq. (1); ``keys`` are this turn's."""
-        tables = np.sqrt(schedule.alpha_bar_prev), np.sqrt(1.0 - schedule.alpha_bar_prev)
-        signal_rate, noise_rate = (jnp.asarray(table.astype(np.float32))[index] for table in tables)
+        tables = float32(schedule.signal_rate_prev, schedule.noise_rate_prev)
+        signal_rate, noise_rate = (jnp.asarray(table)[index] for table in tables)
         z = rng.normal(jax.vmap(lambda key: rng.stream(key, "known"))(keys), x_prev.shape[1:])
         return jnp.where(self.mask, signal_rate * self.picture + noise_rate * z, x_prev)

@@ -24,7 +24,10 @@ from jaxtyping import Array, Float, Int, Key
 from dalle2_jax import rng
 from dalle2_jax.diffusion import process, variance
 from dalle2_jax.diffusion.process import Denoised
+from dalle2_jax.diffusion.sampler import predictor
 from dalle2_jax.diffusion.schedule import Schedule
+from dalle2_jax.diffusion.steppers import Predict
+from dalle2_jax.diffusion.thresholding import thresholding
 from dalle2_jax.types import Denoiser, Metrics
 
 
@@ -112,34 +115,29 @@ def bits_per_dim(
         "total" and "prior" float32[B]; "vlb" (eq. 3-4), "mse" (of eps) and "x_0_mse" float32[T, B], cleanest first.
     """
 
+    predict = predictor(prediction_type, denoiser, thresholding("static", clip, 1.0), variance_type)
+
     def body(_, index):
         noise = rng.normal(jax.vmap(rng.at_step, in_axes=(0, None))(keys, index), x_0.shape[1:])
-        return None, terms_at(schedule, prediction_type, variance_type, denoiser, x_0, noise, index, clip)
+        return None, _terms_at(schedule, variance_type, predict, x_0, noise, index)
 
     _, (vlb, mse, x_0_mse) = jax.lax.scan(body, None, jnp.arange(schedule.num_steps))
     prior = prior_bits(schedule, x_0)
     return {"total": vlb.sum(axis=0) + prior, "prior": prior, "vlb": vlb, "mse": mse, "x_0_mse": x_0_mse}
 
 
-def terms_at(
+def _terms_at(
     schedule: Schedule,
-    prediction_type: str,
     variance_type: str,
-    denoiser: Denoiser,
+    predict: Predict,
     x_0: Float[Array, "B *shape"],
     noise: Float[Array, "B *shape"],
     index: Int[Array, ""],
-    clip: float | None,
 ) -> tuple[Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
     """Returns eq. (3) or (4) at one step, and the mean squared errors of eps and x_0, given the noise."""
     t = jnp.full(x_0.shape[:1], index, jnp.int32)
     x_t = process.q_sample(schedule, x_0, t, noise)
-    output = denoiser(x_t, jnp.asarray(schedule.levels.timestep)[t]).astype(jnp.float32)
-    prediction, raw = variance.split(variance_type, output)
-    pair = process.to_x0_eps(schedule, prediction_type, prediction, x_t, t)._replace(variance=raw)
-    if clip is not None:
-        level = jax.tree.map(lambda table: jnp.asarray(table)[index], schedule.levels)
-        pair = process.with_x_0(pair, jnp.clip(pair.x_0, -clip, clip), x_t, level)
+    pair = predict(x_t, schedule.level_at(index))
     axes = tuple(range(1, x_0.ndim))
     errors = (jnp.mean(jnp.square(seen - true), axis=axes) for seen, true in ((pair.eps, noise), (pair.x_0, x_0)))
     return vlb_terms(schedule, variance_type, pair, x_0, x_t, t), *errors

@@ -79,10 +79,15 @@ class SamplerConfig:
         thresholding(self.threshold, self.clip, self.quantile)
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta is the share of DDPM's noise, from 0 to 1, not {self.eta}")
-        if self.eta and self.name != "ddim":
-            raise UserError(f"sampler {self.name!r} has no eta: leave it out, or use sampler 'ddim'")
+        _check_eta(self.name, self.eta)
         if self.variance != "auto" and self.name != "ddpm":
             raise UserError(f"sampler {self.name!r} has no variance: leave it out, or use sampler 'ddpm'")
+
+
+def _check_eta(name: str, eta: float | jax.Array | None) -> None:
+    """Raises UserError for an eta, even a traced one, of another sampler than "ddim"."""
+    if name != "ddim" and eta is not None and not (isinstance(eta, int | float) and eta == 0):
+        raise UserError(f"sampler {name!r} has no eta: leave it out, or use sampler 'ddim'")
 
 
 def make_stepper(
@@ -94,7 +99,6 @@ def make_stepper(
     """Returns the stepper of a configuration.
 
     Args:
-        config: which.
         eta: takes the place of DDIM's own; may be traced.
         variance_type: the network's, for "ddpm" with variance "auto".
         moments: the network's, for variance "analytic".
@@ -102,10 +106,9 @@ def make_stepper(
     Raises:
         UserError: eta, even traced, for another sampler than "ddim"; "analytic" without moments.
     """
+    _check_eta(config.name, eta)
     if config.name == "ddim":
         return Ddim(config.eta if eta is None else eta)
-    if eta is not None and not (isinstance(eta, int | float) and eta == 0):
-        raise UserError(f"sampler {config.name!r} has no eta: leave it out, or use sampler 'ddim'")
     if config.name == "ddpm":
         return Ddpm(variance_type if config.variance == "auto" else config.variance, moments)
     return SOLVERS[config.name]

@@ -50,8 +50,9 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from dalle2_jax.types import UserError, choose
 
@@ -108,9 +109,19 @@ class Schedule:
         return np.sqrt(1.0 - self.alpha_bar)
 
     @property
+    def signal_rate_prev(self) -> Float[np.ndarray, "T"]:
+        """The signal rate after each step: 1 after the last that is taken."""
+        return np.sqrt(self.alpha_bar_prev)
+
+    @property
+    def noise_rate_prev(self) -> Float[np.ndarray, "T"]:
+        """The noise rate after each step: 0 after the last that is taken."""
+        return np.sqrt(1.0 - self.alpha_bar_prev)
+
+    @property
     def posterior_mean_x_0(self) -> Float[np.ndarray, "T"]:
         """Weight of x_0 in the posterior mean, eq. (5)."""
-        return self.betas * np.sqrt(self.alpha_bar_prev) / (1.0 - self.alpha_bar)
+        return self.betas * self.signal_rate_prev / (1.0 - self.alpha_bar)
 
     @property
     def posterior_mean_x_t(self) -> Float[np.ndarray, "T"]:
@@ -138,9 +149,16 @@ class Schedule:
     @property
     def levels(self) -> Level:
         """All the noise levels, ready for a compiled program: int32[T], float32[T], float32[T]."""
-        return Level(
-            self.timesteps.astype(np.int32), self.signal_rate.astype(np.float32), self.noise_rate.astype(np.float32)
-        )
+        return Level(self.timesteps.astype(np.int32), *float32(self.signal_rate, self.noise_rate))
+
+    def level_at(self, index: Int[Array, ""]) -> Level:
+        """The noise level of one step, whose index may be traced."""
+        return jax.tree.map(lambda table: jnp.asarray(table)[index], self.levels)
+
+
+def float32(*tables: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Returns tables as a compiled program takes them."""
+    return tuple(table.astype(np.float32) for table in tables)
 
 
 def _linear(num_steps: int) -> np.ndarray:

@@ -35,17 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.diffusion.schedule import Level, Schedule
+from dalle2_jax.diffusion.schedule import Level, Schedule, float32
 from dalle2_jax.types import UserError
-
-
-def _rates_prev(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
-    """Signal and noise rate after each step: 1 and 0 after the last."""
-    return np.sqrt(schedule.alpha_bar_prev), np.sqrt(1.0 - schedule.alpha_bar_prev)
-
-
-def _float32(*tables: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(table.astype(np.float32) for table in tables)
 
 
 class HeunRow(NamedTuple):
@@ -71,14 +62,14 @@ class Heun:
     def rows(self, schedule: Schedule) -> HeunRow:
         if schedule.alpha_bar[-1] == 0:
             raise UserError("'euler' and 'heun' cannot start where no signal is left: use sampler 'ddim' or 'dpmpp_2m'")
-        signal_prev, noise_prev = _rates_prev(schedule)
+        signal_prev, noise_prev = schedule.signal_rate_prev, schedule.noise_rate_prev
         before = np.maximum(np.arange(schedule.num_steps) - 1, 0)
         eps_weight = noise_prev - signal_prev * schedule.noise_rate / schedule.signal_rate
         return HeunRow(
             schedule.levels,
             Level(*(table[before] for table in schedule.levels)),
             np.arange(schedule.num_steps) == 0,
-            *_float32(signal_prev, noise_prev, eps_weight),
+            *float32(signal_prev, noise_prev, eps_weight),
         )
 
     def init(self, x_T):
@@ -146,16 +137,16 @@ class DpmSolver:
     stochastic: bool = False
 
     def rows(self, schedule: Schedule) -> MultistepRow:
-        signal_prev, noise_prev = _rates_prev(schedule)
+        signal_prev, noise_prev = schedule.signal_rate_prev, schedule.noise_rate_prev
         h = _log_steps(schedule)
         kept = noise_prev / schedule.noise_rate
         if not self.stochastic:
             weights = signal_prev[:, None] * _extrapolation(h, self.order)
-            return MultistepRow(schedule.levels, *_float32(kept, weights, np.zeros_like(h)))
+            return MultistepRow(schedule.levels, *float32(kept, weights, np.zeros_like(h)))
         renewed = -np.expm1(-2 * h)
         weights = _extrapolation(h, self.order) / -np.expm1(-h)[:, None] * (signal_prev * renewed)[:, None]
         tables = kept * np.exp(-h), weights, noise_prev * np.sqrt(renewed)
-        return MultistepRow(schedule.levels, *_float32(*tables))
+        return MultistepRow(schedule.levels, *float32(*tables))
 
     def init(self, x_T):
         return jnp.zeros((self.order - 1, *x_T.shape), jnp.float32)
@@ -197,7 +188,7 @@ class UniPc:
             x_weight[i] = schedule.noise_rate[i] / schedule.noise_rate[i + 1]
             weights[i] = schedule.signal_rate[i] * _correction(h[i + 1], h[i + 2] if i + 2 < count else np.inf)
         corrects = np.arange(count) < count - 1
-        return UniPcRow(predictor, *_float32(x_weight, weights), corrects)
+        return UniPcRow(predictor, *float32(x_weight, weights), corrects)
 
     def init(self, x_T):
         return UniPcCarry(jnp.zeros_like(x_T), jnp.zeros((2, *x_T.shape), jnp.float32))

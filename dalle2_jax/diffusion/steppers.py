@@ -44,7 +44,7 @@ import numpy as np
 
 from dalle2_jax.diffusion import variance
 from dalle2_jax.diffusion.process import Denoised
-from dalle2_jax.diffusion.schedule import Level, Schedule
+from dalle2_jax.diffusion.schedule import Level, Schedule, float32
 from dalle2_jax.diffusion.variance import NoiseMoments
 from dalle2_jax.types import UserError, choose
 
@@ -115,7 +115,7 @@ class Ddpm:
         std = self._std(schedule)
         std[0] = 0.0
         tables = schedule.posterior_mean_x_0, schedule.posterior_mean_x_t, std, *variance.bounds(schedule)
-        return DdpmRow(schedule.levels, *(table.astype(np.float32) for table in tables))
+        return DdpmRow(schedule.levels, *float32(*tables))
 
     def init(self, x_T):
         return ()
@@ -149,8 +149,8 @@ class Ddim:
         noise_var, noise_var_prev = 1.0 - schedule.alpha_bar, 1.0 - schedule.alpha_bar_prev
         fresh = schedule.betas / noise_var
         kept = (1.0 - schedule.betas) * noise_var_prev / noise_var
-        tables = np.sqrt(schedule.alpha_bar_prev), np.sqrt(noise_var_prev), fresh, kept
-        return DdimRow(schedule.levels, *(table.astype(np.float32) for table in tables))
+        tables = schedule.signal_rate_prev, schedule.noise_rate_prev, fresh, kept
+        return DdimRow(schedule.levels, *float32(*tables))
 
     def init(self, x_T):
         return ()
@@ -185,7 +185,7 @@ class InverseDdim:
     def rows(self, schedule: Schedule) -> InversionRow:
         following = np.append(schedule.alpha_bar[1:], 0.0)
         tables = np.sqrt(following), np.sqrt(1.0 - following)
-        row = InversionRow(schedule.levels, *(table.astype(np.float32) for table in tables))
+        row = InversionRow(schedule.levels, *float32(*tables))
         return jax.tree.map(lambda table: table[:-1], row) if self.skip_last else row
 
     def init(self, x_T):

@@ -68,6 +68,12 @@ def open_source(options: argparse.Namespace, stage: str, split: str) -> data.Sou
     return build.open_source(config, split)
 
 
+def check_num(options: argparse.Namespace, source: data.Source) -> None:
+    """Raises UserError unless there are as many examples as --num asks for."""
+    if options.num > len(source):
+        raise UserError(f"--num {options.num} is more than the {len(source)} examples of split {options.split}")
+
+
 def draw(options: argparse.Namespace, captions: Sequence[str]) -> np.ndarray:
     """Draws a picture for each caption with the system's own sampling, uint8[B, H, W, 3]."""
     mesh = make_mesh(MeshConfig())
@@ -85,8 +91,7 @@ def measure_attributes(options: argparse.Namespace) -> dict:
     source = open_source(options, "decoder", options.split)
     if not isinstance(source, data.ShapesSource):
         raise UserError("attributes are read of shapes alone; this system was trained on other data")
-    if options.num > len(source):
-        raise UserError(f"--num {options.num} is more than the {len(source)} examples of split {options.split}")
+    check_num(options, source)
     captions = [source.caption(index) for index in range(options.num)]
     pictures = draw(options, captions)
     scenes = [source.scene(index) for index in range(options.num)]
@@ -127,8 +132,7 @@ def load_stage(options: argparse.Namespace) -> tuple[dict[str, Member], data.Sou
     names = ("clip", options.stage) if options.stage in build.BORROWS_CLIP else (options.stage,)
     members = build.load_system(options.system, make_mesh(MeshConfig()), names)
     source = open_source(options, options.stage, options.split)
-    if options.num > len(source):
-        raise UserError(f"--num {options.num} is more than the {len(source)} examples of split {options.split}")
+    check_num(options, source)
     return members, source
 
 

@@ -236,16 +236,14 @@ class DiffusionStage:
     ) -> Denoiser:
         """Returns the network under guidance, only those of its branches computed that have a weight."""
         names = tuple(self.drop_rates)
-        batch = jax.tree.leaves(condition)[0].shape[0]
-        kept = {name: absent.get(name, jnp.zeros(batch, bool)) for name in names}
-        static = config.scales
+        kept, static = self._drops(condition, absent), config.scales
         computed = diffusion.branches([static[name] for name in names], config.course)
         if computed == (len(names),):
             return self.bind(params, condition, kept, None)
         repeated = {name: jnp.concatenate([value] * len(computed)) for name, value in condition.items()}
         # Branch k is told the first k parts.
         drops = {
-            name: jnp.concatenate([kept[name] if place < k else jnp.ones(batch, bool) for k in computed])
+            name: jnp.concatenate([kept[name] if place < k else jnp.ones_like(kept[name]) for k in computed])
             for place, name in enumerate(names)
         }
         return diffusion.guided(
@@ -275,13 +273,16 @@ class DiffusionStage:
         noise = jax.random.normal(key, x_0.shape)
         times = jnp.full(x_0.shape[:1], t, jnp.int32)
         x_t = diffusion.q_sample(self.schedule, x_0, times, noise)
-        level = jax.tree.map(lambda table: jnp.asarray(table)[t], self.schedule.levels)
         predict = diffusion.predictor(
             self.diffusion.prediction, self._whole(params, condition), None, self.diffusion.variance
         )
-        return jnp.mean(jnp.square(predict(x_t, level).eps))
+        return jnp.mean(jnp.square(predict(x_t, self.schedule.level_at(t)).eps))
 
     def _whole(self, params: Params, condition: Condition) -> Denoiser:
         """The network told everything."""
+        return self.bind(params, condition, self._drops(condition, {}), None)
+
+    def _drops(self, condition: Condition, absent: Drops) -> Drops:
+        """What each example goes without: ``absent``, where it says so of a part."""
         batch = jax.tree.leaves(condition)[0].shape[0]
-        return self.bind(params, condition, {name: jnp.zeros(batch, bool) for name in self.drop_rates}, None)
+        return {name: absent.get(name, jnp.zeros(batch, bool)) for name in self.drop_rates}
