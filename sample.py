@@ -51,7 +51,8 @@ EXAMPLES = {
     "text2image": f"{EXAMPLE} --decoder.guidance 3 --decoder.steps 50",
     "variations": "python sample.py variations --system runs/demo --image in.png --eta 0.7 --out out/",
     "reconstruct": "python sample.py reconstruct --system runs/demo --image in.png --decoder.steps 100 --out out/",
-    "inpaint": 'python sample.py inpaint --system runs/demo --image in.png --mask mask.png --prompt "a red star" --out out/',
+    "inpaint": "python sample.py inpaint --system runs/demo --image in.png --mask mask.png "
+    '--prompt "a small red star" --out out/',
 }
 
 
@@ -88,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     added["variations"].add_argument(
         "--eta",
         type=entry.share,
-        help="begin at the noise that DDIM inversion finds: 0 is the picture, 1 farthest from it (default: fresh noise)",
+        help="begin at the noise that DDIM inversion finds: 0 is the picture, 1 farthest off (default: fresh noise)",
     )
     for name in ("variations", "reconstruct"):
         whole = "invert the last step too, up to pure noise; left out, as is better, unless asked for"

@@ -306,9 +306,10 @@ class Cascade:
         self, keys: jax.Array, requests: Sequence[Request], image_emb: jax.Array, **around: Any
     ) -> Float[Array, "B H W 3"]:
         members, (batch, absent) = self._members, self._captions("decoder", requests)
+        batch = {**batch, "image_emb": image_emb}
         return draw_picture(
             *self._static("decoder"), members["decoder"].variables.params, members["clip"].variables,
-            self._stream(keys, "decoder"), {**batch, "image_emb": image_emb}, absent, self._scalars("decoder"), **around,
+            self._stream(keys, "decoder"), batch, absent, self._scalars("decoder"), **around,
         )
 
     def _inverted(
