@@ -69,7 +69,7 @@ class UpsamplerStage(DiffusionStage):
         x = jnp.zeros((1, side, side, self.model.in_channels))
         return self.network.init(key, x, jnp.zeros(1, jnp.int32))["params"]
 
-    def example(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
+    def example(self, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
         image = images.resize(images.to_float(batch["image"]), self.model.image_size)
         corner_key, blur_key = rng.stream(key, "corners"), rng.stream(key, "blur")
         corners = images.random_corners(corner_key, image.shape[0], image.shape[1], self.crop_side, self.factor)
