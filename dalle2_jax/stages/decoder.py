@@ -4,7 +4,8 @@ For classifier-free guidance the image embedding is replaced by a learned one fo
 examples, and the caption dropped for 50 %. With ``empty_caption`` a dropped caption is replaced by
 what CLIP says of the empty one (Karlo).
 
-A decoder without an image embedding is GLIDE, which borrows no CLIP (Nichol et al. 2021).
+Without an image embedding it is GLIDE, which is told a caption (Nichol et al. 2021, section 4.1), or
+ADM, which is told a class, and needs no CLIP.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from dalle2_jax import rng
 from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
 from dalle2_jax.stages import images
 from dalle2_jax.stages.base import Variables
@@ -25,23 +27,30 @@ from dalle2_jax.types import Batch, Denoiser, Params, UserError
 class DecoderStage(DiffusionStage):
     """Diffuses pictures of ``model.unet.image_size``, conditioned on image_emb and the caption.
 
+    ``inpaint``: the network also sees what is known of the picture (``images.beside_known``).
+
     Raises:
       UserError: channels, ``clip`` or ``empty_caption`` that do not fit the model.
     """
 
     model: DecoderConfig
-    clip: ClipStage | None
+    clip: ClipStage | None  # None where nothing is told of its embeddings
     drop_image: float = 0.1
     drop_text: float = 0.5
     empty_caption: bool = False
+    inpaint: bool = False
 
     def __post_init__(self) -> None:
-        unet = self.model.unet
-        self.check_channels(unet.in_channels, unet.out_channels, "model.unet.out_channels")
         if self.clip is None and (self.model.image_emb_dim is not None or self.model.text_input == "clip"):
-            raise UserError(f"stage {self.name} is told by CLIP what to draw: it needs a clip")
+            raise UserError(f"stage {self.name} reads CLIP's embeddings: it needs a clip")
         if self.empty_caption and self.model.text_input != "clip":
             raise UserError("empty_caption is CLIP's reading of the empty caption: it needs model.text_input 'clip'")
+        self.check_channels(self.channels, self.model.unet.out_channels, "model.unet.out_channels")
+
+    @property
+    def channels(self) -> int:
+        """Channels of a picture."""
+        return images.picture_channels(self.model.unet.in_channels, self.inpaint)
 
     @property
     def borrows(self) -> tuple[str, ...]:
@@ -51,7 +60,7 @@ class DecoderStage(DiffusionStage):
     def drop_rates(self) -> Mapping[str, float]:
         image = {} if self.model.image_emb_dim is None else {"image": self.drop_image}
         text = {} if self.model.text_input is None else {"text": self.drop_text}
-        return image | text
+        return {**image, **text}
 
     @property
     def _read(self) -> tuple[str, ...]:
@@ -65,18 +74,23 @@ class DecoderStage(DiffusionStage):
         return DecoderNetwork(self.model)
 
     def init_params(self, key: jax.Array) -> Params:
-        unet, model = self.model.unet, self.model
-        image_emb = None if model.image_emb_dim is None else jnp.zeros((1, model.image_emb_dim))
-        text_emb, text, mask = None, None, None
-        if model.text_input == "tokens":
-            text = jnp.zeros((1, model.text.context_length), jnp.int32)
-        elif model.text_input == "clip":
-            clip = self.clip.model
-            text, text_emb = jnp.zeros((1, clip.text.context_length, model.text_width)), jnp.zeros((1, clip.embed_dim))
-        if text is not None:
-            mask = jnp.ones(text.shape[:2], bool)
-        picture = jnp.zeros((1, unet.image_size, unet.image_size, unet.in_channels))
-        return self.network.init(key, picture, jnp.zeros(1, jnp.int32), image_emb, text_emb, text, mask)["params"]
+        unet, width = self.model.unet, self.model.image_emb_dim
+        length = self.model.text_length or (self.clip.model.text.context_length if self.clip else 1)
+        text = {
+            "tokens": jnp.zeros((1, length), jnp.int32),
+            "label": jnp.zeros((1, length), jnp.int32),
+            "clip": jnp.zeros((1, length, self.model.text_width or 0)),
+            None: None,
+        }[self.model.text_input]
+        return self.network.init(
+            key,
+            jnp.zeros((1, unet.image_size, unet.image_size, unet.in_channels)),
+            jnp.zeros(1, jnp.int32),
+            width and jnp.zeros((1, width)),
+            jnp.zeros((1, self.clip.model.embed_dim)) if self.clip else None,
+            text,
+            jnp.ones((1, length), bool),
+        )["params"]
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
         """Adds image_emb, and what CLIP says of the caption where the decoder reads it, unless precomputed."""
@@ -91,12 +105,16 @@ class DecoderStage(DiffusionStage):
 
     def example(self, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
         image = images.resize(images.to_float(batch["image"]), self.model.unet.image_size)
-        return image, self.condition(batch)
+        condition = self.condition(batch)
+        if self.inpaint:
+            seen = images.visible_region(rng.stream(key, "known"), image.shape[0], image.shape[1])
+            condition = {**condition, "known": image, "known_mask": seen}
+        return image, condition
 
     def condition(self, batch: Batch) -> Condition:
-        """Returns the condition of a batch that has image_emb and its captions read."""
+        """Returns the condition of a batch that has image_emb, its captions read, or both: what the decoder is told."""
         condition = {} if self.model.image_emb_dim is None else {"image_emb": batch["image_emb"]}
-        if self.model.text_input == "tokens":
+        if self.model.text_input in ("tokens", "label"):
             condition |= {"text": batch["tokens"], "mask": batch["mask"]}
         elif self.model.text_input == "clip":
             condition |= {"text": batch["text_seq"], "mask": batch["mask"], "text_emb": batch["text_emb"]}
@@ -107,7 +125,7 @@ class DecoderStage(DiffusionStage):
 
     def sample_shape(self, condition: Condition) -> tuple[int, ...]:
         unet = self.model.unet
-        return (unet.image_size, unet.image_size, unet.in_channels)
+        return (unet.image_size, unet.image_size, self.channels)
 
     def bind(self, params: Params, condition: Condition, drops: Drops, dropout_key: jax.Array | None) -> Denoiser:
         variables, train = {"params": params}, dropout_key is not None
@@ -125,6 +143,9 @@ class DecoderStage(DiffusionStage):
             method=DecoderNetwork.encode_condition,
         )
         rngs = {"dropout": dropout_key} if train else None
-        return lambda x_t, t: self.network.apply(
-            variables, x_t, t, told, train=train, rngs=rngs, method=DecoderNetwork.denoise
-        )
+
+        def denoiser(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            x = images.beside_known(x_t, condition) if self.inpaint else x_t
+            return self.network.apply(variables, x, t, told, train=train, rngs=rngs, method=DecoderNetwork.denoise)
+
+        return denoiser
