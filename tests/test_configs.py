@@ -89,11 +89,11 @@ def builds(module, config, form=""):
         drawn_from = measured(stage)
         drawn_from.check_sampling(stage.sampling)
 
-        def draw(params, frozen, batch):
-            _, condition = stage.example(key, stage.prepare(frozen, batch))
+        def draw(params, stats, frozen, batch):
+            _, condition = stage.example(stats, key, stage.prepare(frozen, batch))
             return drawn_from.sample(params, jax.random.split(key, 2), condition, stage.sampling)
 
-        drawn = jax.eval_shape(draw, state.params, frozen, batch)
+        drawn = jax.eval_shape(draw, state.params, state.stats, frozen, batch)
         assert drawn.dtype == jnp.float32 and drawn.shape[0] == 2
     return stage, state.params
 

@@ -19,7 +19,7 @@ from dalle2_jax import rng
 from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
 from dalle2_jax.models.unet import UNet, UNetConfig
 from dalle2_jax.stages import images
-from dalle2_jax.stages.base import Outputs, Variables
+from dalle2_jax.stages.base import Variables
 from dalle2_jax.stages.diffusion import Condition, DiffusionStage, Drops
 from dalle2_jax.types import Batch, Denoiser, Params, UserError, choose
 
@@ -113,13 +113,7 @@ class UpsamplerStage(DiffusionStage):
             stats = {**stats, "last": self.init_params(rng.stream(key, "last"))}
         return Variables(params, stats)
 
-    def loss(self, params: Params, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Outputs]:
-        kept = {name: value for name, value in stats.items() if name == "last"}
-        rest = {name: value for name, value in stats.items() if name != "last"}
-        loss, (metrics, rest) = super().loss(params, rest, key, batch)
-        return loss, Outputs(metrics, {**rest, **kept})
-
-    def example(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
+    def example(self, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
         image = images.resize(images.to_float(batch["image"]), self.unet.image_size)
         corner_key, blur_key = rng.stream(key, "corners"), rng.stream(key, "blur")
         corners = images.random_corners(corner_key, image.shape[0], image.shape[1], self.crop_side, self.factor)
