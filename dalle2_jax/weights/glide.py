@@ -84,7 +84,7 @@ def read_sizes(
         activation="gelu",
         mlp_ratio=tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
     )
-    unet = UNetConfig(**unet_sizes(tensors, where, image_size), head_channels=head_channels, dropout=0.1)
+    unet = UNetConfig(**unet_sizes(tensors, image_size, where), head_channels=head_channels, dropout=0.1)
     return DecoderConfig(unet, image_emb_dim=None, text_input="tokens", text=text)
 
 

@@ -125,43 +125,47 @@ def _attention(config: UNetConfig, path: str, key: str, level: int, heads_first:
 # --- sizes ----------------------------------------------------------------------------------
 
 
-def unet_sizes(tensors: Mapping[str, Tensor], where: str, image_size: int | None = None) -> dict[str, Any]:
+def unet_sizes(
+    tensors: Mapping[str, Tensor], image_size: int | None = None, where: str = "this file"
+) -> dict[str, Any]:
     """Reads a U-Net's shape from its tensors: fields of ``UNetConfig``.
 
     Three things leave no trace: heads, dropout, and the side of its pictures.
 
     Args:
       tensors: its own, by key, without a prefix; others do no harm.
-      where: their file, for errors.
       image_size: side of the pictures it was trained on; None is 2^(levels + 2), as in the public code's presets.
+      where: their file, for errors.
 
     Raises:
       UserError: this is no whole U-Net of this grammar.
     """
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in tensors:
+            raise UserError(f"{where} lacks tensor {key}: it is cut short or of another family")
+        return tensors[key].shape
+
     inputs, outputs = _blocks(tensors, "input_blocks"), _blocks(tensors, "output_blocks")
-    needed = ("input_blocks.0.0.weight", "time_embed.0.weight", "out.2.weight", "middle_block.0.in_layers.2.weight")
-    larger = [block for block in outputs if _resamples(tensors, block)]
-    levels = len(larger) + 1
-    if not all(key in tensors for key in needed) or len(inputs) != len(outputs) or len(inputs) % levels:
+    levels = 1 + sum(_resamples(tensors, block) for block in outputs)
+    per_level, left = divmod(len(inputs), levels)  # its residual blocks and, but for the last, what makes it smaller
+    if left or len(inputs) != len(outputs) or per_level < 2:
         raise UserError(f"{where} is not a whole U-Net of guided-diffusion's: it is cut short or of another family")
-    per_level = len(inputs) // levels  # its residual blocks and, but for the last, what makes it smaller
     first = [f"input_blocks.{1 + level * per_level}" for level in range(levels)]
-    channels = tensors["time_embed.0.weight"].shape[1]
-    widths = [tensors[f"{block}.0.out_layers.3.weight"].shape[0] for block in first]
+    time_dim, channels = shape("time_embed.0.weight")
+    widths = [shape(f"{block}.0.out_layers.3.weight")[0] for block in first]
     attending = [level for level, block in enumerate(first) if f"{block}.1.qkv.weight" in tensors]
     side = image_size or 2 ** (levels + 2)
     context = [tensor.shape[1] for key, tensor in tensors.items() if key.endswith("encoder_kv.weight")]
-    time_dim = tensors["time_embed.0.weight"].shape[0]
     return {
         "image_size": side,
-        "in_channels": tensors["input_blocks.0.0.weight"].shape[1],
-        "out_channels": tensors["out.2.weight"].shape[0],
+        "in_channels": shape("input_blocks.0.0.weight")[1],
+        "out_channels": shape("out.2.weight")[0],
         "channels": channels,
         "channel_mult": tuple(width // channels if width % channels == 0 else width / channels for width in widths),
         "num_res_blocks": per_level - 1,
         "attention_resolutions": tuple(side // 2**level for level in attending),
         "context_dim": context[0] if context else None,
-        "scale_shift": tensors[f"{first[0]}.0.emb_layers.1.weight"].shape[0] == 2 * widths[0],
+        "scale_shift": shape(f"{first[0]}.0.emb_layers.1.weight")[0] == 2 * widths[0],
         "resblock_updown": not any(key.endswith(".0.op.weight") for key in tensors),
         "middle_attention": "middle_block.1.qkv.weight" in tensors,
         "emb_dim": None if time_dim == 4 * channels else time_dim,
@@ -195,7 +199,7 @@ def recognise(source: Source) -> list[Component]:
     theirs = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.", "label_emb.")
     if "output_blocks.0.0.in_layers.0.weight" not in tensors or not all(key.startswith(theirs) for key in tensors):
         return []
-    sizes = unet_sizes(tensors, where)
+    sizes = unet_sizes(tensors, where=where)
     side, channels = sizes["image_size"], sizes["in_channels"]
     if channels not in (3, 6):
         raise UserError(f"{where} reads {channels} channels: ADM's networks read 3, or 6 to enlarge a picture")
