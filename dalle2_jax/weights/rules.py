@@ -168,6 +168,11 @@ def projections(path: str, keys: Sequence[str], heads: int, **packing: Any) -> l
     ]
 
 
+def constant(path: str, value: float) -> list[Rule]:
+    """A scalar that the checkpoint lacks; the way back drops it."""
+    return [Rule(path, ((),), Layout(lambda _: np.asarray(value, np.float32), lambda _: ()))]
+
+
 def under(path: str, key: str, rules: Iterable[Rule]) -> list[Rule]:
     """The rules with ``path/`` before each path and ``key`` (with its dot) before each key."""
     return [
