@@ -1,53 +1,31 @@
-"""CLIP as OpenAI names it, which OpenCLIP does too: state dicts, and the TorchScript archives that OpenAI ships."""
+"""Every public form of CLIP, in and out."""
 
-import dataclasses
-import math
-from collections.abc import Sequence
-from typing import Any
+from dalle2_jax.weights import clip_hf, clip_open, clip_openai
+from dalle2_jax.weights.clip_hf import export_hf
+from dalle2_jax.weights.clip_open import export_open_clip
+from dalle2_jax.weights.clip_openai import export_openai
+from dalle2_jax.weights.component import Component, Source
 
-import numpy as np
+__all__ = ["KINDS", "export_hf", "export_open_clip", "export_openai", "recognise"]
 
-from dalle2_jax.models.clip import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, TextConfig, VisionConfig
-from dalle2_jax.models.resnet import ResNetConfig
-from dalle2_jax.weights.rules import Layout, one
-
-EMBEDDING = {"normalisation": "raw", "scale": 1.0}
-"""How an imported CLIP hands its embeddings on, unless the user says otherwise: as Karlo takes them."""
-
-INITIAL_LOG_SCALE = math.log(1 / 0.07)
-"""The temperature that training starts from (Radford et al. 2021, section 2.5), for towers published without theirs."""
+KINDS = ("openai_clip", "open_clip", "hf_clip")
+"""What a user may say that a file or folder is."""
 
 
-def sections(
-    embed_dim: int,
-    text: TextConfig | None,
-    vision: VisionConfig | ResNetConfig | None,
-    mean: Sequence[float] = CLIP_IMAGE_MEAN,
-    std: Sequence[float] = CLIP_IMAGE_STD,
-) -> dict[str, Any]:
-    """Returns what a checkpoint of these towers decides of the stage's config; one tower may be None."""
-    model: dict[str, Any] = {"embed_dim": embed_dim, "vision": None}
-    config: dict[str, Any] = {"model": model, "embedding": dict(EMBEDDING)}
-    if text is not None:
-        tower = dataclasses.asdict(text)
-        config["text"] = {name: tower.pop(name) for name in ("context_length", "vocab_size")}
-        model["text"] = tower
-    if vision is not None:
-        kind = "resnet" if isinstance(vision, ResNetConfig) else "vit"
-        model["vision"] = {"kind": kind, **dataclasses.asdict(vision)}
-        model |= {"image_mean": list(mean), "image_std": list(std)}
-    return config
+def recognise(source: Source, kind: str = "auto") -> list[Component]:
+    """Returns the CLIP, or the tower of one, that a file or folder holds; [] where it is something else.
 
+    Args:
+        source: what is looked at.
+        kind: of `KINDS`, or "auto". It decides where two are possible: a state dict that OpenAI or OpenCLIP may have
+            made, a folder with the files of both OpenCLIP and transformers.
 
-def mlp_ratio(hidden: int, width: int) -> float:
-    """Returns the ratio r of a transformer's layer for which int(width * r) is ``hidden``."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def patch_layout(size: int) -> Layout:
-    """A convolution of patches at their own stride [D, 3, p, p] <-> a dense kernel over folded patches [p*p*3, D]."""
-    return one(
-        lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
-        lambda x: x.reshape(size, size, -1, x.shape[-1]).transpose(3, 2, 0, 1),
-    )
+    Raises:
+        UserError: it is a CLIP, and damaged or with parts that are not known here.
+    """
+    if not source.path.is_dir():
+        return clip_openai.recognise(source, kind)
+    folders = {"hf_clip": clip_hf.recognise, "open_clip": clip_open.recognise}
+    if kind in folders:
+        return folders[kind](source)
+    return clip_hf.recognise(source) or clip_open.recognise(source)

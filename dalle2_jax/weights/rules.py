@@ -263,6 +263,13 @@ def empty(rules: Sequence[Rule], params: Params) -> Iterator[tuple[str, np.ndarr
             yield from zip(group, rule.layout.split(value[i] if rule.stacked else value), strict=True)
 
 
+def shapes(rules: Sequence[Rule], params: Params) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors that ``empty`` would yield of a tree, or of a tree of shapes."""
+    # a zero that is broadcast: no layout copies it
+    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), np.float32), leaf.shape), params)
+    return {key: value.shape for key, value in empty(rules, hollow)}
+
+
 def _joined(rule: Rule, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     whole = np.empty(shape, dtype)
     for i, group in enumerate(rule.groups):
