@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dalle2_jax.files import write_atomically
 from dalle2_jax.text.byte_pair import BEGIN, CLIP_VOCAB_SIZE, END, ClipTokenizer
-from dalle2_jax.text.merges import BYTE_LETTERS, Merge, read_merges
+from dalle2_jax.text.merges import BYTE_LETTERS, Merge, read_merges, unzipped
 from dalle2_jax.types import UserError
 
 _OPENAI = "bpe_simple_vocab_16e6.txt"
@@ -102,3 +103,27 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError:  # UnicodeDecodeError among them
         raise UserError(f"{path.name} is damaged: it is not JSON") from None
+
+
+def write_clip_tokenizer(folder: str | Path, tokenizer: ClipTokenizer, context_length: int) -> None:
+    """Writes a tokenizer as Hugging Face's CLIPTokenizer reads it: the inverse of `read_clip_tokenizer`.
+
+    Args:
+        folder: where to; made if it is not there.
+        tokenizer: what is written.
+        context_length: to which captions are padded and cut.
+    """
+    fields = json.loads(unzipped(tokenizer.to_bytes()))
+    tokens, unknown = fields["tokens"], fields["unknown"]
+    ids = {"begin": fields["begin"], "end": fields["end"], "pad": fields["pad"]}
+    ids["unknown"] = fields["end"] if unknown is None else unknown
+    roles = {_ROLES[role]: tokens[number] for role, number in ids.items()}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "errors": "replace", **roles}
+    contents = {
+        "vocab.json": json.dumps({token: number for number, token in enumerate(tokens)}, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *fields["merges"], ""]),
+        "special_tokens_map.json": json.dumps(roles, indent=2, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
+    }
+    for name, content in contents.items():
+        write_atomically(Path(folder) / name, content)
