@@ -6,7 +6,7 @@ The same question as ``models.prior`` and the same order of tokens,
 
 but another network: as wide as CLIP's embedding, so that CLIP's final text states, its text embedding
 and the noised image embedding are tokens as they are; a table of timesteps; ``models.multi_query`` as
-the transformer. Text and image embeddings are of unit length, the image's then scaled by sqrt(width).
+the transformer. Embeddings are of unit length, and the image's alone is scaled by sqrt(width).
 
 What stands in for absent text depends on the library's version that trained the weights (``nulls``):
 
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dalle2_jax.models.multi_query import MultiQueryConfig, MultiQueryTransformer
+from dalle2_jax.models.multi_query import MultiQueryConfig, MultiQueryTransformer, unit
 from dalle2_jax.models.prior import PriorCache
 from dalle2_jax.types import UserError
 
@@ -108,23 +108,23 @@ class LaionPriorNetwork(nn.Module):
     config: LaionPriorConfig
 
     def setup(self) -> None:
-        config, unit = self.config, nn.initializers.normal(1.0)  # as the embeddings between which these stand
+        config, normal = self.config, nn.initializers.normal(1.0)  # as the embeddings between which these stand
         if config.timesteps is None:
             self.time_mlp = SinusoidMLP(config.width, config.time_tokens * config.width, config.dtype)
         else:
             self.time_embedding = nn.Embed(
-                config.timesteps, config.time_tokens * config.width, dtype=config.dtype, embedding_init=unit
+                config.timesteps, config.time_tokens * config.width, dtype=config.dtype, embedding_init=normal
             )
         if config.text_tokens > 1:
             self.text_emb_proj = nn.Dense(config.text_tokens * config.width, dtype=config.dtype)
         if config.image_tokens > 1:
             self.image_emb_proj = nn.Dense(config.image_tokens * config.width, dtype=config.dtype)
-        self.query = self.param("query", unit, (config.width,))
+        self.query = self.param("query", normal, (config.width,))
         if config.nulls != "hidden":
-            self.null_text = self.param("null_text", unit, (config.context_length, config.width))
+            self.null_text = self.param("null_text", normal, (config.context_length, config.width))
         if config.nulls == "learned":
-            self.null_text_emb = self.param("null_text_emb", unit, (config.text_tokens, config.width))
-            self.null_image_emb = self.param("null_image_emb", unit, (config.width,))
+            self.null_text_emb = self.param("null_text_emb", normal, (config.text_tokens, config.width))
+            self.null_image_emb = self.param("null_image_emb", normal, (config.width,))
         self.transformer = MultiQueryTransformer(config.transformer())
         if config.final_proj:
             self.out_proj = nn.Dense(config.width, use_bias=False, dtype=config.dtype)
@@ -144,7 +144,7 @@ class LaionPriorNetwork(nn.Module):
         Args:
           x_t: noised image embeddings, unit length x sqrt(D) before the noise.
           t: original timesteps, 0..T-1.
-          text_emb: CLIP text embeddings, unit length.
+          text_emb: CLIP text embeddings, of any length: only their direction is read.
           text: CLIP's final text states, at most context_length of them.
           mask: true on the caption (its end token included), false on padding.
           drop_text: true where the network goes without all that comes from the caption.
@@ -198,7 +198,8 @@ class LaionPriorNetwork(nn.Module):
         drop = jnp.zeros(batch, bool) if drop_text is None else drop_text
         states = jnp.pad(text.astype(dtype), ((0, 0), (0, missing), (0, 0)))
         mask = jnp.pad(mask, ((0, 0), (0, missing))) & ~drop[:, None]
-        projected = self.text_emb_proj(text_emb) if config.text_tokens > 1 else text_emb.astype(dtype)
+        direction = unit(text_emb).astype(dtype)
+        projected = self.text_emb_proj(direction) if config.text_tokens > 1 else direction
         summary = projected.reshape(batch, config.text_tokens, config.width)
         if config.nulls != "hidden":
             states = jnp.where(mask[:, :, None], states, self.null_text.astype(dtype)[None])

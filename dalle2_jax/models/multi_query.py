@@ -9,7 +9,7 @@ Versions of the library that trained such weights differ in what no weight shows
 
     "cosine"   16 cos(q, k) + b                     dalle2-pytorch 1.4.3 and later
     "relaxed"  q k / sqrt(K) + 128 b                0.23.3 to 1.4.2
-    "dot"      q k / sqrt(K) + b                    before 0.16.2; its last norm is an ordinary one
+    "dot"      q k / sqrt(K) + b                    before 0.16.0; its last norm is an ordinary one
 """
 
 import math
@@ -58,6 +58,13 @@ class MultiQueryConfig:
             raise UserError(f"unknown attention {self.attention!r}: choose one of {', '.join(sorted(_BIAS_SCALES))}")
         if self.rotary and self.head_width % 2:
             raise UserError(f"rotary positions turn pairs: head_width {self.head_width} must be even")
+
+
+def unit(x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+    """x over its length, computed in float32; zeros stay zeros."""
+    wide = x.astype(jnp.float32)
+    # a bound within the root: the length of zeros has no gradient
+    return (wide * jax.lax.rsqrt(jnp.maximum(jnp.sum(wide * wide, -1, keepdims=True), 1e-24))).astype(x.dtype)
 
 
 class ScaleLayerNorm(nn.Module):
@@ -114,7 +121,7 @@ class MultiQueryAttention(nn.Module):
             queries = _rotate(queries, positions.angles[None, :, None])
             keys = _rotate(keys, positions.angles[None])
         if config.attention == "cosine":
-            queries, keys, null_key = _unit(queries), _unit(keys), _unit(null_key)
+            queries, keys, null_key = unit(queries), unit(keys), unit(null_key)
         own = KeyValues(keys, both[:, :, 1])
         nulls = KeyValues(*(jnp.broadcast_to(one, (x.shape[0], 1, config.head_width)) for one in (null_key, null[1])))
         parts = (nulls, own) if past is None else (nulls, past, own)
@@ -232,7 +239,7 @@ class MultiQueryTransformer(nn.Module):
     def _positions(self, new: int, total: int) -> Positions:
         """Those of the last ``new`` of ``total`` tokens."""
         places = np.arange(total - new, total)
-        bias = self.position_bias[jnp.asarray(_buckets(places, total))].transpose(2, 0, 1)
+        bias = jnp.take(self.position_bias, _buckets(places, total), axis=0).transpose(2, 0, 1)
         half = min(_ROTATED, self.config.head_width) // 2
         frequencies = 10000.0 ** (-np.arange(half) / half)
         return Positions(bias, jnp.asarray(places[:, None] * frequencies, jnp.float32))
@@ -257,10 +264,3 @@ def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     first, second, cos, sin = pairs[..., 0], pairs[..., 1], jnp.cos(angles), jnp.sin(angles)
     pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([pairs.reshape(*x.shape[:-1], turned).astype(x.dtype), x[..., turned:]], axis=-1)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """x over its length, computed in float32."""
-    wide = x.astype(jnp.float32)
-    # a bound within the root: the length of zeros has no gradient
-    return (wide * jax.lax.rsqrt(jnp.maximum(jnp.sum(wide * wide, -1, keepdims=True), 1e-24))).astype(x.dtype)
