@@ -72,7 +72,8 @@ def laion_sizes(tensors: Mapping[str, Tensor], where: str, attention: str | None
         width, head_width = tensors[_QUERY].shape[0], tensors[f"{first}.0.null_kv"].shape[1]
         heads = tensors["causal_transformer.rel_pos_bias.relative_attention_bias.weight"].shape[1]
         mlp_width = tensors[f"{first}.1.5.weight"].shape[1]
-        time_width = tensors[_TIME_TABLE].shape[1] if _TIME_TABLE in tensors else tensors[f"{_TIME_MLP}.2.bias"].shape[0]
+        time = _TIME_TABLE if _TIME_TABLE in tensors else f"{_TIME_MLP}.2.bias"
+        time_width = tensors[time].shape[-1]
     except KeyError as error:
         raise UserError(f"{where} lacks tensor {error.args[0]}: it is cut short or of another family") from None
     sizes = {"width": width, "layers": layers, "heads": heads, "head_width": head_width, "mlp_width": mlp_width}
