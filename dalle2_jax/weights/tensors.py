@@ -23,8 +23,15 @@ TORCH_SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin")
 SAFETENSORS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"
 
-_WRAPPERS = ("state_dict", "model", "module")
-"""Under which trainers keep a state dict in a torch file."""
+_WRAPPERS = ("ema_model", "state_dict", "model", "module")
+"""Under which trainers keep a state dict in a torch file, averaged weights before those being trained."""
+
+_REMARKS = {
+    # module: names; DALLE2-pytorch notes its version in a file, as an object
+    "packaging.version": ("Version", "_Version"),
+    "packaging._structures": ("InfinityType", "NegativeInfinityType"),
+}
+"""Objects that stand beside the weights of known files: what is read in their place holds and does nothing."""
 
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
 
@@ -153,7 +160,8 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
             "or give the same weights as .safetensors"
         ) from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(_blanks()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} holds more than weights and is not read, as it could run code ({reason})") from None
@@ -165,6 +173,18 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
         )
         for key, value in _tensors_in(content, torch.Tensor, path)
     }
+
+
+def _blanks() -> list[type]:
+    """A class of no content for each name of ``_REMARKS``, under that name."""
+
+    def ignore(self: Any, *_: Any) -> None:
+        """Takes whatever the object was made of."""
+
+    content = {"__init__": ignore, "__setstate__": ignore}
+    return [
+        type(name, (), {"__module__": module, **content}) for module, names in _REMARKS.items() for name in names
+    ]
 
 
 def _from_torch(value: Any) -> np.ndarray:

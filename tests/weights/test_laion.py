@@ -1,6 +1,8 @@
 """LAION's prior in: sizes from shapes, the rename table both ways, and what a file may hold beside it."""
 
 import re
+import sys
+import types
 from dataclasses import fields
 from pathlib import Path
 
@@ -143,3 +145,22 @@ def test_missing_extra_and_misshapen_tensors_are_named():
         short = tensors[key]._replace(shape=shape, read=lambda shape=shape: np.zeros(shape, np.float32))
         with pytest.raises(UserError, match=r"laion_prior.safetensors: .*to_kv.weight .* does not fit transf"):
             imported(tensors | {key: short}, config)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_trainers_file_is_read_in_spite_of_its_version(averaged, tmp_path):
+    """DALLE2-pytorch writes its version as an object of the library ``packaging``, then the state dicts."""
+    torch = pytest.importorskip("torch")
+    content = {name: type(name, (), {"__module__": "packaging.version"}) for name in ("Version", "_Version")}
+    version = content["Version"]()
+    version.__dict__["_version"] = "1.0.0"
+    tensors = {key: torch.from_numpy(np.array(tensor.read())) for key, tensor in file("laion_prior").items()}
+    saved = {"version": version, "step": torch.tensor([7]), "model": {key: 2 * t for key, t in tensors.items()}}
+    saved |= {"ema_model": tensors} if averaged else {}
+    module = types.ModuleType("packaging.version")
+    vars(module).update(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "packaging.version", module)
+        torch.save(saved, tmp_path / "latest.pth")
+    query = imported(open_tensors(tmp_path / "latest.pth"), CONFIGS["laion_prior"])["query"]
+    np.testing.assert_array_equal(query, tensors["net.learned_query"].numpy() * (1 if averaged else 2))
