@@ -19,7 +19,7 @@ What stands in for absent text depends on the library's version that trained the
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import flax.linen as nn
 import jax
@@ -70,9 +70,7 @@ class LaionPriorConfig:
 
     def transformer(self) -> MultiQueryConfig:
         """Returns the transformer's own config."""
-        sizes = (self.width, self.layers, self.heads, self.head_width, self.mlp_width)
-        parts = (self.normformer, self.rotary, self.norm_in, self.norm_out, self.attention)
-        return MultiQueryConfig(*sizes, *parts, self.remat, self.dtype)
+        return MultiQueryConfig(**{field.name: getattr(self, field.name) for field in fields(MultiQueryConfig)})
 
     # What PriorConfig has as fields.
 
