@@ -41,6 +41,7 @@ class Batch(TypedDict, total=False):
     image_emb: Array  # float32[B, E], precomputed by CLIP or added by Stage.prepare
     text_emb: Array  # float32[B, E], likewise
     text_seq: Array  # float32[B, L, D], the text transformer's final states, likewise
+    base: Params  # the weights under a LoRA, which Stage.prepare hands to Stage.loss
 
 
 class UserError(Exception):

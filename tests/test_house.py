@@ -34,10 +34,15 @@ WALLS = {
     "generation": ("types", "rng", "files", "diffusion", "stages", "text"),
     "evaluation": ("types", "rng", "files", "data", "stages", "generation"),
     "sections": ("types", "models"),
-    "sweep": ("types", "files", "entry"),
+    "sweep": ("types", "files", "entry", "workdir"),
+    "finetune": ("types", "workdir"),
     "build": (
         *("types", "text", "data", "diffusion", "models", "stages", "training"),
-        *("generation", "workdir", "sections"),
+        *("generation", "workdir", "sections", "finetune"),
+    ),
+    "job": (
+        *("types", "text", "data", "stages", "training", "generation"),
+        *("workdir", "sections", "finetune", "build"),
     ),
     "testing": ("types", "rng", "files", "text", "data", "diffusion", "models", "stages", "training", "generation"),
 }
@@ -49,7 +54,7 @@ GUESTS = {
     "flax": {"models", "training", "testing"},
     "optax": {"stages", "training", "testing"},
     "orbax": {"workdir"},
-    "ml_collections": {"build", "entry point"},
+    "ml_collections": {"job", "entry point"},
     "grain": {"data"},
     "tensorboardX": {"training"},
     "sentencepiece": {"text"},
