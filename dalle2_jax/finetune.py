@@ -101,6 +101,17 @@ def base_of(folder: StageFolder, config: Mapping[str, Any]) -> StageFolder:
     return base
 
 
+def strangers(base: StageFolder, folder: StageFolder) -> set[str]:
+    """Returns the stages of a base's system that were trained with other CLIP embeddings than the run's system has.
+
+    A CLIP that is tuned is another one, to which the other stages are still to be tuned.
+    """
+    home = next((root for root in (folder.root, base.root) if StageFolder(root, "clip").exists()), base.root)
+    ours = None if folder.stage == "clip" else StageFolder(home, "clip").read_json("contract.json")
+    names = [path.parent.name for path in base.root.glob("*/contract.json")]
+    return {name for name in names if StageFolder(base.root, name).read_json("contract.json") != ours}
+
+
 def check_fingerprint(folder: StageFolder, base: StageFolder, weights: str) -> None:
     """Raises UserError unless a LoRA was trained on weights of this fingerprint."""
     stored = folder.read_json("base.json")

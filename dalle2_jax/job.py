@@ -136,9 +136,7 @@ def _claim(
     if base and fresh:
         weights = job.start.params or job.frozen[folder.stage].params
         folder.write_json("base.json", {"weights": fingerprint(weights)})
-        # A CLIP that is tuned is another one: the stages trained with it are not of its system.
-        borrowers = build.BORROWS_CLIP if folder.stage == "clip" else ()
-        link_stages(base.root, folder.root, borrowers)
+        link_stages(base.root, folder.root, finetune.strangers(base, folder))
 
 
 def _load_clip(folder: StageFolder, base: StageFolder | None, mesh: jax.sharding.Mesh, config_path: str) -> Member:

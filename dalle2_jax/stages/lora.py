@@ -94,8 +94,8 @@ class LoraStage:
         Raises:
           UserError: a target that fits no kernel of the stage.
         """
-        shapes = jax.eval_shape(self.inner.init, key).params
-        paths = tuple(_kernels(shapes))
+        inner = self.inner.init(rng.stream(key, "inner"))
+        paths = _kernels(inner.params)
         lost = [pattern for pattern in self.config.targets if not any(re.search(pattern, path) for path in paths)]
         given = [pattern for pattern in lost if pattern not in TARGETS]
         if given or len(lost) == len(self.config.targets):
@@ -103,8 +103,7 @@ class LoraStage:
                 f"config.lora.targets: no kernel of stage {self.name} fits {', '.join(map(repr, given or lost))}; "
                 f"its kernels are {', '.join(paths[:4])}, ..; {CONVOLUTIONS!r} fits a U-Net's convolutions"
             )
-        factors = _fresh(rng.stream(key, "lora"), shapes, self.config, "")
-        return Variables(factors, self.inner.init(rng.stream(key, "inner")).stats)
+        return Variables(_fresh(rng.stream(key, "lora"), inner.params, self.config), inner.stats)
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
         """Adds what the inner stage adds, and the base's weights."""
@@ -144,19 +143,19 @@ def _product(a: Float[Array, "..."], b: Float[Array, "..."], dimensions: int) ->
     return jax.lax.dot_general(a, b, contraction, precision=jax.lax.Precision.HIGHEST)
 
 
-def _kernels(params: Params, path: str = "") -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns all kernels by path."""
-    found = {}
+def _kernels(params: Params, path: str = "") -> list[str]:
+    """Returns the paths of all kernels."""
+    found = []
     for name, value in params.items():
         if isinstance(value, Mapping):
-            found |= _kernels(value, f"{path}{name}/")
+            found += _kernels(value, f"{path}{name}/")
         elif name == "kernel":
-            found[f"{path}{name}"] = value
+            found.append(f"{path}{name}")
     return found
 
 
-def _fresh(key: Key[Array, ""], params: Params, config: LoraConfig, path: str) -> Params:
-    """Returns factors for the kernels that ``config`` targets, at their places in a tree of shapes."""
+def _fresh(key: Key[Array, ""], params: Params, config: LoraConfig, path: str = "") -> Params:
+    """Returns factors for the kernels that ``config`` targets, at their places in the tree."""
     factors = {}
     for name, value in params.items():
         here = f"{path}{name}"
