@@ -197,7 +197,7 @@ def load_system(root: pathlib.Path, mesh: jax.sharding.Mesh, names: tuple[str, .
     members: dict[str, Member] = {}
     for name in sorted(names, key=STAGES.index):
         clip = members["clip"].stage if "clip" in members else None
-        if clip is None and "clip" in needed(root, name):
+        if clip is None and "clip" in needed(root, name)[:-1]:
             raise UserError(f"stage {name} needs stage clip: {_how_to_train(root, 'clip')}")
         members[name] = load_member(root, name, mesh, clip)
     check_agreement(members, str(root))
