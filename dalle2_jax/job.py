@@ -64,8 +64,8 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
     tokenizer, context_length = None, 2
     if reads_text(config):
         spoken = text_config(config)
-        labels = config["model"].get("text_input") == "label"
-        tokenizer = clip.tokenizer if clip and not labels else _tokenizer(folder, base, spoken, source, labels)
+        shared = clip and spoken.kind != "labels"
+        tokenizer = clip.tokenizer if shared else _tokenizer(folder, base, spoken, source)
         context_length = spoken.context_length
     stage = build.build_stage(config, tokenizer and tokenizer.vocab_size, clip and clip.stage)
     optim = expand(OptimConfig, config["optim"], "optim")
@@ -156,16 +156,25 @@ def _load_clip(folder: StageFolder, base: StageFolder | None, mesh: jax.sharding
 
 
 def _tokenizer(
-    folder: StageFolder, base: StageFolder | None, config: TextConfig, source: data.Source, labels: bool
+    folder: StageFolder, base: StageFolder | None, config: TextConfig, source: data.Source
 ) -> text.Tokenizer:
     """The stage's own tokenizer once it is in use, else its base's, else the one the config names, else a new one."""
     if finetune.resumes(folder, base):  # before that, the folder may be another config's false start
         return text.load_tokenizer(folder.path / "tokenizer")
     if base or config.path:
         return text.load_tokenizer(base.path / "tokenizer" if base else config.path)
-    if labels:
-        return text.LabelTokenizer(config.vocab_size)
-    return text.train_sentencepiece(source.captions(20_000), config.vocab_size)
+    kinds = {
+        "sentencepiece": lambda: text.train_sentencepiece(source.captions(20_000), config.vocab_size),
+        "clip": text.clip_tokenizer,
+        "glide": text.glide_tokenizer,
+        "labels": lambda: text.LabelTokenizer(config.vocab_size),
+    }
+    tokenizer = choose("config.text.kind", config.kind, kinds)()
+    if config.kind != "sentencepiece" and tokenizer.vocab_size != config.vocab_size:
+        raise UsageError(
+            f"config.text.vocab_size must be {tokenizer.vocab_size}, not {config.vocab_size}, for kind {config.kind!r}"
+        )
+    return tokenizer
 
 
 def _check_contract(folder: StageFolder, contract: EmbeddingContract) -> None:

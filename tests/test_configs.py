@@ -200,6 +200,24 @@ def test_paper_upsamplers(paper, name):
     assert not any("attn" in kind or "qkv" in kind for kind in kinds)
 
 
+PUBLISHED = {
+    # (file, config): the released checkpoint's parameters, exactly
+    ("glide", "decoder"): 385_030_726,
+    ("glide", "upsampler_1"): 398_361_286,
+    ("glide", "decoder,inpaint"): 385_037_638,
+    ("glide", "upsampler_1,inpaint"): 398_368_198,
+    ("adm", "decoder"): 295_904_454,
+    ("adm", "decoder,256"): 553_838_086,
+    ("adm", "upsampler_1"): 311_795_910,
+}
+
+
+@pytest.mark.parametrize(("family", "which"), PUBLISHED)
+def test_published_sizes(family, which):
+    stage = stage_of(FILES[family], FILES[family].get_config(which))
+    assert count(jax.eval_shape(stage.init, jax.random.key(0)).params) == PUBLISHED[family, which]
+
+
 # --- mistakes -------------------------------------------------------------------------------
 
 TOP = ["seed", "total_steps", "batch_size", "log_every", "checkpoint_every", "data", "model", "optim", "mesh"]
