@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from dalle2_jax import build, data
+from dalle2_jax import build, data, networks
 from dalle2_jax.diffusion import NoiseMoments
 from dalle2_jax.sections import expand, expand_kind
 from dalle2_jax.stages import DiffusionStage
@@ -50,7 +50,7 @@ def stage_of(module, config, form=""):
     """Returns a config's stage, with the clip of the same file and form; as many pieces of text as it asks for."""
     vocab_size = config.text.vocab_size
     clip = None
-    if config.stage in build.BORROWS_CLIP:
+    if networks.borrows_clip(config.to_dict()):
         clip = build.build_stage(module.get_config(f"clip{form}").to_dict(), vocab_size, None)
     return build.build_stage(config.to_dict(), vocab_size, clip)
 
@@ -69,7 +69,7 @@ def builds(module, config, form=""):
     run = build._run_config(config)
     expand(MeshConfig, config["mesh"], "mesh")
     side = expand_kind(data.KINDS, config["data"], "data").resolution
-    length = build._text_config(config).context_length
+    length = networks.text_config(config).context_length
     optimizer = make_optimizer(expand(OptimConfig, config["optim"], "optim"), run.total_steps)
     state = abstract_state(stage, optimizer)  # every parameter is under a rule of weight decay, too
 
@@ -89,11 +89,11 @@ def builds(module, config, form=""):
         drawn_from = measured(stage)
         drawn_from.check_sampling(stage.sampling)
 
-        def draw(params, frozen, batch):
-            _, condition = stage.example(key, stage.prepare(frozen, batch))
+        def draw(params, stats, frozen, batch):
+            _, condition = stage.example(stats, key, stage.prepare(frozen, batch))
             return drawn_from.sample(params, jax.random.split(key, 2), condition, stage.sampling)
 
-        drawn = jax.eval_shape(draw, state.params, frozen, batch)
+        drawn = jax.eval_shape(draw, state.params, state.stats, frozen, batch)
         assert drawn.dtype == jnp.float32 and drawn.shape[0] == 2
     return stage, state.params
 

@@ -35,10 +35,11 @@ WALLS = {
     "generation": ("types", "rng", "files", "diffusion", "stages", "text"),
     "evaluation": ("types", "rng", "files", "data", "stages", "generation"),
     "sections": ("types", "models"),
+    "networks": ("types", "models", "sections"),
     "sweep": ("types", "files", "entry"),
     "build": (
         *("types", "text", "data", "diffusion", "models", "stages", "training"),
-        *("generation", "workdir", "sections"),
+        *("generation", "workdir", "sections", "networks"),
     ),
     "testing": ("types", "rng", "files", "text", "data", "diffusion", "models", "stages", "training", "generation"),
 }

@@ -105,7 +105,7 @@ class Interrupt:
 
 def calibrated(job: Job) -> Params | None:
     """Returns the statistics that a stage measures before its first step, or None. The stream stays where it is."""
-    if not isinstance(job.stage, Calibrates):
+    if not (isinstance(job.stage, Calibrates) and job.stage.calibrates):
         return None
     start = job.stream.get_state()
     with metrics_lib.progress(f"{job.stage.name}: calibrating", "batch") as bar:

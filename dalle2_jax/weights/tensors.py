@@ -26,8 +26,15 @@ TORCH_SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin")
 SAFETENSORS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"
 
-_WRAPPERS = ("state_dict", "model", "module")
-"""Under which trainers keep a state dict in a torch file."""
+_WRAPPERS = ("ema_model", "state_dict", "model", "module")
+"""Under which trainers keep a state dict in a torch file, averaged weights before those being trained."""
+
+_REMARKS = {
+    # module: names; DALLE2-pytorch notes its version in a file, as an object
+    "packaging.version": ("Version", "_Version"),
+    "packaging._structures": ("InfinityType", "NegativeInfinityType"),
+}
+"""Objects that stand beside the weights of known files: what is read in their place holds and does nothing."""
 
 _DAMAGE = (
     *(ValueError, TypeError, LookupError, AttributeError, EOFError, OSError, RuntimeError),
@@ -162,7 +169,7 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
             "or give the same weights as .safetensors"
         ) from None
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_blanks()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise _refused(path, error) from None
@@ -187,6 +194,18 @@ def _refused(path: Path, error: pickle.UnpicklingError) -> UserError:
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": ")
     return UserError(f"{path} is damaged or cut short ({reason}): get it again")
+
+
+def _blanks() -> list[type]:
+    """A class of no content for each name of ``_REMARKS``, under that name."""
+
+    def ignore(self: Any, *_: Any) -> None:
+        """Takes whatever the object was made of."""
+
+    content = {"__init__": ignore, "__setstate__": ignore}
+    return [
+        type(name, (), {"__module__": module, **content}) for module, names in _REMARKS.items() for name in names
+    ]
 
 
 def _from_torch(value: Any) -> np.ndarray:
