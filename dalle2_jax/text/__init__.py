@@ -6,7 +6,7 @@ from dalle2_jax.text import byte_pair as _byte_pair
 from dalle2_jax.text import labels as _labels
 from dalle2_jax.text import sentencepiece as _sentencepiece
 from dalle2_jax.text.byte_pair import ClipTokenizer, GlideTokenizer, clip_tokenizer, glide_tokenizer
-from dalle2_jax.text.folder import read_clip_tokenizer
+from dalle2_jax.text.folder import read_clip_tokenizer, write_clip_tokenizer
 from dalle2_jax.text.labels import LabelTokenizer
 from dalle2_jax.text.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from dalle2_jax.text.storage import read_description
@@ -24,6 +24,7 @@ __all__ = [
     "load_tokenizer",
     "read_clip_tokenizer",
     "train_sentencepiece",
+    "write_clip_tokenizer",
 ]
 
 _KINDS = {

@@ -4,9 +4,9 @@ CLIP (Radford et al., arXiv 2103.00020, section 2.4): 49,408 ids, begin and end 
 (Nichol et al., arXiv 2112.10741, section 3.1): 50,257 ids, the end token the last one, and used for padding.
 
 The released vocabularies lie beside this file as gzipped lists of merges. ``clip_merges.txt.gz`` holds the first
-48,894 merges, those that are used, of ``bpe_simple_vocab_16e6.txt`` from github.com/openai/CLIP, MIT licence,
-Copyright (c) 2021 OpenAI. ``gpt2_merges.txt.gz`` holds ``vocab.bpe`` from github.com/openai/gpt-2, modified MIT
-licence, Copyright (c) 2019 OpenAI, which github.com/openai/glide-text2im (MIT licence) uses as well.
+48,894 merges, those that are used, of ``bpe_simple_vocab_16e6.txt`` from github.com/openai/CLIP (MIT licence).
+``gpt2_merges.txt.gz`` is ``vocab.bpe`` from github.com/openai/gpt-2 (modified MIT licence), which GLIDE uses as well.
+Both licences are in ``vocabularies_license.txt``.
 """
 
 import functools

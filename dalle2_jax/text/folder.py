@@ -6,12 +6,13 @@ of merges, ``bpe_simple_vocab_16e6.txt.gz``.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dalle2_jax.files import write_atomically
 from dalle2_jax.text.byte_pair import BEGIN, CLIP_VOCAB_SIZE, END, ClipTokenizer
-from dalle2_jax.text.merges import BYTE_LETTERS, Merge, read_merges
+from dalle2_jax.text.merges import BYTE_LETTERS, Merge, read_merges, unzipped
 from dalle2_jax.types import UserError
 
 _OPENAI = "bpe_simple_vocab_16e6.txt"
@@ -22,7 +23,7 @@ def read_clip_tokenizer(folder: str | Path) -> ClipTokenizer:
     """Reads the CLIP tokenizer in a folder: vocab.json with merges.txt, else OpenAI's list, else tokenizer.json.
 
     Of OpenAI's list, which goes on, the 48,894 merges are taken that CLIP uses. The pad token is the one that the
-    folder's files name, and without them id 0.
+    folder's files name, and without them id 0. Captions are cleaned as OpenAI does it, whoever wrote the files.
 
     Raises:
         UserError: when there is none, or its files are damaged or do not fit one another.
@@ -45,21 +46,20 @@ def read_clip_tokenizer(folder: str | Path) -> ClipTokenizer:
 
 def _tokenizer(vocabulary: Any, merges: tuple[Merge, ...], roles: dict[str, str]) -> ClipTokenizer:
     """A tokenizer of {token: id}; ``roles`` are the control tokens that the folder names, if it names any."""
-    if not isinstance(vocabulary, dict) or sorted(map(str, vocabulary.values())) != sorted(
-        map(str, range(len(vocabulary)))
-    ):
+    if not isinstance(vocabulary, dict) or {*map(repr, vocabulary.values())} != {*map(repr, range(len(vocabulary)))}:
         raise UserError("the vocabulary does not give every token one of the ids from 0 on: it is damaged")
     named = {"begin": BEGIN, "end": END, **roles}
     for role, token in named.items():
         if token not in vocabulary:
             raise UserError(f"the vocabulary lacks {token!r}, the {role} token")
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    _check_made(tokens, merges, named.values())
     ids = {role: vocabulary[token] for role, token in named.items()}
-    return ClipTokenizer(tokens, merges, literal=tuple(dict.fromkeys(roles.values())), **ids)
+    tokenizer = ClipTokenizer(tokens, merges, literal=tuple(dict.fromkeys(roles.values())), **ids)
+    _check_made(tokens, merges, named.values())
+    return tokenizer
 
 
-def _check_made(tokens: Sequence[str], merges: Sequence[Merge], named: Any) -> None:
+def _check_made(tokens: Sequence[str], merges: Sequence[Merge], named: Iterable[str]) -> None:
     """Says so when merges are missing: a list cut short would give other tokens in silence."""
     made = {*named, *BYTE_LETTERS, *(f"{letter}</w>" for letter in BYTE_LETTERS), *map("".join, merges)}
     unmade = [token for token in tokens if token not in made and not (token.startswith("<") and token.endswith(">"))]
@@ -103,3 +103,27 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError:  # UnicodeDecodeError among them
         raise UserError(f"{path.name} is damaged: it is not JSON") from None
+
+
+def write_clip_tokenizer(folder: str | Path, tokenizer: ClipTokenizer, context_length: int) -> None:
+    """Writes a tokenizer as Hugging Face's CLIPTokenizer reads it: the inverse of `read_clip_tokenizer`.
+
+    Args:
+        folder: where to; made if it is not there.
+        tokenizer: what is written.
+        context_length: to which captions are padded and cut.
+    """
+    fields = json.loads(unzipped(tokenizer.to_bytes()))
+    tokens, unknown = fields["tokens"], fields["unknown"]
+    ids = {"begin": fields["begin"], "end": fields["end"], "pad": fields["pad"]}
+    ids["unknown"] = fields["end"] if unknown is None else unknown
+    roles = {_ROLES[role]: tokens[number] for role, number in ids.items()}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "errors": "replace", **roles}
+    contents = {
+        "vocab.json": json.dumps({token: number for number, token in enumerate(tokens)}, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *fields["merges"], ""]),
+        "special_tokens_map.json": json.dumps(roles, indent=2, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
+    }
+    for name, content in contents.items():
+        write_atomically(Path(folder) / name, content)

@@ -37,9 +37,12 @@ class LabelTokenizer:
             UserError: when it is damaged.
         """
         try:
-            return cls(json.loads(content)["count"])
+            count = json.loads(content)["count"]
         except (ValueError, TypeError, KeyError):
-            raise UserError("this does not say how many classes there are: it is damaged") from None
+            count = None
+        if not isinstance(count, int):
+            raise UserError("this does not say how many classes there are: it is damaged")
+        return cls(count)
 
     def __repr__(self) -> str:
         return f"LabelTokenizer({self.vocab_size})"

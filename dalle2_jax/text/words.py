@@ -12,7 +12,7 @@ import re
 import sys
 import unicodedata
 
-_LIGATURES = "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬅﬆ"
+_LIGATURES = "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬆ"
 _CONTROLS = "\\x00-\\x08\\x0b\\x0e-\\x1f\\x7f\\u206a-\\u206f\\ufeff\\ufff9-\\ufffc"
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
 _REMOVED = re.compile(f"[{_CONTROLS}]")
@@ -25,7 +25,7 @@ def clip_words(caption: str, literal: re.Pattern[str] | None = None) -> list[str
         caption: any text.
         literal: splits off, before anything else is cut, what stands for a token of its own; one group.
     """
-    text = caption if "<" in caption else html.unescape(caption)
+    text = caption if "<" in caption else html.unescape(caption)  # what has no tags is mended without entities
     text = html.unescape(html.unescape(_mended(text)))
     text = " ".join(text.split()).lower()
     find = _clip_pattern().findall
@@ -56,28 +56,24 @@ def _mended(text: str) -> str:
 def _table() -> dict[int, str]:
     """What each character that is mended becomes."""
     quotes = dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
-    plain = {letter: unicodedata.normalize("NFKC", letter) for letter in _LIGATURES}
+    plain = {letter: unicodedata.normalize("NFKC", letter) for letter in _LIGATURES} | {"ﬅ": "ſt"}
     plain |= {chr(code): unicodedata.normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFF01, 0xFFF0))}
-    # bytes 0x80 to 0x9f are control characters in Latin-1, where text in Windows-1252 had signs
+    # control characters of Latin-1 that were signs of Windows-1252
     signs = {chr(code): bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
-    plain |= signs
-    return {ord(old): "".join(quotes.get(letter, letter) for letter in new) for old, new in (plain | quotes).items()}
+    mended = plain | signs | quotes
+    return {ord(old): "".join(quotes.get(letter, letter) for letter in new) for old, new in mended.items()}
 
 
 @functools.cache
 def _clip_pattern() -> re.Pattern[str]:
     letter, number, _, other = _classes()
-    return re.compile(
-        rf"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)|{letter}+|{number}|{other}+"
-    )
+    return re.compile(rf"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)|{letter}+|{number}|{other}+")
 
 
 @functools.cache
 def _glide_pattern() -> re.Pattern[str]:
     letter, number, space, other = _classes()
-    return re.compile(
-        rf"'s|'t|'re|'ve|'m|'ll|'d| ?{letter}+| ?{number}+| ?{other}+|{space}+(?![\S\x1c-\x1f])|{space}+"
-    )
+    return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d| ?{letter}+| ?{number}+| ?{other}+|{space}+(?![\S\x1c-\x1f])|{space}+")
 
 
 @functools.cache
@@ -88,7 +84,6 @@ def _classes() -> tuple[str, str, str, str]:
     so that the numbers of the two other kinds are all that must be listed. Its ``\s`` has four separators too
     many (U+001C to U+001F).
     """
-    numbers = "".join(
-        character for character in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(character) in ("Nl", "No")
-    )
+    everything = map(chr, range(sys.maxunicode + 1))
+    numbers = "".join(one for one in everything if unicodedata.category(one) in ("Nl", "No"))
     return rf"[^\W\d_{numbers}]", rf"[\d{numbers}]", r"[^\S\x1c-\x1f]", r"(?:[^\w\s]|[_\x1c-\x1f])"

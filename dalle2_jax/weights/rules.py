@@ -168,6 +168,11 @@ def projections(path: str, keys: Sequence[str], heads: int, **packing: Any) -> l
     ]
 
 
+def constant(path: str, value: float) -> list[Rule]:
+    """A scalar that the checkpoint lacks; the way back drops it."""
+    return [Rule(path, ((),), Layout(lambda _: np.asarray(value, np.float32), lambda _: ()))]
+
+
 def under(path: str, key: str, rules: Iterable[Rule]) -> list[Rule]:
     """The rules with ``path/`` before each path and ``key`` (with its dot) before each key."""
     return [
@@ -256,6 +261,13 @@ def empty(rules: Sequence[Rule], params: Params) -> Iterator[tuple[str, np.ndarr
         value = np.asarray(leaves[rule.path])
         for i, group in enumerate(rule.groups):
             yield from zip(group, rule.layout.split(value[i] if rule.stacked else value), strict=True)
+
+
+def shapes(rules: Sequence[Rule], params: Params) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors that ``empty`` would yield of a tree, or of a tree of shapes."""
+    # a zero that is broadcast: no layout copies it
+    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), np.float32), leaf.shape), params)
+    return {key: value.shape for key, value in empty(rules, hollow)}
 
 
 def _joined(rule: Rule, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
