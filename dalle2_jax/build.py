@@ -195,13 +195,16 @@ def load_system(root: pathlib.Path, mesh: jax.sharding.Mesh, names: tuple[str, .
     return members
 
 
-def load_cascade(root: pathlib.Path, mesh: jax.sharding.Mesh, prior: str | None = None) -> dict[str, Member]:
-    """Loads the stages of a system that lead from captions to pictures, with one prior.
+def load_cascade(
+    root: pathlib.Path, mesh: jax.sharding.Mesh, prior: str | None = None, embeds: bool = True
+) -> dict[str, Member]:
+    """Loads the stages of a system that lead to pictures, with at most one prior.
 
     Args:
       root: the workdir.
       mesh: where the weights go.
       prior: a kind of ``PRIORS``; None takes the first that was started there.
+      embeds: whether a prior is needed, as it is where image embeddings come from captions.
 
     Raises:
       UserError: there is no such system, it lacks a stage for that, or two stages disagree.
@@ -210,7 +213,7 @@ def load_cascade(root: pathlib.Path, mesh: jax.sharding.Mesh, prior: str | None 
     if not started:
         return load_system(root, mesh)  # says what is wrong
     stage = PRIORS.get(prior) or next((name for name in PRIORS.values() if name in started), "prior")
-    needed = {"clip", stage, "decoder"}
+    needed = {"clip", "decoder"} | ({stage} if embeds else set())
     names = tuple(name for name in STAGES if name in needed or (name in started and name not in PRIORS.values()))
     return load_system(root, mesh, names)
 

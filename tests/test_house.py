@@ -30,6 +30,7 @@ WALLS = {
     "data": ("types", "files", "text"),
     "workdir": ("types", "files"),
     "stages": ("types", "rng", "models", "diffusion"),
+    "weights": ("types", "files", "models", "text", "workdir"),
     "training": ("types", "rng", "files", "workdir", "stages.base"),
     "generation": ("types", "rng", "files", "diffusion", "stages", "text"),
     "evaluation": ("types", "rng", "files", "data", "stages", "generation"),
@@ -55,7 +56,8 @@ GUESTS = {
     "tensorboardX": {"training"},
     "sentencepiece": {"text"},
     "tensorflow": set(),
-    "torch": set(),
+    "torch": {"weights"},
+    "safetensors": {"weights"},
 }
 
 LINES_A_FILE, LINES_A_FUNCTION, LETTERS_A_LINE = 400, 60, 120

@@ -88,7 +88,7 @@ class Component:
 
 
 def merged(components: Sequence[Component]) -> dict[str, Component]:
-    """Joins the parts of each stage. Of a part that comes twice, as folders of one family repeat some, the first counts.
+    """Joins the parts of each stage. Of a part that comes twice (folders of a family repeat some) the first counts.
 
     Raises:
         UserError: two parts that say different things, or fill some of the same parameters.
@@ -139,5 +139,5 @@ def _deep(one: Mapping[str, Any], other: Mapping[str, Any], where: str, path: st
         elif before is None or key not in result:
             result[key] = value
         elif value is not None and value != before:
-            raise UserError(f"{where} do not belong together: {path}{key} is {before!r} in one and {value!r} in the other")
+            raise UserError(f"{where} do not belong together: {path}{key} is {before!r} in one, {value!r} in the other")
     return result

@@ -106,7 +106,10 @@ def _plain(value: np.ndarray) -> np.ndarray:
 
 
 def write_safetensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]], dtype: Any = np.float32
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    dtype: Any = np.float32,
 ) -> None:
     """Writes a safetensors file, a tensor at a time.
 
