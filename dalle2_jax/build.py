@@ -213,7 +213,9 @@ def load_cascade(
     if not started:
         return load_system(root, mesh)  # says what is wrong
     stage = PRIORS.get(prior) or next((name for name in PRIORS.values() if name in started), "prior")
-    needed = {"clip", "decoder"} | ({stage} if embeds else set())
+    decoder = StageFolder(root, "decoder").read_json("config.json")
+    told = {"clip", stage} if embeds else {"clip"}
+    needed = {"decoder"} | (told if decoder is None or borrows_clip(decoder) else set())
     names = tuple(name for name in STAGES if name in needed or (name in started and name not in PRIORS.values()))
     return load_system(root, mesh, names)
 

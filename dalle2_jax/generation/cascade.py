@@ -33,6 +33,7 @@ from dalle2_jax.stages import (
     Variables,
     images,
 )
+from dalle2_jax.stages.diffusion import Condition
 from dalle2_jax.types import Batch, Params
 
 PRIORS = {"diffusion": "prior", "ar": "ar_prior"}
@@ -68,7 +69,7 @@ class Settings:
 
 def picture_side(stage: DecoderStage | UpsamplerStage) -> int:
     """Returns the side of the pictures that a stage draws, in pixels."""
-    return stage.model.unet.image_size if isinstance(stage, DecoderStage) else stage.model.image_size
+    return (stage.model.unet if isinstance(stage, DecoderStage) else stage.unet).image_size
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "config", "candidates"))
@@ -84,7 +85,7 @@ def draw_embedding(
     scalars: Mapping[str, Any],
 ) -> Float[Array, "B E"]:
     """Draws image embeddings from the prior, in the contract's space, the best of ``candidates`` each."""
-    batch = {**batch, **stage.clip.read(clip, batch)}
+    batch = stage.read(clip, batch)
     condition = stage.condition(batch)
     # Candidate c of image b is row b * candidates + c.
     repeated = {name: jnp.repeat(value, candidates, axis=0) for name, value in condition.items()}
@@ -100,8 +101,8 @@ def draw_embedding(
 def draw_picture(
     stage: DecoderStage,
     config: SamplingConfig,
-    params: Params,
-    clip: Variables,
+    variables: Variables,
+    clip: Variables | None,
     keys: Key[Array, "B"],
     batch: Batch,
     absent: Bool[Array, "B"],
@@ -111,10 +112,19 @@ def draw_picture(
     resample: tuple[int, int] | None = None,
 ) -> Float[Array, "B H W 3"]:
     """Draws pictures in [-1, 1] from image embeddings and captions, from given noise or around what is known."""
-    condition = _condition(stage, clip, batch)
+    condition = _shown(stage, stage.condition(stage.read(clip, batch)), known, len(keys))
     around = {"x_T": x_T, "inpainting": known, "resample": resample}
-    picture = stage.sample(params, keys, condition, config, **scalars, absent={"text": absent}, **around)
-    return jnp.clip(picture, -1.0, 1.0)
+    return jnp.clip(stage.draw(variables, keys, condition, config, scalars, absent, **around), -1.0, 1.0)
+
+
+def _shown(
+    stage: DecoderStage | UpsamplerStage, condition: Condition, known: Inpainting | None, batch: int
+) -> Condition:
+    """Returns the condition with what is known of the picture, for a network that was trained to see it."""
+    if known is None or not stage.inpaint:
+        return condition
+    parts = {"known": known.picture, "known_mask": known.mask}
+    return {**condition, **{name: jnp.repeat(part, batch, axis=0) for name, part in parts.items()}}
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "steps", "skip_last"))
@@ -129,29 +139,25 @@ def invert_picture(
     picture: UInt8[Array, "B H W 3"],
 ) -> Float[Array, "B H W 3"]:
     """Returns the noise x_T from which the decoder, told the same, draws these pictures by DDIM without guidance."""
-    condition = _condition(stage, clip, batch)
+    condition = stage.condition(stage.read(clip, batch))
     return stage.invert(params, images.to_float(picture), condition, steps, skip_last, {"text": absent})
-
-
-def _condition(stage: DecoderStage, clip: Variables, batch: Batch) -> Mapping[str, jax.Array]:
-    if stage.model.text_input == "clip":
-        batch = {**batch, **stage.clip.read(clip, batch)}
-    return stage.condition(batch)
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "config"))
 def enlarge(
     stage: UpsamplerStage,
     config: SamplingConfig,
-    params: Params,
+    variables: Variables,
     keys: Key[Array, "B"],
     picture: Float[Array, "B h w 3"],
-    eta: Float[Array, ""],
+    batch: Batch | None,
+    absent: Bool[Array, "B"] | None,
+    scalars: Mapping[str, Any],
     known: Inpainting | None = None,
 ) -> Float[Array, "B H W 3"]:
-    """Enlarges pictures in [-1, 1], around what is known of them."""
-    drawn = stage.sample(params, keys, stage.condition(picture), config, eta=eta, inpainting=known)
-    return jnp.clip(drawn, -1.0, 1.0)
+    """Enlarges pictures in [-1, 1], as the captions say if the upsampler reads them, and around what is known."""
+    condition = _shown(stage, stage.condition(picture, batch), known, len(keys))
+    return jnp.clip(stage.draw(variables, keys, condition, config, scalars, absent, inpainting=known), -1.0, 1.0)
 
 
 @functools.partial(jax.jit, static_argnames="stage")
@@ -172,8 +178,8 @@ class Cascade:
     """The loaded stages as one machine from captions to pictures.
 
     Args:
-      members: "clip", "decoder" and any upsamplers, and a stage of ``PRIORS`` where captions alone are given; loaded
-        on the mesh of ``batch_sharding``.
+      members: "decoder" and any upsamplers; "clip", if the decoder is told image embeddings, and a stage of ``PRIORS``
+        where they come from captions; loaded on the mesh of ``batch_sharding``.
       settings: how to draw.
       batch_sharding: how a batch is split over the devices.
       rows: what a batch's size must divide by.
@@ -186,6 +192,7 @@ class Cascade:
         self._settings = settings
         self._sharding = batch_sharding
         self._rows = rows
+        self._clip = members["clip"].variables if "clip" in members else None
         self._prior = next((name for name in PRIORS.values() if name in members), None)
 
     @property
@@ -202,7 +209,7 @@ class Cascade:
 
         def draw(requests: Sequence[Request]) -> jax.Array:
             keys = self._keys(requests)
-            return self._enlarged(keys, self._picture(keys, requests, self._embedding(keys, requests)))
+            return self._enlarged(keys, requests, self._picture(keys, requests, self._embedding(keys, requests)))
 
         return self._in_batches(requests, batch_size, draw)
 
@@ -238,7 +245,7 @@ class Cascade:
             else:
                 emb = jnp.broadcast_to(image_emb, (len(requests), image_emb.shape[1]))
             picture = self._picture(keys, requests, emb, known=known.get("decoder"), resample=resample)
-            return self._enlarged(keys, picture, known)
+            return self._enlarged(keys, requests, picture, known)
 
         return self._in_batches(requests, batch_size, draw)
 
@@ -266,7 +273,7 @@ class Cascade:
             chosen = np.asarray([request.index for request in requests])
             emb = self.embed(pictures["clip"][chosen])
             x_T = self._inverted(requests, emb, pictures["decoder"][chosen], skip_last) if inverted else None
-            return self._enlarged(keys, self._picture(keys, requests, emb, x_T=x_T))
+            return self._enlarged(keys, requests, self._picture(keys, requests, emb, x_T=x_T))
 
         return self._in_batches(requests, batch_size, draw)
 
@@ -294,21 +301,24 @@ class Cascade:
         index, sample = (np.asarray([getattr(r, name) for r in requests], np.int32) for name in ("index", "sample"))
         return request_keys(rng.root(self._settings.seed), *self._put(index, sample))
 
-    def _embedding(self, keys: jax.Array, requests: Sequence[Request]) -> Float[Array, "B E"]:
+    def _embedding(self, keys: jax.Array, requests: Sequence[Request]) -> Float[Array, "B E"] | None:
+        """Returns what the prior makes of the captions; None for a decoder that is told no embedding."""
         members, prior = self._members, self._prior
+        if members["decoder"].stage.model.image_emb_dim is None:
+            return None
         batch, absent = self._captions(prior, requests)
         return draw_embedding(
-            *self._static(prior), self.candidates, members[prior].variables, members["clip"].variables,
+            *self._static(prior), self.candidates, members[prior].variables, self._clip,
             self._stream(keys, prior), batch, absent, self._scalars(prior),
         )
 
     def _picture(
-        self, keys: jax.Array, requests: Sequence[Request], image_emb: jax.Array, **around: Any
+        self, keys: jax.Array, requests: Sequence[Request], image_emb: jax.Array | None, **around: Any
     ) -> Float[Array, "B H W 3"]:
         members, (batch, absent) = self._members, self._captions("decoder", requests)
-        batch = {**batch, "image_emb": image_emb}
+        batch = batch if image_emb is None else {**batch, "image_emb": image_emb}
         return draw_picture(
-            *self._static("decoder"), members["decoder"].variables.params, members["clip"].variables,
+            *self._static("decoder"), members["decoder"].variables, self._clip,
             self._stream(keys, "decoder"), batch, absent, self._scalars("decoder"), **around,
         )
 
@@ -318,18 +328,19 @@ class Cascade:
         members, (batch, absent) = self._members, self._captions("decoder", requests)
         stage, config = self._static("decoder")
         return invert_picture(
-            stage, config.steps, skip_last, members["decoder"].variables.params, members["clip"].variables,
+            stage, config.steps, skip_last, members["decoder"].variables.params, self._clip,
             {**batch, "image_emb": image_emb}, absent, *self._put(pictures),
         )
 
     def _enlarged(
-        self, keys: jax.Array, picture: jax.Array, known: Known | None = None
+        self, keys: jax.Array, requests: Sequence[Request], picture: jax.Array, known: Known | None = None
     ) -> Float[Array, "B H W 3"]:
-        for name in UPSAMPLERS:
-            if name in self._members:
-                params, eta = self._members[name].variables.params, self._scalars(name)["eta"]
-                around = known and known[name]
-                picture = enlarge(*self._static(name), params, self._stream(keys, name), picture, eta, around)
+        for name in (name for name in UPSAMPLERS if name in self._members):
+            batch, absent = self._captions(name, requests) if self._members[name].tokenizer else (None, None)
+            picture = enlarge(
+                *self._static(name), self._members[name].variables, self._stream(keys, name),
+                picture, batch, absent, self._scalars(name), known and known[name],
+            )
         return picture
 
     def _captions(self, name: str, requests: Sequence[Request]) -> tuple[Batch, jax.Array]:

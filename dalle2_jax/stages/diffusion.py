@@ -235,6 +235,22 @@ class DiffusionStage:
             **around,
         )
 
+    def invert(
+        self,
+        params: Params,
+        x_0: Float[Array, "B *shape"],
+        condition: Condition,
+        steps: int | str,
+        skip_last: bool = True,
+        absent: Drops | None = None,
+    ) -> Float[Array, "B *shape"]:
+        """Returns the x_T from which ``sample`` by DDIM, without guidance, draws x_0 (``diffusion.invert``)."""
+        denoiser = self.bind(params, condition, self._drops(condition, absent or {}), None)
+        prediction, variance = self.diffusion.prediction, self.diffusion.variance
+        return diffusion.invert(
+            self.schedule, steps, prediction, denoiser, x_0, variance_type=variance, skip_last=skip_last
+        )
+
     def draw(
         self,
         variables: Variables,
@@ -254,22 +270,6 @@ class DiffusionStage:
         """
         drops = {"text": absent} if absent is not None and "text" in self.drop_rates else None
         return self.sample(variables.params, keys, condition, config, **scalars, absent=drops, **around)
-
-    def invert(
-        self,
-        params: Params,
-        x_0: Float[Array, "B *shape"],
-        condition: Condition,
-        steps: int | str,
-        skip_last: bool = True,
-        absent: Drops | None = None,
-    ) -> Float[Array, "B *shape"]:
-        """Returns the x_T from which ``sample`` by DDIM, without guidance, draws x_0 (``diffusion.invert``)."""
-        denoiser = self.bind(params, condition, self._drops(condition, absent or {}), None)
-        prediction, variance = self.diffusion.prediction, self.diffusion.variance
-        return diffusion.invert(
-            self.schedule, steps, prediction, denoiser, x_0, variance_type=variance, skip_last=skip_last
-        )
 
     def _guided(
         self,

@@ -23,9 +23,7 @@ def recognise(source: Source, kind: str = "auto") -> list[Component]:
     Raises:
         UserError: it is a CLIP, and damaged or with parts that are not known here.
     """
-    if not source.path.is_dir():
-        return clip_openai.recognise(source, kind)
-    folders = {"hf_clip": clip_hf.recognise, "open_clip": clip_open.recognise}
-    if kind in folders:
-        return folders[kind](source)
-    return clip_hf.recognise(source) or clip_open.recognise(source)
+    transformers = clip_hf.recognise(source) if kind in ("auto", "hf_clip") else []
+    if transformers or kind == "hf_clip":
+        return transformers
+    return clip_open.recognise(source) or clip_openai.recognise(source, kind)

@@ -38,7 +38,7 @@ from dalle2_jax.weights.rules import (
     stacked,
     under,
 )
-from dalle2_jax.weights.tensors import Tensor, write_safetensors
+from dalle2_jax.weights.tensors import write_safetensors
 
 IGNORED = (r"(text_model|vision_model)\.embeddings\.position_ids",)
 """0, 1, 2, ...: older files hold them."""
@@ -104,50 +104,50 @@ def recognise(source: Source) -> list[Component]:
     known = {"clip": _both, "clip_text_model": _text, "clip_vision_model": _vision}
     read = known.get((config or {}).get("model_type"))
     if read is not None:
-        return [read(folder, source.tensors or folder.weights(*_STEMS), config)]
+        return [read(folder, Source(source.path, source.tensors or folder.weights(*_STEMS)), config)]
     if folder is source:
         return []
     raise UserError(f"{source.path} is a CLIP of transformers': its config.json must lie beside it")
 
 
-def _both(folder: Source, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
+def _both(folder: Source, weights: Source, config: Mapping[str, Any]) -> Component:
     where, dim = str(folder.path / "config.json"), config.get("projection_dim", TEXT_DEFAULTS["projection_dim"])
     text, embed_dim = read_text_config({**_nested(config, "text_config"), "projection_dim": dim}, where)
     vision, _ = read_vision_config(_nested(config, "vision_config"), where)
     return Component(
         "clip",
         "CLIP (transformers)",
-        str(folder.path),
+        str(weights.path),
         sections(embed_dim, text, vision, *_normalisation(folder)),
-        tensors,
+        weights.tensors,
         [*hf_text_rules(text), *hf_vision_rules(vision), *leaf("logit_scale", "logit_scale")],
         ignored=IGNORED,
         tokenizer=_tokenizer(folder, text.vocab_size),
     )
 
 
-def _text(folder: Source, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
+def _text(folder: Source, weights: Source, config: Mapping[str, Any]) -> Component:
     text, embed_dim = read_text_config(config, str(folder.path / "config.json"))
     return Component(
         "clip",
         "CLIP text encoder (transformers)",
-        str(folder.path),
+        str(weights.path),
         sections(embed_dim, text, None),
-        tensors,
+        weights.tensors,
         [*hf_text_rules(text), *constant("logit_scale", INITIAL_LOG_SCALE)],
         ignored=IGNORED,
         tokenizer=_tokenizer(folder, text.vocab_size),
     )
 
 
-def _vision(folder: Source, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
+def _vision(folder: Source, weights: Source, config: Mapping[str, Any]) -> Component:
     vision, embed_dim = read_vision_config(config, str(folder.path / "config.json"))
     return Component(
         "clip",
         "CLIP image encoder (transformers)",
-        str(folder.path),
+        str(weights.path),
         sections(embed_dim, None, vision, *_normalisation(folder)),
-        tensors,
+        weights.tensors,
         hf_vision_rules(vision),
         ignored=IGNORED,
         needs="the text encoder",

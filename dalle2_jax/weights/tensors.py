@@ -7,8 +7,11 @@ torch itself is needed for them alone (the extra ``torch``).
 
 import json
 import pickle
+import re
 import struct
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +26,21 @@ TORCH_SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin")
 SAFETENSORS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"
 
-_WRAPPERS = ("state_dict", "model", "module")
-"""Under which trainers keep a state dict in a torch file."""
+_WRAPPERS = ("ema_model", "state_dict", "model", "module")
+"""Under which trainers keep a state dict in a torch file, averaged weights before those being trained."""
+
+_REMARKS = {
+    # module: names; DALLE2-pytorch notes its version in a file, as an object
+    "packaging.version": ("Version", "_Version"),
+    "packaging._structures": ("InfinityType", "NegativeInfinityType"),
+}
+"""Objects that stand beside the weights of known files: what is read in their place holds and does nothing."""
+
+_DAMAGE = (
+    *(ValueError, TypeError, LookupError, AttributeError, EOFError, OSError, RuntimeError),
+    *(struct.error, zlib.error, zipfile.BadZipFile),
+)
+"""What readers of pickles and archives raise at one that is cut short or no such thing at all."""
 
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
 
@@ -73,9 +89,9 @@ def within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _open_parts(path: Path) -> dict[str, Tensor]:
     try:
-        places = json.loads(path.read_text())["weight_map"]
+        places = dict(json.loads(path.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not an index of weights ({error})") from error
+        raise UserError(f"{path} is not an index of weights ({type(error).__name__}: {error})") from error
     parts = {name: open_tensors(path.parent / name) for name in sorted(set(places.values()))}
     missing = [key for key, name in places.items() if key not in parts[name]]
     if missing:
@@ -153,18 +169,43 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
             "or give the same weights as .safetensors"
         ) from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_blanks()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} holds more than weights and is not read, as it could run code ({reason})") from None
-    except (RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or cut short ({str(error).splitlines()[0]}): get it again") from error
+        raise _refused(path, error) from None
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
     return {
         key: Tensor(
             tuple(value.shape), str(value.dtype).removeprefix("torch."), path, lambda value=value: _from_torch(value)
         )
         for key, value in _tensors_in(content, torch.Tensor, path)
     }
+
+
+def _refused(path: Path, error: pickle.UnpicklingError) -> UserError:
+    """Of a pickle that asks for a function or a class: either is code, which could do anything."""
+    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if asked is None:
+        return _damaged(path, error)
+    return UserError(f"{path} holds more than weights and is not read, as it could run code ({asked[1]})")
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": ")
+    return UserError(f"{path} is damaged or cut short ({reason}): get it again")
+
+
+def _blanks() -> list[type]:
+    """A class of no content for each name of ``_REMARKS``, under that name."""
+
+    def ignore(self: Any, *_: Any) -> None:
+        """Takes whatever the object was made of."""
+
+    content = {"__init__": ignore, "__setstate__": ignore}
+    return [
+        type(name, (), {"__module__": module, **content}) for module, names in _REMARKS.items() for name in names
+    ]
 
 
 def _from_torch(value: Any) -> np.ndarray:
@@ -192,10 +233,11 @@ def _tensors_in(content: Any, kind: type, path: Path) -> list[tuple[str, Any]]:
 
 
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:  # an older file of torch's, or a damaged one
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 class _Bag:
@@ -203,6 +245,10 @@ class _Bag:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
 
 
 class _Stored(NamedTuple):
@@ -215,26 +261,45 @@ class _Stored(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _Descriptions(pickle.Unpickler):
-    """Reads the descriptions of a module's tensors. It knows the four names below and calls nothing else."""
+def _stored(storage: tuple[str, str], offset: int, shape: Iterable[int], strides: Iterable[int], *_: Any) -> _Stored:
+    stored = _Stored(*storage, offset, tuple(shape), tuple(strides))
+    counts = (offset, *stored.shape, *stored.strides)
+    if len(stored.shape) != len(stored.strides) or any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError(f"no tensor lies like {counts}")
+    return stored
 
-    _STORAGES = {"HalfStorage": "float16", "FloatStorage": "float32", "LongStorage": "int64", "IntStorage": "int32"}
+
+class _Descriptions(pickle.Unpickler):
+    """Reads the descriptions of a module's tensors. It knows the names below and calls nothing else."""
+
+    _STORAGES = {
+        "HalfStorage": "float16",
+        "BFloat16Storage": "bfloat16",
+        "FloatStorage": "float32",
+        "DoubleStorage": "float64",
+        "LongStorage": "int64",
+        "IntStorage": "int32",
+        "BoolStorage": "bool",
+    }
+    _LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag")
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            return lambda storage, offset, shape, strides, *_: _Stored(*storage, offset, tuple(shape), tuple(strides))
-        if module == "torch._utils" and name == "_rebuild_parameter":
-            return lambda data, *_: data
+            return _stored
+        if (module == "torch._utils" and name == "_rebuild_parameter") or (
+            module == "torch.jit._pickle" and name in self._LISTS
+        ):
+            return _first
         if module == "torch" and name in self._STORAGES:
             return self._STORAGES[name]
         if module == "collections" and name == "OrderedDict":
             return dict
-        if module.startswith("__torch__"):
+        if module.split(".")[0] == "__torch__":
             return _Bag
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
     def persistent_load(self, pid: Any) -> tuple[str, str]:
-        _, dtype, name, _, _ = pid
+        _, dtype, name, *_ = pid
         return name, dtype
 
 
@@ -244,14 +309,14 @@ def _open_torchscript(path: Path) -> dict[str, Tensor]:
             (description,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             root = description.removesuffix("data.pkl")
             with archive.open(description) as file:
-                module = _Descriptions(file).load()
+                tensors = list(_attributes(_Descriptions(file).load(), ""))
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds more than weights and is not read, as it could run code ({error})") from None
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}): get it again") from error
+        raise _refused(path, error) from None
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
     return {
         key: Tensor(stored.shape, stored.dtype, path, lambda stored=stored: _read_stored(path, root, stored))
-        for key, stored in _attributes(module, "")
+        for key, stored in tensors
     }
 
 
@@ -264,11 +329,13 @@ def _attributes(module: Any, prefix: str) -> Iterable[tuple[str, _Stored]]:
 
 
 def _read_stored(path: Path, root: str, stored: _Stored) -> np.ndarray:
-    with zipfile.ZipFile(path) as archive:
-        flat = np.frombuffer(archive.read(f"{root}data/{stored.name}"), stored.dtype)
-    size = flat.itemsize
+    try:
+        with zipfile.ZipFile(path) as archive:
+            flat = np.frombuffer(archive.read(f"{root}data/{stored.name}"), stored.dtype)
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
     last = stored.offset + sum((n - 1) * step for n, step in zip(stored.shape, stored.strides, strict=True))
-    if last >= flat.size:
-        raise UserError(f"{path} is damaged: tensor {stored.name} is cut short")
-    strides = tuple(step * size for step in stored.strides)
+    if last >= flat.size:  # a stride past the end would read whatever lies in memory there
+        raise UserError(f"{path} is damaged: its tensor {stored.name} is cut short")
+    strides = tuple(step * flat.itemsize for step in stored.strides)
     return _plain(np.lib.stride_tricks.as_strided(flat[stored.offset :], stored.shape, strides).copy())

@@ -1,5 +1,6 @@
 """What the tests of CLIP's formats share: an imported CLIP run as the system runs it, and random checkpoints."""
 
+import gzip
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,9 @@ import numpy as np
 
 from dalle2_jax import build
 from dalle2_jax.models.clip import Clip
+from dalle2_jax.stages import ClipStage
 from dalle2_jax.weights.landing import Trees, read
+from dalle2_jax.weights.tensors import Tensor
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 FOLDER = FIXTURES / "weights"
@@ -64,3 +67,31 @@ def forward(config, variables, image, tokens, mask=None):
         return image_emb, text_emb, states, logits
 
     return run(variables, image, tokens, mask)
+
+
+def keys_of(name):
+    """The published names and shapes of a checkpoint, {key: shape}."""
+    lines = gzip.decompress((FIXTURES / "keys" / f"{name}.tsv.gz").read_bytes()).decode().splitlines()
+    pairs = (line.split("\t") for line in lines)
+    return {key: () if size == "scalar" else tuple(map(int, size.split("x"))) for key, size in pairs}
+
+
+def hollow(sizes):
+    """Tensors of these shapes that nobody can read: full-size checkpoints, by name."""
+    return {key: Tensor(shape, "float32", Path("hollow"), None) for key, shape in sizes.items()}
+
+
+def random_clip(config, seed=0):
+    """A CLIP's parameters and statistics, drawn."""
+    draw = np.random.default_rng(seed)
+    trees = jax.eval_shape(ClipStage(config).init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), trees.params)
+    return Trees(params, jax.tree.map(lambda leaf: draw.uniform(0.5, 2, leaf.shape).astype(np.float32), trees.stats))
+
+
+def assert_same(one, other):
+    """Two trees are the same bit for bit."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
