@@ -117,7 +117,7 @@ def _said(stage: str) -> dict[str, dict[str, Any]]:
 
 def _prior(source: Source) -> Component:
     embed_dim, width = _shape(source, "model.out_proj.weight")
-    positions, text_width = (_shape(source, f"model.{key}")[1] for key in ("positional_embedding", "text_enc_proj.weight"))
+    positions = _shape(source, "model.positional_embedding")[1]
     blocks = within("model.transformer.resblocks.", source.tensors)
     model = PriorConfig(
         width=width,
@@ -126,7 +126,7 @@ def _prior(source: Source) -> Component:
         embed_dim=embed_dim,
         context_length=positions - 4,
         text_input="clip",
-        text_width=text_width,
+        text_width=_shape(source, "model.text_enc_proj.weight")[1],
         learned_null=False,
     )
     return Component(

@@ -95,6 +95,19 @@ def prior_sections(model: PriorConfig, vocab_size: int, said: Mapping[str, Mappi
     }
 
 
+def prior_config_file(model: PriorConfig) -> dict[str, Any]:
+    """Returns the config file of a PriorTransformer."""
+    sizes = {
+        "num_attention_heads": model.heads,
+        "attention_head_dim": model.width // model.heads,
+        "num_layers": model.layers,
+        "embedding_dim": model.embed_dim,
+        "num_embeddings": model.context_length,
+        "additional_embeddings": 1 + model.tail,
+    }
+    return {"_class_name": "PriorTransformer", "dropout": 0.0, "time_embed_dim": None, **sizes, **_KNOWN}
+
+
 def prior_component(source: Source, scheduler: str, family: str, vocab_size: int) -> Component:
     """Returns the prior in a pipeline's folder.
 
