@@ -7,6 +7,7 @@ import tiny_system
 
 from dalle2_jax import build
 from dalle2_jax.diffusion import Course, make_schedule, shifted, with_zero_terminal_snr
+from dalle2_jax.job import build_job
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.models.vit import VisionConfig
 from dalle2_jax.sections import expand, expand_kind
@@ -203,12 +204,10 @@ def test_guidance_is_what_the_config_says(clip):
         ("clip", {"diffusion": {}}, "unknown field of stage clip's config 'diffusion'"),
         ("clip", {"model": None}, "config of stage clip needs a section model"),
         ("clip", {"model": 3}, "config of stage clip needs a section model"),
-        ("clip", {"optim": None}, "config of stage clip needs a section optim"),
         ("clip", {"text": None}, "config of stage clip needs a section text"),
         ("prior", {"diffusion": None}, "config of stage prior needs a section diffusion"),
         ("decoder", {"sampling": None}, "config of stage decoder needs a section sampling"),
         ("upsampler_1", {"conditioning": None}, "config.conditioning lacks low_size"),
-        ("upsampler_1", {"data": None}, "config of stage upsampler_1 needs a section data"),
         ("clip", {"embedding__normalisation": "unity"}, "config.embedding: embedding.normalisation 'unity'"),
         ("clip", {"model__text__vocab_size": 3}, "config.model.text.vocab_size follows"),
         ("prior", {"model__embed_dim": 8}, "config.model.embed_dim follows"),
@@ -248,7 +247,19 @@ def test_build_job_refuses_counts_below_one(field, tmp_path):
     config = tiny_system.get_config("upsampler_1")
     config[field] = 0
     with pytest.raises(UsageError, match=f"config.{field} must be at least 1, not 0"):
-        build.build_job(config, tmp_path / "system", "tests/tiny_system.py:upsampler_1")
+        build_job(config, tmp_path / "system", "tests/tiny_system.py:upsampler_1")
+    assert not (tmp_path / "system").exists()
+
+
+@pytest.mark.parametrize("section", ["data", "optim", "mesh"])
+def test_only_training_needs_them(section, tmp_path):
+    """A stage is built of a config without them, as that of an imported one is, but not trained."""
+    config = tiny_system.get_config("upsampler_1")
+    del config[section]
+    stage = build.build_stage(config.to_dict(), None, None)
+    assert stage == build.build_stage(config_of("upsampler_1"), None, None)
+    with pytest.raises(UsageError, match=f"config of stage upsampler_1 needs a section {section}"):
+        build_job(config, tmp_path / "system", "tests/tiny_system.py:upsampler_1")
     assert not (tmp_path / "system").exists()
 
 
@@ -258,7 +269,7 @@ def test_build_job_leaves_no_trace_of_a_refused_config(tmp_path):
         config = tiny_system.get_config("clip")
         config.update_from_flattened_dict({field: value})
         with pytest.raises(UserError):
-            build.build_job(config, tmp_path / "system", "tests/tiny_system.py:clip")
+            build_job(config, tmp_path / "system", "tests/tiny_system.py:clip")
     assert not (tmp_path / "system").exists()
 
 
@@ -267,5 +278,5 @@ def test_false_start_keeps_no_tokenizer(tmp_path):
     for vocab_size in (300, 290):
         config = tiny_system.get_config("clip")
         config.text.vocab_size = vocab_size
-        job = build.build_job(config, tmp_path, "tests/tiny_system.py:clip")
+        job = build_job(config, tmp_path, "tests/tiny_system.py:clip")
         assert job.stage.model.text.vocab_size == vocab_size
