@@ -4,6 +4,10 @@
 
 Stages build on each other: clip first, then prior and decoder; the upsamplers need none.
 
+    python train.py --config configs/shapes.py:decoder --config.init_from runs/demo --workdir runs/mine
+
+starts from the weights of another system's stage; with --config.lora="{'rank': 8}" only a LoRA of them is trained.
+
   --config FILE:STAGE    a config file and one of its stages, as in configs/shapes.py:decoder
   --config.FIELD=VALUE   another value for any field, as in --config.optim.lr=1e-4
   --workdir FOLDER       the system's folder; the stage gets a folder of its name in it
@@ -12,6 +16,7 @@ Stages build on each other: clip first, then prior and decoder; the upsamplers n
 
 import os
 import pathlib
+import re
 import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -20,7 +25,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from dalle2_jax import build, entry
+from dalle2_jax import entry
+from dalle2_jax.job import build_job, record_contract
 from dalle2_jax.training.loop import train
 from dalle2_jax.types import UsageError
 
@@ -29,16 +35,30 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of the system")
 MULTIHOST = flags.DEFINE_bool("multihost", False, "join the other hosts of a pod")
 
 
+def joined(words: list[str]) -> list[str]:
+    """Makes one word of ``--config.FIELD VALUE``: to a field that the config file leaves out it would give True."""
+    result: list[str] = []
+    for word in words:
+        if result and re.fullmatch(r"--config\.[\w.]+", result[-1]) and not word.startswith("--"):
+            result[-1] += f"={word}"
+        else:
+            result.append(word)
+    return result
+
+
 def parse_flags() -> None:
     """Reads the command line. UsageError for a word, file or field that is not there."""
     try:
-        rest = flags.FLAGS(sys.argv)
+        rest = flags.FLAGS(joined(sys.argv))
         if not CONFIG.value or not WORKDIR.value:
             raise UsageError("give --config FILE:STAGE and --workdir FOLDER; see python train.py --help")
         _ = CONFIG.value.to_dict  # a file that could not be read shows only when its config is touched
     except OSError as error:
         raise UsageError(f"the config file cannot be read: {str(error).splitlines()[-1].strip()}") from error
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        said = " ".join(str(error.args[0]).split())
+        raise UsageError(f"the config has no section {said}: give a new one whole, as --config.lora={{}}") from error
+    except (flags.Error, AttributeError, TypeError, ValueError) as error:
         lines = str(error).strip().splitlines()
         reason = f"{lines[-1]}; --config is FILE:STAGE" if "Traceback" in str(error) else lines[0]
         raise UsageError(reason) from error
@@ -52,9 +72,9 @@ def main() -> None:
     if MULTIHOST.value:
         jax.distributed.initialize()
     entry.enable_compilation_cache()
-    job = build.build_job(CONFIG.value, pathlib.Path(WORKDIR.value), flags.FLAGS["config"].config_filename)
+    job = build_job(CONFIG.value, pathlib.Path(WORKDIR.value), flags.FLAGS["config"].config_filename)
     state = train(job)
-    build.record_contract(job, state.ema)
+    record_contract(job, state.ema)
     print(f"{job.stage.name}: {int(state.step)} steps, in {job.folder.path}")
 
 

@@ -1,6 +1,6 @@
-"""The hall: configs become typed, frozen objects here, and nowhere else is a ConfigDict seen.
+"""The hall: configs become typed, frozen objects here, and systems on disk become loaded stages.
 
-Past this file there is no string to look up and no field to misspell.
+Past this file and ``job.py`` there is no string to look up and no field to misspell.
 """
 
 import dataclasses
@@ -10,14 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from dalle2_jax import data, stages, text
+from dalle2_jax import data, finetune, stages, text
 from dalle2_jax.diffusion import NoiseMoments
-from dalle2_jax.generation import PRIORS, Member, check_agreement, make_preview
+from dalle2_jax.generation import PRIORS, Member, check_agreement
 from dalle2_jax.networks import (
-    READS_TEXT,
-    TextConfig,
     ar_prior_model,
     borrows_clip,
     clip_model,
@@ -28,34 +25,35 @@ from dalle2_jax.networks import (
     upsampler_model,
 )
 from dalle2_jax.sections import expand, expand_kind
-from dalle2_jax.stages import ClipStage, EmbeddingContract, Stage, Variables
+from dalle2_jax.stages import ClipStage, EmbeddingContract, LoraConfig, LoraStage, Stage, Variables
 from dalle2_jax.stages.base import fingerprint
-from dalle2_jax.training.loop import Job, RunConfig
-from dalle2_jax.training.optim import OptimConfig, make_optimizer
-from dalle2_jax.training.sharding import MeshConfig, make_mesh, tree_shardings, with_shardings
+from dalle2_jax.stages.lora import merge
+from dalle2_jax.training.loop import RunConfig
+from dalle2_jax.training.sharding import tree_shardings, with_shardings
 from dalle2_jax.types import UsageError, UserError, choose
 from dalle2_jax.workdir import Checkpoints, StageFolder
 
 STAGES = ("clip", "prior", "ar_prior", "decoder", "upsampler_1", "upsampler_2")
 DIFFUSED = ("prior", "decoder", "upsampler_1", "upsampler_2")
 RUN_FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
-COUNTED = ("total_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
-
-PREVIEWED = 12
-"""Held-out pictures drawn at each ``sample_every``."""
+TOP = ("stage", "workers", "init_from")
 
 SECTIONS = {
     # section: the stages whose config must have it, and those whose config may
-    "data": (STAGES, ()),
+    "data": ((), STAGES),
     "model": (STAGES, ()),
-    "optim": (STAGES, ()),
-    "mesh": (STAGES, ()),
-    "text": (READS_TEXT, STAGES),
+    "optim": ((), STAGES),
+    "mesh": ((), STAGES),
+    "lora": ((), STAGES),
+    "text": ((), STAGES),  # see networks.reads_text
     "diffusion": (DIFFUSED, ()),
     "sampling": (DIFFUSED, ("ar_prior",)),
     "embedding": ((), ("clip",)),
     "conditioning": ((), ("ar_prior", *DIFFUSED)),
 }
+
+TRAINING = ("data", "optim", "mesh")
+"""Sections without which a stage can be built, as an imported one is, but not trained."""
 
 
 # --- stages ---------------------------------------------------------------------------------
@@ -72,7 +70,7 @@ def build_stage(config: Mapping[str, Any], vocab_size: int | None, clip: ClipSta
     Raises:
       UserError: an unknown stage, section, field or value.
     """
-    name = _stage_name(config)
+    name = stage_name(config)
     if name == "clip":
         return _build_clip(config, vocab_size)
     conditioning = config.get("conditioning", {})
@@ -103,26 +101,18 @@ def needed(root: pathlib.Path, name: str) -> tuple[str, ...]:
     return ("clip", name) if stored is not None and borrows_clip(stored) else (name,)
 
 
-def _stage_name(config: Mapping[str, Any]) -> str:
-    """Returns the name of a config's stage, whose sections are all there, and no others."""
+def stage_name(config: Mapping[str, Any], wanted: tuple[str, ...] = ()) -> str:
+    """Returns the name of a config's stage, whose sections are all there, and those ``wanted``, and no others."""
     name = config.get("stage", "")
     choose("stage", name, dict.fromkeys(STAGES))
     sections = [key for key, (must, may) in SECTIONS.items() if name in must or name in may]
     for key in config:
-        choose(f"field of stage {name}'s config", key, dict.fromkeys(("stage", "workers", *RUN_FIELDS, *sections)))
+        choose(f"field of stage {name}'s config", key, dict.fromkeys((*TOP, *RUN_FIELDS, *sections)))
     for key in sections:
-        must = name in SECTIONS[key][0] or (key == "text" and reads_text(config))
+        must = name in SECTIONS[key][0] or key in wanted or (key == "text" and reads_text(config))
         if (key in config or must) and not isinstance(config.get(key), Mapping):
             raise UsageError(f"config of stage {name} needs a section {key}")
     return name
-
-
-def _run_config(config: Mapping[str, Any]) -> RunConfig:
-    run = expand(RunConfig, {key: value for key, value in config.items() if key in RUN_FIELDS}, "")
-    for key in COUNTED:
-        if getattr(run, key) < 1:
-            raise UsageError(f"config.{key} must be at least 1, not {getattr(run, key)}")
-    return run
 
 
 def _build_clip(config: Mapping[str, Any], vocab_size: int) -> ClipStage:
@@ -144,29 +134,48 @@ def load_member(root: pathlib.Path, name: str, mesh: jax.sharding.Mesh, clip: Cl
     step = folder.latest_step()
     if stored is None or step is None:
         raise UserError(missing_stage(root, name))
-    config, total = stored, _run_config(stored).total_steps
+    config, total = stored, stored.get("total_steps", RunConfig.total_steps)
     contract = folder.read_json("contract.json")
     if step < total or (name == "clip" and contract is None):
         raise UserError(f"stage {name} in {root} is unfinished ({step} of {total} steps): {_how_to_train(root, name)}")
     tokenizer = text.load_tokenizer(folder.path / "tokenizer") if reads_text(config) else None
     stage = build_stage(config, tokenizer and tokenizer.vocab_size, clip)
-    abstract = jax.eval_shape(stage.init, jax.random.key(0))
+    trained = trained_stage(stage, config)
+    abstract = jax.eval_shape(trained.init, jax.random.key(0))
     shapes = with_shardings(abstract, tree_shardings(abstract, mesh))
     restored = Checkpoints(folder).restore({"ema": shapes.params, "stats": shapes.stats})
     for message in restored.skipped:
         print(f"warning: {message}; step {restored.step} is used", file=sys.stderr)
+    params = restored.trees["ema"]
+    if trained is not stage:
+        params = merge(load_base(folder, config, mesh, clip).params, params, trained.config)
     measured = folder.read_json("moments.json")
     if measured is not None and measured["step"] == restored.step:
         moments = NoiseMoments(tuple(measured["eps"]), measured["x_0"])
         stage = dataclasses.replace(stage, moments=moments)
     return Member(
         stage=stage,
-        variables=Variables(restored.trees["ema"], restored.trees["stats"]),
+        variables=Variables(params, restored.trees["stats"]),
         step=restored.step,
         contract=contract and expand(EmbeddingContract, contract, f"{folder.path}/contract.json"),
         tokenizer=tokenizer,
         context_length=text_config(config).context_length if tokenizer else 0,
     )
+
+
+def trained_stage(stage: Stage, config: Mapping[str, Any]) -> Stage:
+    """What is trained of a stage: all of it, or a LoRA."""
+    return LoraStage(stage, expand(LoraConfig, config["lora"], "lora")) if "lora" in config else stage
+
+
+def load_base(
+    folder: StageFolder, config: Mapping[str, Any], mesh: jax.sharding.Mesh, clip: ClipStage | None
+) -> Variables:
+    """Loads what a LoRA in ``folder`` was trained on, and on nothing else can be merged into."""
+    base = finetune.base_of(folder, config)
+    variables = load_member(base.root, base.stage, mesh, clip).variables
+    finetune.check_fingerprint(folder, base, fingerprint(variables.params))
+    return variables
 
 
 def load_system(root: pathlib.Path, mesh: jax.sharding.Mesh, names: tuple[str, ...] = ()) -> dict[str, Member]:
@@ -188,7 +197,7 @@ def load_system(root: pathlib.Path, mesh: jax.sharding.Mesh, names: tuple[str, .
     members: dict[str, Member] = {}
     for name in sorted(names, key=STAGES.index):
         clip = members["clip"].stage if "clip" in members else None
-        if clip is None and "clip" in needed(root, name):
+        if clip is None and "clip" in needed(root, name)[:-1]:
             raise UserError(f"stage {name} needs stage clip: {_how_to_train(root, 'clip')}")
         members[name] = load_member(root, name, mesh, clip)
     check_agreement(members, str(root))
@@ -221,7 +230,9 @@ def load_cascade(
 
 
 def open_source(config: Mapping[str, Any], split: str) -> data.Source:
-    """Opens a split of the data set that a stage's config names."""
+    """Opens a split of the data set that a stage's config names. UserError if it names none."""
+    if "data" not in config:
+        raise UserError(f"stage {config['stage']} was imported, not trained here: it names no data to measure it on")
     return data.make_source(expand_kind(data.KINDS, config["data"], "data"), split)
 
 
@@ -237,109 +248,3 @@ def _how_to_train(root: pathlib.Path, name: str, config_path: str = "") -> str:
     family, _, which = known[0].partition(":")
     form = "," + which.partition(",")[2] if "," in which else ""
     return f"train it with `python train.py --config {family}:{name}{form} --workdir {root}`"
-
-
-# --- training -------------------------------------------------------------------------------
-
-
-def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
-    """Assembles a training run and claims its folder; everything that can be wrong is found first.
-
-    Args:
-      config: of one stage.
-      root: the system's workdir.
-      config_path: what the user gave as --config, for later messages.
-    """
-    config = config.to_dict()
-    name = _stage_name(config)
-    run = _run_config(config)
-    mesh = make_mesh(expand(MeshConfig, config["mesh"], "mesh"))
-    if run.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise UserError(f"batch_size {run.batch_size} does not divide over the mesh {dict(mesh.shape)}")
-    folder = StageFolder(root, name)
-    source = open_source(config, "train")
-    members = {"clip": _load_clip(root, mesh, config_path)} if borrows_clip(config) else {}
-    clip = members.get("clip")
-    tokenizer, context_length = None, 2
-    if reads_text(config):
-        spoken = text_config(config)
-        shared = clip and spoken.kind != "labels"
-        tokenizer = clip.tokenizer if shared else _tokenizer(folder, spoken, source)
-        context_length = spoken.context_length
-    stage = build_stage(config, tokenizer and tokenizer.vocab_size, clip and clip.stage)
-    optim = expand(OptimConfig, config["optim"], "optim")
-    optimizer = make_optimizer(optim, run.total_steps)
-    stream = data.make_stream(
-        source,
-        tokenizer,
-        context_length,
-        run.batch_size,
-        run.seed,
-        jax.process_index(),
-        jax.process_count(),
-        num_workers=config.get("workers", 0),
-    )
-    if clip:
-        _check_contract(folder, clip.contract)
-    if jax.process_index() == 0:
-        folder.claim(config)
-        folder.write_json("run.json", {"config": config_path})
-        if tokenizer:
-            tokenizer.save(folder.path / "tokenizer")
-        if clip:
-            folder.write_json("contract.json", dataclasses.asdict(clip.contract))
-    frozen = {member: loaded.variables for member, loaded in members.items()}
-    preview = None
-    if run.sample_every:
-        held_out = open_source(config, "val")
-        shown = range(min(PREVIEWED, len(held_out)))
-        batch, captions = data.fixed_batch(held_out, tokenizer, context_length, shown)
-        preview = make_preview(stage, frozen, batch, captions, folder.path / "samples")
-    return Job(run, stage, frozen, optimizer, optim.ema_decay, stream, mesh, folder, preview)
-
-
-def _load_clip(root: pathlib.Path, mesh: jax.sharding.Mesh, config_path: str) -> Member:
-    if not StageFolder(root, "clip").exists():
-        raise UserError(missing_stage(root, "clip", config_path))
-    return load_member(root, "clip", mesh)
-
-
-def _tokenizer(folder: StageFolder, config: TextConfig, source: data.Source) -> text.Tokenizer:
-    """The stage's own tokenizer once it is in use, else the one the config names, else a new one."""
-    if folder.latest_step() is not None:  # before that, the folder may be another config's false start
-        return text.load_tokenizer(folder.path / "tokenizer")
-    if config.path:
-        return text.load_tokenizer(config.path)
-    kinds = {
-        "sentencepiece": lambda: text.train_sentencepiece(source.captions(20_000), config.vocab_size),
-        "clip": text.clip_tokenizer,
-        "glide": text.glide_tokenizer,
-        "labels": lambda: text.LabelTokenizer(config.vocab_size),
-    }
-    tokenizer = choose("config.text.kind", config.kind, kinds)()
-    if config.kind != "sentencepiece" and tokenizer.vocab_size != config.vocab_size:
-        raise UsageError(
-            f"config.text.vocab_size must be {tokenizer.vocab_size}, not {config.vocab_size}, for kind {config.kind!r}"
-        )
-    return tokenizer
-
-
-def _check_contract(folder: StageFolder, contract: EmbeddingContract) -> None:
-    stored = folder.read_json("contract.json")
-    if stored is not None and folder.latest_step() is not None and stored != dataclasses.asdict(contract):
-        raise UserError(
-            f"{folder.path} was trained with another clip ({stored['clip']}) than the one now beside it "
-            f"({contract.clip}): remove {folder.path} to train it again, or put back that clip"
-        )
-
-
-def record_contract(job: Job, params: Any) -> None:
-    """Writes the contract of a CLIP that has finished training; other stages have theirs already."""
-    stage = job.stage
-    if isinstance(stage, ClipStage):
-        identity = fingerprint(params)
-        if jax.process_index() == 0:
-            contract = EmbeddingContract(
-                identity, stage.model.embed_dim, stage.embedding.normalisation, stage.embedding.scale
-            )
-            job.folder.write_json("contract.json", dataclasses.asdict(contract))

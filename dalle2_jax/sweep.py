@@ -23,7 +23,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dalle2_jax import entry
+from dalle2_jax import entry, workdir
 from dalle2_jax.files import write_atomically
 from dalle2_jax.types import UsageError, UserError
 
@@ -87,11 +87,7 @@ def link_stages(system: pathlib.Path, run: Run, stage: str) -> None:
     """
     if not system.is_dir():
         raise UserError(f"there is no system at {system}: train one with train.py --workdir {system}")
-    run.system.mkdir(parents=True, exist_ok=True)
-    for folder in system.iterdir():
-        link = run.system / folder.name
-        if (folder / "config.json").is_file() and folder.name != stage and not link.exists():
-            link.symlink_to(folder.resolve(), target_is_directory=True)
+    workdir.link_stages(system, run.system, (stage,))
 
 
 def outcome(run: Run, stage: str, measure: str | None) -> dict[str, float]:

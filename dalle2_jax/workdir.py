@@ -4,13 +4,14 @@
       clip/                      one folder a stage
         config.json              the stage's whole config
         contract.json            the embedding contract it was trained under
+        base.json                of a fine-tuned stage: a fingerprint of the weights that it started from
         moments.json             the noise it predicts, where it was measured, and of which checkpoint
         tokenizer/               what turns captions into its tokens
         checkpoints/<step>/      params, ema, opt_state, stats; the data position as metadata
         metrics.jsonl  tensorboard/  samples/
 
 Whatever trains or converts writes this; whatever samples or evaluates reads it. Every file
-appears under its final name only when it is complete.
+appears under its final name only when it is complete. A stage may be a link to another system's.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -67,6 +68,10 @@ class StageFolder:
         """Whether this stage was ever started here."""
         return (self.path / "config.json").is_file()
 
+    def is_link_to(self, other: "StageFolder") -> bool:
+        """Whether this is another system's stage, linked."""
+        return self.path.is_symlink() and self.path.resolve() == other.path.resolve()
+
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Returns the object in ``name`` or None if there is no such file. UserError if it is not JSON."""
         path = self.path / name
@@ -102,6 +107,19 @@ class StageFolder:
         folder = self.path / "checkpoints"
         steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
         return max(steps, default=None)
+
+
+def link_stages(system: pathlib.Path, root: pathlib.Path, but: Container[str] = ()) -> None:
+    """Puts a link to each stage of ``system``, those in ``but`` left out, where ``root`` has none of that name.
+
+    The links are relative, so that both systems may be moved together.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for folder in sorted(system.iterdir()):
+        link = root / folder.name
+        if StageFolder(system, folder.name).exists() and folder.name not in but and not link.exists():
+            link.unlink(missing_ok=True)  # a link that leads nowhere
+            link.symlink_to(os.path.relpath(folder.resolve(), root.resolve()), target_is_directory=True)
 
 
 def difference(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from dalle2_jax import build, data, networks
+from dalle2_jax import build, data, job, networks
 from dalle2_jax.diffusion import NoiseMoments
 from dalle2_jax.sections import expand, expand_kind
 from dalle2_jax.stages import DiffusionStage
@@ -66,7 +66,7 @@ def builds(module, config, form=""):
     """Goes through a whole config as training and sampling do, and makes no array."""
     stage = stage_of(module, config, form)
     config = config.to_dict()
-    run = build._run_config(config)
+    run = job.run_config(config)
     expand(MeshConfig, config["mesh"], "mesh")
     side = expand_kind(data.KINDS, config["data"], "data").resolution
     length = networks.text_config(config).context_length

@@ -36,10 +36,15 @@ WALLS = {
     "evaluation": ("types", "rng", "files", "data", "stages", "generation"),
     "sections": ("types", "models"),
     "networks": ("types", "models", "sections"),
-    "sweep": ("types", "files", "entry"),
+    "sweep": ("types", "files", "entry", "workdir"),
+    "finetune": ("types", "workdir"),
     "build": (
         *("types", "text", "data", "diffusion", "models", "stages", "training"),
-        *("generation", "workdir", "sections", "networks"),
+        *("generation", "workdir", "sections", "networks", "finetune"),
+    ),
+    "job": (
+        *("types", "text", "data", "stages", "training", "generation"),
+        *("workdir", "sections", "networks", "finetune", "build"),
     ),
     "testing": ("types", "rng", "files", "text", "data", "diffusion", "models", "stages", "training", "generation"),
 }
@@ -51,7 +56,7 @@ GUESTS = {
     "flax": {"models", "training", "testing"},
     "optax": {"stages", "training", "testing"},
     "orbax": {"workdir"},
-    "ml_collections": {"build", "entry point"},
+    "ml_collections": {"job", "entry point"},
     "grain": {"data"},
     "tensorboardX": {"training"},
     "sentencepiece": {"text"},

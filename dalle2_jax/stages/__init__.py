@@ -5,6 +5,7 @@ from dalle2_jax.stages.base import EmbeddingContract, Outputs, Stage, Variables
 from dalle2_jax.stages.clip import ClipStage, EmbeddingConfig
 from dalle2_jax.stages.decoder import DecoderStage
 from dalle2_jax.stages.diffusion import DiffusionConfig, DiffusionStage, SamplingConfig
+from dalle2_jax.stages.lora import LoraConfig, LoraStage
 from dalle2_jax.stages.prior import PriorStage
 from dalle2_jax.stages.upsampler import UpsamplerStage
 
@@ -17,6 +18,8 @@ __all__ = [
     "DiffusionStage",
     "EmbeddingConfig",
     "EmbeddingContract",
+    "LoraConfig",
+    "LoraStage",
     "Outputs",
     "PriorStage",
     "SamplingConfig",

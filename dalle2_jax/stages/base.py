@@ -28,8 +28,9 @@ class Outputs(NamedTuple):
 class Stage(Protocol):
     """One trainable part of the system: a frozen, hashable value that holds no arrays.
 
-    Borrowed weights (CLIP under the prior) come in as ``frozen``: they are not differentiated,
-    not optimised and not checkpointed again.
+    Borrowed weights (CLIP under the prior, the base under a LoRA) come in as ``frozen``: they are not
+    differentiated, not optimised and not checkpointed again. Only ``prepare`` sees them: what ``loss``
+    needs of them, it finds in the prepared batch.
     """
 
     name: str

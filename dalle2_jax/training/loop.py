@@ -54,7 +54,11 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything ``train`` needs, assembled by the entry point."""
+    """Everything ``train`` needs, assembled by the entry point.
+
+    ``start`` are the weights and statistics that a run begins with, where they are not fresh: of fine-tuning.
+    Parts may be missing; its parameters are given away.
+    """
 
     run: RunConfig
     stage: Stage
@@ -65,6 +69,7 @@ class Job:
     mesh: Mesh
     folder: StageFolder
     preview: Callable[[Variables, int], None] | None = None
+    start: Variables = Variables(None, None)
 
 
 def prefetched(stream: Stream, mesh: Mesh) -> Iterator[tuple[Batch, dict[str, Any], float]]:
@@ -104,9 +109,12 @@ class Interrupt:
 
 
 def calibrated(job: Job) -> Params | None:
-    """Returns the statistics that a stage measures before its first step, or None. The stream stays where it is."""
-    if not (isinstance(job.stage, Calibrates) and job.stage.calibrates):
-        return None
+    """Returns the statistics before the first step: the start's or measured ones, else None.
+
+    The stream stays where it is.
+    """
+    if job.start.stats is not None or not (isinstance(job.stage, Calibrates) and job.stage.calibrates):
+        return job.start.stats
     start = job.stream.get_state()
     with metrics_lib.progress(f"{job.stage.name}: calibrating", "batch") as bar:
 
@@ -129,7 +137,7 @@ def restore_or_init(job: Job, key: jax.Array, checkpoints: Checkpoints) -> tuple
     target = with_shardings(abstract_state(job.stage, job.optimizer), shardings)
     restored = checkpoints.restore(target.trees())
     if restored is None:
-        return init_state(job.stage, job.optimizer, key, job.mesh, calibrated(job)), []
+        return init_state(job.stage, job.optimizer, key, job.mesh, calibrated(job), job.start.params), []
     if restored.skipped:
         checkpoints.discard_after(restored.step)
     job.stream.set_state(restored.data_state)

@@ -16,7 +16,7 @@ from dalle2_jax.types import Params, UsageError
 
 DECAY_RULES = (
     # Matrices that multiply activations are decayed; tables, gains, offsets and temperatures are not.
-    (r"(^|/)kernel$", True),
+    (r"(^|/)(kernel|lora_a|lora_b)$", True),
     (r"(^|/)(bias|scale|embedding|logit_scale)$", False),
     (r"(^|/)\w*(embedding|query|token|null|cls)\w*$", False),
 )

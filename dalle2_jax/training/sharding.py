@@ -22,11 +22,11 @@ SIZE_FLOOR = 2**14
 """Arrays of fewer elements are replicated."""
 
 TENSOR_RULES = (
-    # (pattern over the path, axis from the right that `tensor` splits)
-    (r"(^|/)(qkv|context_kv)/kernel$", -2),  # [D, 3, N, K]: heads
-    (r"attn\w*/out/kernel$", -3),  # [N, K, D]: heads
-    (r"(^|/)fc/kernel$", -1),  # [D, 4D]: hidden units
-    (r"blocks/proj/kernel$", -2),  # [4D, D]: hidden units
+    # (pattern over the path, axis from the right that `tensor` splits; a LoRA's factor has it at the same place)
+    (r"(^|/)(qkv|context_kv)/(kernel|lora_b)$", -2),  # [D, 3, N, K]: heads
+    (r"attn\w*/out/(kernel|lora_a)$", -3),  # [N, K, D]: heads
+    (r"(^|/)fc/(kernel|lora_b)$", -1),  # [D, 4D]: hidden units
+    (r"blocks/proj/(kernel|lora_a)$", -2),  # [4D, D]: hidden units
 )
 
 

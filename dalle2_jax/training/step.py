@@ -1,5 +1,6 @@
 """The one train step of all stages: pure, jitted, sharded, its state donated."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -47,9 +48,17 @@ def make_train_step(stage: Stage, optimizer: optax.GradientTransformation, ema_d
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _create(stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def _create(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    stats: Params | None = None,
+    params: Params | None = None,
+) -> TrainState:
     variables = stage.init(key)
-    return TrainState.create(variables.params, variables.stats, optimizer)
+    known = {name: value for name, value in (stats or {}).items() if name in variables.stats}
+    params = variables.params if params is None else params
+    return TrainState.create(params, {**variables.stats, **known}, optimizer)
 
 
 def abstract_state(stage: Stage, optimizer: optax.GradientTransformation) -> TrainState:
@@ -58,16 +67,20 @@ def abstract_state(stage: Stage, optimizer: optax.GradientTransformation) -> Tra
 
 
 def init_state(
-    stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh, stats: Params | None = None
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh,
+    stats: Params | None = None,
+    params: Params | None = None,
 ) -> TrainState:
-    """Returns a fresh state, each array created where it will live: none ever exists unsharded.
+    """Returns the state before the first step, each array created where it will live: none ever exists unsharded.
 
-    ``stats`` take the place of the stage's own first statistics.
+    ``stats`` take the place of fresh ones of their names. ``params`` take the place of fresh ones, and are given away.
     """
     shardings = state_shardings(stage, optimizer, mesh)
-    create = jax.jit(lambda key: _create(stage, optimizer, key), out_shardings=shardings)
-    state = create(rng.stream(key, "init"))
-    return state if stats is None else state.replace(stats=jax.device_put(stats, shardings.stats))
+    create = jax.jit(functools.partial(_create, stage, optimizer), out_shardings=shardings, donate_argnums=2)
+    return create(rng.stream(key, "init"), stats, params)
 
 
 def state_shardings(stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AxisType
 
 from dalle2_jax import rng, testing
+from dalle2_jax.stages import LoraConfig, LoraStage
 from dalle2_jax.training import sharding
 from dalle2_jax.training.optim import OptimConfig, make_optimizer
 from dalle2_jax.training.sharding import MeshConfig, make_mesh, shard_batch, tree_shardings
@@ -27,6 +28,15 @@ def quick():
         jax.config.update("jax_disable_most_optimizations", False)
 
 
+def stage_and_frozen(kind):
+    """A tiny stage, or a LoRA of one, and the weights that it borrows."""
+    if kind != "lora":
+        return testing.tiny_stage(kind), testing.tiny_frozen(testing.tiny_stage(kind))
+    inner = testing.tiny_stage("prior")
+    frozen = {**testing.tiny_frozen(inner), inner.name: testing.tiny_variables(inner)}
+    return LoraStage(inner, LoraConfig(rank=8)), frozen
+
+
 def one_device():
     return jax.make_mesh(
         (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
@@ -35,11 +45,10 @@ def one_device():
 
 def run(kind, mesh, steps):
     """Trains on one batch; returns the losses, the last state and the step."""
-    stage = testing.tiny_stage(kind)
+    stage, frozen = stage_and_frozen(kind)
     shardings = state_shardings(stage, OPTIMIZER, mesh)
     variables = jax.tree.map(np.array, testing.tiny_variables(stage))
     state = jax.device_put(TrainState.create(*variables, OPTIMIZER), shardings)
-    frozen = testing.tiny_frozen(stage)
     frozen = jax.device_put(frozen, tree_shardings(frozen, mesh))
     step, losses = make_train_step(stage, OPTIMIZER, 0.9, shardings), []
     for _ in range(steps):
@@ -48,7 +57,7 @@ def run(kind, mesh, steps):
     return np.asarray(jax.device_get(losses)), state, step
 
 
-@pytest.fixture(scope="module", params=testing.KINDS)
+@pytest.fixture(scope="module", params=[*testing.KINDS, "lora"])
 def alone(request):
     """A kind of stage, and its losses on one device."""
     losses, state, step = run(request.param, one_device(), LONG)

@@ -1,0 +1,195 @@
+"""A config becomes a training run: everything it needs, found or made, and its folder claimed. The only file that sees
+a ConfigDict.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from dalle2_jax import build, data, finetune, text
+from dalle2_jax.generation import Member, make_preview
+from dalle2_jax.networks import TextConfig, borrows_clip, reads_text, text_config
+from dalle2_jax.sections import expand
+from dalle2_jax.stages import ClipStage, EmbeddingContract, LoraStage, Variables
+from dalle2_jax.stages.base import fingerprint
+from dalle2_jax.stages.lora import merge
+from dalle2_jax.training.loop import Job, RunConfig
+from dalle2_jax.training.optim import OptimConfig, make_optimizer
+from dalle2_jax.training.sharding import MeshConfig, make_mesh
+from dalle2_jax.types import UsageError, UserError, choose
+from dalle2_jax.workdir import StageFolder, link_stages
+
+COUNTED = ("total_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
+
+PREVIEWED = 12
+"""Held-out pictures drawn at each ``sample_every``."""
+
+
+def run_config(config: Mapping[str, Any]) -> RunConfig:
+    """Returns how long a run goes, of its config. UsageError for a count below one."""
+    run = expand(RunConfig, {key: value for key, value in config.items() if key in build.RUN_FIELDS}, "")
+    for key in COUNTED:
+        if getattr(run, key) < 1:
+            raise UsageError(f"config.{key} must be at least 1, not {getattr(run, key)}")
+    return run
+
+
+def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
+    """Assembles a training run and claims its folder; everything that can be wrong is found first.
+
+    With ``init_from``, the run starts from that system's stage, as ``finetune`` says; what else the workdir lacks of
+    that system is linked.
+
+    Args:
+      config: of one stage.
+      root: the system's workdir.
+      config_path: what the user gave as --config, for later messages.
+    """
+    config = config.to_dict()
+    choose("stage", config.get("stage", ""), dict.fromkeys(build.STAGES))
+    config, base = finetune.with_base(config, root, config["stage"])
+    name = build.stage_name(config, build.TRAINING)
+    run = run_config(config)
+    mesh = make_mesh(expand(MeshConfig, config["mesh"], "mesh"))
+    if run.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise UserError(f"batch_size {run.batch_size} does not divide over the mesh {dict(mesh.shape)}")
+    folder = StageFolder(root, name)
+    source = build.open_source(config, "train")
+    clip = _load_clip(folder, base, mesh, config_path) if borrows_clip(config) else None
+    tokenizer, context_length = None, 2
+    if reads_text(config):
+        spoken = text_config(config)
+        shared = clip and spoken.kind != "labels"
+        tokenizer = clip.tokenizer if shared else _tokenizer(folder, base, spoken, source)
+        context_length = spoken.context_length
+    stage = build.build_stage(config, tokenizer and tokenizer.vocab_size, clip and clip.stage)
+    optim = expand(OptimConfig, config["optim"], "optim")
+    optimizer = make_optimizer(optim, run.total_steps)
+    stream = data.make_stream(
+        source,
+        tokenizer,
+        context_length,
+        run.batch_size,
+        run.seed,
+        jax.process_index(),
+        jax.process_count(),
+        num_workers=config.get("workers", 0),
+    )
+    frozen = {"clip": clip.variables} if clip else {}
+    preview = None
+    if run.sample_every:
+        held_out = build.open_source(config, "val")
+        shown = range(min(PREVIEWED, len(held_out)))
+        batch, captions = data.fixed_batch(held_out, tokenizer, context_length, shown)
+        preview = make_preview(stage, frozen, batch, captions, folder.path / "samples")
+    job = Job(run, stage, frozen, optimizer, optim.ema_decay, stream, mesh, folder, preview)
+    tuned = _tuned(job, base, config, clip and clip.stage) if base else job
+    if jax.process_index() == 0:
+        _claim(tuned, base, config, config_path, tokenizer, clip)
+    multihost_utils.sync_global_devices(f"{folder.path} is claimed")
+    return tuned
+
+
+def _tuned(job: Job, base: StageFolder, config: Mapping[str, Any], clip: ClipStage | None) -> Job:
+    """Returns a job that starts from ``base``, or goes on from there, and trains a LoRA if the config says so."""
+    stage, start = build.trained_stage(job.stage, config), Variables(None, None)
+    jax.eval_shape(stage.init, jax.random.key(0))  # whether a LoRA's targets are there
+    if not finetune.resumes(job.folder, base):
+        start = build.load_member(base.root, base.stage, job.mesh, clip).variables
+    if stage is job.stage:
+        return dataclasses.replace(job, start=start)
+    weights = start.params or build.load_base(job.folder, config, job.mesh, clip).params
+
+    def preview(variables: Variables, step: int) -> None:
+        job.preview(variables._replace(params=merge(weights, variables.params, stage.config)), step)
+
+    return dataclasses.replace(
+        job,
+        stage=stage,
+        frozen={**job.frozen, stage.name: Variables(weights, {})},
+        start=start._replace(params=None),
+        preview=job.preview and preview,
+    )
+
+
+def _claim(
+    job: Job,
+    base: StageFolder | None,
+    config: Mapping[str, Any],
+    config_path: str,
+    tokenizer: text.Tokenizer | None,
+    clip: Member | None,
+) -> None:
+    """Writes all that a run's folder holds before the first step."""
+    folder, fresh = job.folder, not finetune.resumes(job.folder, base)
+    if base and folder.is_link_to(base):
+        folder.path.unlink()
+    folder.claim(config)
+    folder.write_json("run.json", {"config": config_path})
+    if tokenizer:
+        tokenizer.save(folder.path / "tokenizer")
+    if clip:
+        folder.write_json("contract.json", dataclasses.asdict(clip.contract))
+    if base and fresh:
+        weights = job.start.params or job.frozen[folder.stage].params
+        folder.write_json("base.json", {"weights": fingerprint(weights)})
+        link_stages(base.root, folder.root, finetune.strangers(base, folder))
+
+
+def _load_clip(folder: StageFolder, base: StageFolder | None, mesh: jax.sharding.Mesh, config_path: str) -> Member:
+    """Loads the CLIP beside a stage, or beside its base, whose link it will be, and checks that it is the one meant."""
+    homes = [folder.root, base.root] if base else [folder.root]
+    home = next((root for root in homes if StageFolder(root, "clip").exists()), None)
+    if home is None:
+        raise UserError(build.missing_stage(folder.root, "clip", config_path))
+    clip = build.load_member(home, "clip", mesh)
+    if finetune.resumes(folder, base):
+        _check_contract(folder, clip.contract)
+    elif base:
+        finetune.check_contract(base, StageFolder(home, "clip"))
+    return clip
+
+
+def _tokenizer(
+    folder: StageFolder, base: StageFolder | None, config: TextConfig, source: data.Source
+) -> text.Tokenizer:
+    """The stage's own tokenizer once it is in use, else its base's, else the one the config names, else a new one."""
+    if finetune.resumes(folder, base):  # before that, the folder may be another config's false start
+        return text.load_tokenizer(folder.path / "tokenizer")
+    if base or config.path:
+        return text.load_tokenizer(base.path / "tokenizer" if base else config.path)
+    kinds = {
+        "sentencepiece": lambda size: text.train_sentencepiece(source.captions(20_000), size),
+        "clip": text.clip_tokenizer,
+        "glide": text.glide_tokenizer,
+        "labels": text.LabelTokenizer,
+    }
+    return choose("config.text.kind", config.kind, kinds)(config.vocab_size)
+
+
+def _check_contract(folder: StageFolder, contract: EmbeddingContract) -> None:
+    stored = folder.read_json("contract.json")
+    if stored is not None and stored != dataclasses.asdict(contract):
+        raise UserError(
+            f"{folder.path} was trained with another clip ({stored['clip']}) than the one now beside it "
+            f"({contract.clip}): remove {folder.path} to train it again, or put back that clip"
+        )
+
+
+def record_contract(job: Job, params: Any) -> None:
+    """Writes the contract of a CLIP that has finished training; other stages have theirs already."""
+    stage = job.stage
+    if isinstance(stage, LoraStage):
+        stage, params = stage.inner, merge(job.frozen[stage.name].params, params, stage.config)
+    if isinstance(stage, ClipStage):
+        identity = fingerprint(params)
+        if jax.process_index() == 0:
+            contract = EmbeddingContract(
+                identity, stage.model.embed_dim, stage.embedding.normalisation, stage.embedding.scale
+            )
+            job.folder.write_json("contract.json", dataclasses.asdict(contract))

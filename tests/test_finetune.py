@@ -1,0 +1,393 @@
+"""Fine-tuning from a system: what comes from there, what is stored and linked, and how it ends, whole or as a LoRA.
+
+The base is a tiny system as an importer writes it: configs without data, checkpoints at step 0, random weights.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_system
+from jax.experimental.compilation_cache import compilation_cache
+
+from dalle2_jax import build, finetune, testing
+from dalle2_jax.data import ShapesSource
+from dalle2_jax.job import build_job, record_contract
+from dalle2_jax.stages import EmbeddingContract, LoraStage
+from dalle2_jax.stages.base import fingerprint
+from dalle2_jax.stages.lora import merge
+from dalle2_jax.text import train_sentencepiece
+from dalle2_jax.training.loop import train
+from dalle2_jax.training.sharding import MeshConfig, make_mesh
+from dalle2_jax.types import UsageError, UserError
+from dalle2_jax.workdir import Checkpoints, StageFolder
+
+IMPORTED = ("clip", "prior", "decoder", "upsampler_1")
+SECTIONS = ("stage", "model", "text", "diffusion", "sampling", "conditioning", "embedding")
+CONFIG = "tests/tiny_system.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    """Compiles each program once for all runs, without what makes it fast."""
+    folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {folder: getattr(jax.config, folder), least: getattr(jax.config, least)}
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update(folder, str(tmp_path_factory.mktemp("programs")))
+    jax.config.update(least, 0.0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def write_system(root, seed=0):
+    """Writes a system as an importer does."""
+    tokenizer = train_sentencepiece(ShapesSource("train", 8, num_examples=64).captions(64), 300)
+    clip = contract = None
+    for name in IMPORTED:
+        config = tiny_system.get_config(name).to_dict()
+        stored = {key: config[key] for key in SECTIONS if key in config} | {"total_steps": 0}
+        stage = build.build_stage(stored, tokenizer.vocab_size, clip)
+        variables = testing.tiny_variables(stage, seed)
+        folder = StageFolder(root, name)
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(0, {"ema": variables.params, "stats": variables.stats}, {})
+        checkpoints.wait()
+        folder.write_json("config.json", stored)
+        if name == "clip":
+            clip, contract = stage, EmbeddingContract(fingerprint(variables.params), 8, "unit", 1.5)
+        if name != "upsampler_1":
+            tokenizer.save(folder.path / "tokenizer")
+            folder.write_json("contract.json", vars(contract))
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_system(tmp_path_factory.mktemp("base") / "runs" / "public")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig())
+
+
+def config_of(which, base, lora=None, **overrides):
+    """A config that starts from ``base``; ``a__b`` is the field a.b."""
+    config = tiny_system.get_config(which)
+    config.unlock()
+    config.update(init_from=str(base), total_steps=4, checkpoint_every=2)
+    config.optim.update(warmup_steps=0, schedule="constant")
+    config.update_from_flattened_dict({path.replace("__", "."): value for path, value in overrides.items()})
+    if lora is not None:
+        config.lora = lora
+    return config
+
+
+def job_of(which, base, root, lora=None, **overrides):
+    return build_job(config_of(which, base, lora, **overrides), root, f"{CONFIG}:{which}")
+
+
+def same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def differs(one, other):
+    return any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+
+
+# --- what comes from the base -----------------------------------------------------------------
+
+
+def test_inherited():
+    """What the network is and predicts comes from the base, how it is computed and trained from the run."""
+    base = {
+        "stage": "decoder",
+        "total_steps": 0,
+        "model": {"unet": {"channels": 320, "dropout": 0.1, "dtype": "bfloat16"}, "text_input": "clip"},
+        "text": {"context_length": 77},
+        "conditioning": {"drop_text": 0.9, "low_size": 64},
+        "diffusion": {"prediction": "eps", "variance": "learned_range", "loss": "hybrid"},
+        "sampling": {"steps": 25},
+    }
+    config = {
+        "stage": "decoder",
+        "total_steps": 7,
+        "data": {"kind": "shapes"},
+        "model": {"unet": {"channels": 8, "remat": True}, "text": {"width": 8, "dtype": "float32"}, "text_input": "x"},
+        "text": {"vocab_size": 300},
+        "embedding": {"scale": 1.0},
+        "conditioning": {"drop_text": 0.2, "low_size": 8, "blur_rate": 0.5},
+        "diffusion": {"prediction": "x0", "weighting": "snr", "schedule": "linear", "timesteps": "uniform"},
+        "sampling": {"steps": 3},
+    }
+    assert finetune.inherited(config, base) == {
+        "stage": "decoder",
+        "total_steps": 7,
+        "data": {"kind": "shapes"},
+        "model": {"unet": {"channels": 320, "remat": True}, "text_input": "clip"},
+        "text": {"context_length": 77},
+        "conditioning": {"drop_text": 0.2, "low_size": 64, "blur_rate": 0.5},
+        "diffusion": {
+            **{"prediction": "eps", "variance": "learned_range", "loss": "hybrid"},
+            **{"weighting": "snr", "timesteps": "uniform"},
+        },
+        "sampling": {"steps": 3},
+    }
+
+
+OTHER = {
+    # another architecture and another objective, all of which give way; and what stays
+    "decoder": {
+        **{"model__unet__channels": 16, "model__unet__out_channels": 3, "diffusion__prediction": "eps"},
+        **{"diffusion__variance": "fixed_small", "diffusion__loss": "mse", "text__vocab_size": 280},
+        **{"model__unet__dropout": 0.25, "conditioning__drop_text": 0.3, "sampling__steps": 3},
+    },
+    "prior": {"model__width": 8, "text__context_length": 8, "model__dtype": "bfloat16", "diffusion__num_steps": 7},
+}
+
+
+@pytest.mark.parametrize("which", OTHER)
+def test_a_run_starts_as_the_base_is(which, base, mesh, tmp_path):
+    """Whatever its config says of the architecture. The stored config says all, so that nothing more is needed."""
+    root = tmp_path / "mine"
+    job = job_of(which, base, root, **OTHER[which])
+    theirs = build.load_system(base, mesh, ("clip", which))[which]
+    same(job.start.params, theirs.variables.params)
+    assert job.stage.diffusion == theirs.stage.diffusion and job.stage.clip == theirs.stage.clip
+    stored = json.loads((root / which / "config.json").read_text())
+    if which == "decoder":
+        assert (stored["model"]["unet"]["channels"], stored["diffusion"]["loss"]) == (8, "hybrid")
+        assert (job.stage.model.unet.dropout, job.stage.drop_text, job.stage.sampling.steps) == (0.25, 0.3, 3)
+        assert stored["text"] == {"vocab_size": 300, "context_length": 32}
+    else:
+        assert (job.stage.model.width, job.stage.model.dtype, job.stage.model.context_length) == (16, "bfloat16", 32)
+    assert not stored["init_from"].startswith("/") and (root / stored["init_from"]).resolve() == base.resolve()
+    for name in ("contract.json", "tokenizer/tokenizer.json"):
+        assert (root / which / name).read_bytes() == (base / which / name).read_bytes()
+    assert json.loads((root / which / "base.json").read_text()) == {"weights": fingerprint(theirs.variables.params)}
+
+
+def test_the_other_stages_are_linked(base, mesh, tmp_path):
+    """What the workdir lacks, so that it is a whole system; what it has is left alone, and a link gives way."""
+    root = tmp_path / "mine"
+    train(job_of("upsampler_1", base, root, total_steps=1))
+    assert {path.name for path in root.iterdir() if path.is_symlink()} == {"clip", "prior", "decoder"}
+    assert not (root / "clip").readlink().is_absolute()
+    members = build.load_cascade(root, mesh)
+    assert [(name, member.step) for name, member in members.items()] == [
+        *(("clip", 0), ("prior", 0), ("decoder", 0), ("upsampler_1", 1))
+    ]
+    job_of("decoder", base, root)
+    assert not (root / "decoder").is_symlink() and (root / "upsampler_1" / "checkpoints" / "1").is_dir()
+    assert (base / "decoder" / "config.json").is_file() and not (base / "decoder" / "run.json").exists()
+
+
+def test_a_tuned_clip_is_another_clip(base, mesh, tmp_path):
+    """Stages that were trained with the old one are not linked to it, but may be tuned to it."""
+    root = tmp_path / "mine"
+    job = job_of("clip", base, root, total_steps=1)
+    record_contract(job, train(job).ema)
+    assert {path.name for path in root.iterdir()} == {"clip", "upsampler_1"}
+    assert json.loads((root / "clip" / "contract.json").read_text())["scale"] == 1.5
+    job_of("decoder", base, root)
+    assert not (root / "prior").exists()
+    assert (root / "decoder" / "contract.json").read_bytes() == (root / "clip" / "contract.json").read_bytes()
+    stranger = write_contract(copy_of(base, tmp_path / "stranger"), "deadbeef")
+    with pytest.raises(UserError, match="trained with other CLIP embeddings than those of .*clip 'deadbeef' against"):
+        job_of("prior", stranger, root)
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def test_resumed_equals_uninterrupted_without_the_base(base, tmp_path):
+    whole = train(job_of("upsampler_1", base, tmp_path / "whole"))
+    gone = copy_of(base, tmp_path / "gone")
+    train(job_of("upsampler_1", gone, tmp_path / "halves", total_steps=2))
+    shutil.rmtree(gone)
+    job = job_of("upsampler_1", gone, tmp_path / "halves")
+    assert job.start == (None, None)
+    resumed = train(job)
+    assert int(resumed.step) == 4
+    same(whole, resumed)
+    start = job_of("upsampler_1", base, tmp_path / "new").start
+    assert differs(start.params, whole.params)
+    assert start.stats.keys() == whole.stats.keys() == {"losses", "counts"}
+
+
+def test_statistics_come_from_the_base(base, mesh, tmp_path):
+    """Those that the run has too: a history of losses only where timesteps are drawn by it."""
+    theirs = build.load_system(base, mesh, ("upsampler_1",))["upsampler_1"].variables.stats
+    trained = train(job_of("upsampler_1", base, tmp_path / "mine", total_steps=1)).stats
+    changed = np.asarray(trained["counts"] != theirs["counts"])
+    np.testing.assert_array_equal(np.asarray(trained["losses"])[~changed], np.asarray(theirs["losses"])[~changed])
+    without = train(job_of("upsampler_1", base, tmp_path / "other", total_steps=1, diffusion__timesteps="uniform"))
+    assert without.stats == {}
+
+
+# --- LoRA -------------------------------------------------------------------------------------
+
+LORA = {"rank": 2, "alpha": 4.0}
+
+
+def test_a_lora_from_start_to_end(base, mesh, tmp_path):
+    """It starts as the base, is saved alone, and is merged when it is loaded, by the one way there is."""
+    root = tmp_path / "mine"
+    job = job_of("decoder", base, root, LORA, sample_every=2)
+    assert isinstance(job.stage, LoraStage) and job.start.params is None
+    theirs = build.load_system(base, mesh, ("clip", "decoder"))["decoder"].variables
+    state = train(job)
+    saved = StageFolder(root, "decoder").path / "checkpoints" / "4"
+    names = {path.name for path in (root / "decoder" / "samples").iterdir()}
+    assert names == {"00000002.png", "00000004.png"}
+    assert {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(state.ema)} == {"lora_a", "lora_b"}
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, theirs.params)]
+    assert sizes[0] < sizes[1] / 5  # a twentieth where channels are not 8: test_stage_lora.py
+    assert saved.is_dir() and not any("kernel" in str(path) for path in saved.rglob("*"))
+    members = build.load_cascade(root, mesh)
+    tuned = members["decoder"]
+    assert type(tuned.stage).__name__ == "DecoderStage" and tuned.step == 4
+    same(tuned.variables.params, merge(theirs.params, state.ema, job.stage.config))
+    assert differs(tuned.variables.params, theirs.params)
+    again = job_of("decoder", base, root, LORA, sample_every=2, total_steps=5)
+    same(train(again).step, np.int32(5))
+
+
+def test_a_resumed_lora_equals_an_uninterrupted_one(base, tmp_path):
+    lora = {"rank": 2, "targets": [r"conv_\d/kernel$"]}
+    whole = train(job_of("upsampler_1", base, tmp_path / "whole", lora))
+    train(job_of("upsampler_1", base, tmp_path / "halves", lora, total_steps=2))
+    same(whole, train(job_of("upsampler_1", base, tmp_path / "halves", lora)))
+
+
+def test_a_lora_of_a_clip_has_a_contract_of_its_merged_weights(base, mesh, tmp_path):
+    root = tmp_path / "mine"
+    job = job_of("clip", base, root, LORA, total_steps=1)
+    record_contract(job, train(job).ema)
+    clip = build.load_system(root, mesh, ("clip",))["clip"]
+    assert clip.contract.clip == fingerprint(clip.variables.params)
+    assert clip.contract.clip != json.loads((base / "clip" / "contract.json").read_text())["clip"]
+
+
+@pytest.fixture(scope="module")
+def tuned(base, tmp_path_factory):
+    """A LoRA of one step, beside a base of its own."""
+    root = tmp_path_factory.mktemp("tuned")
+    shutil.copytree(base, root / "public")
+    lora = {"rank": 2, "targets": [r"conv_\d/kernel$"]}
+    train(job_of("upsampler_1", root / "public", root / "mine", lora, total_steps=1))
+    return root
+
+
+def test_a_lora_moves_with_its_base(tuned, mesh, tmp_path):
+    """And loads through a link, too."""
+    shutil.copytree(tuned, tmp_path / "moved", symlinks=True)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "upsampler_1").symlink_to(tmp_path / "moved" / "mine" / "upsampler_1")
+    members = [build.load_system(root, mesh, ("upsampler_1",)) for root in (tuned / "mine", tmp_path / "linked")]
+    same(*(member["upsampler_1"].variables for member in members))
+
+
+def test_a_lora_of_other_weights_is_refused(tuned, mesh, tmp_path):
+    root = tmp_path / "moved"
+    shutil.copytree(tuned, root, symlinks=True)
+    shutil.rmtree(root / "public")
+    with pytest.raises(UserError, match="is a LoRA of stage upsampler_1 of .*/public, which is not there: put it back"):
+        build.load_system(root / "mine", mesh, ("upsampler_1",))
+    write_system(root / "public", seed=1)
+    with pytest.raises(UserError, match="is a LoRA of other weights .* than those now in .*/public/upsampler_1"):
+        build.load_system(root / "mine", mesh, ("upsampler_1",))
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+def test_the_command(base, tmp_path):
+    """As the README has it, with the path as a word of its own, from another folder's point of view."""
+    words = ["--config.init_from", str(base), "--workdir", str(tmp_path / "mine"), "--config.total_steps=3"]
+    words += ["--config.lora={'rank': 2, 'targets': ('conv_1/kernel',)}"]
+    command = [sys.executable, "train.py", "--config", f"{CONFIG}:upsampler_1", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "upsampler_1: 3 steps" in done.stdout
+    stored = json.loads((tmp_path / "mine" / "upsampler_1" / "config.json").read_text())
+    assert stored["lora"] == {"rank": 2, "targets": ["conv_1/kernel"]}
+    done = subprocess.run([*command[:4], "--workdir", "x", "--config.lora.rank=2"], capture_output=True, text=True)
+    assert done.returncode == 2 and "the config has no section 'lora'" in done.stderr
+
+
+# --- mistakes ---------------------------------------------------------------------------------
+
+
+def copy_of(base, root):
+    shutil.copytree(base, root)
+    return root
+
+
+def write_contract(root, clip):
+    for path in root.glob("*/contract.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "clip": clip}))
+    return root
+
+
+def unfinished(base, root):
+    shutil.copytree(base / "upsampler_1", root / "upsampler_1")
+    path = root / "upsampler_1" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "total_steps": 9}))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("what", "lora", "message"),
+    [
+        ("nowhere", None, "config.init_from: there is no system at .*nowhere"),
+        ("empty", None, "config.init_from: system .*empty has no stage upsampler_1, only none"),
+        ("clip alone", None, "config.init_from: system .*clip alone has no stage upsampler_1, only clip"),
+        ("unfinished", None, "stage upsampler_1 in .*unfinished is unfinished .0 of 9 steps.: train it with"),
+        ("mine", None, "config.init_from .*mine is the workdir itself: give another --workdir"),
+        ("true", None, "config.init_from must be the folder of a system, not True"),
+        ("no base", {}, "config.lora changes a trained stage: name its system, as in --config.init_from"),
+        ("base", {"rnk": 2}, "unknown field of config.lora 'rnk': did you mean 'rank'"),
+        ("base", {"rank": 0}, "config.lora: rank 0 must be at least 1"),
+        ("base", {"targets": "attn"}, "config.lora.targets must be tuple, not 'attn'"),
+        ("base", {}, "no kernel of stage upsampler_1 fits .*fits a U-Net's convolutions"),
+    ],
+)
+def test_mistakes_are_answered_and_leave_no_trace(what, lora, message, base, tmp_path):
+    places = {"base": base, "true": True, "no base": ""}
+    place = places.get(what, tmp_path / what)
+    if what == "empty":
+        place.mkdir()
+    elif what == "clip alone":
+        shutil.copytree(base / "clip", place / "clip")
+    elif what == "unfinished":
+        unfinished(base, place)
+    config = config_of("upsampler_1", base, lora)
+    del config.init_from
+    config.init_from = place if place is True else str(place)
+    with pytest.raises(UserError, match=message) as caught:
+        build_job(config, tmp_path / "mine", f"{CONFIG}:upsampler_1")
+    assert "\n" not in str(caught.value) and not (tmp_path / "mine").exists()
+
+
+def test_another_base_is_another_config(base, tmp_path):
+    job = job_of("upsampler_1", base, tmp_path / "mine")
+    (job.folder.path / "checkpoints" / "1").mkdir(parents=True)
+    other = copy_of(base, tmp_path / "other")
+    with pytest.raises(UserError, match="made with another config .init_from: stored .*, wanted .*other"):
+        job_of("upsampler_1", other, tmp_path / "mine", total_steps=2)
+
+
+def test_an_imported_stage_names_no_data(base):
+    with pytest.raises(UserError, match="stage decoder was imported, not trained here: it names no data"):
+        build.open_source(json.loads((base / "decoder" / "config.json").read_text()), "val")
