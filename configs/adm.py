@@ -50,7 +50,7 @@ def common(total_steps: int, batch_size: int, lr: float, schedule: str, **unet) 
             "sample_every": 10_000,
             "workers": 16,
             "data": {"kind": "folder", "path": "", "resolution": unet["image_size"], "crop": "center"},
-            "text": {"vocab_size": 1000, "context_length": 1},
+            "text": {"kind": "labels", "vocab_size": 1000, "context_length": 1},
             "model": {
                 "unet": {
                     "out_channels": 6,

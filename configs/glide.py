@@ -52,7 +52,7 @@ def common(total_steps: int, batch_size: int, resolution: int) -> ConfigDict:
             "sample_every": 10_000,
             "workers": 16,
             "data": {"kind": "folder", "path": "", "resolution": resolution, "crop": "random"},
-            "text": {"vocab_size": 50_257, "context_length": 128},
+            "text": {"kind": "glide", "vocab_size": 50_257, "context_length": 128},
             "optim": {"lr": 1e-4, "clip_norm": 1.0, "ema_decay": 0.9999},
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
         }

@@ -21,8 +21,13 @@ READS_TEXT = ("clip", "prior", "ar_prior", "decoder")
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The tokenizer of a run: ``path`` names a trained one; else one is trained on the data's captions."""
+    """The tokenizer of a run: ``path`` names a stored one; else it is of a ``kind``.
 
+    "sentencepiece" is trained on the data's captions; "clip" and "glide" are the public models' own; for "labels"
+    captions are the numbers of ``vocab_size`` classes.
+    """
+
+    kind: str = "sentencepiece"
     vocab_size: int = 400
     context_length: int = 77
     path: str = ""
