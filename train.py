@@ -57,7 +57,7 @@ def parse_flags() -> None:
         raise UsageError(f"the config file cannot be read: {str(error).splitlines()[-1].strip()}") from error
     except KeyError as error:
         said = " ".join(str(error.args[0]).split())
-        raise UsageError(f"the config has no section {said}: give a new one whole, as --config.lora={{}}") from error
+        raise UsageError(f"the config has no section {said}: a new one is given whole, --config.lora={{}}") from error
     except (flags.Error, AttributeError, TypeError, ValueError) as error:
         lines = str(error).strip().splitlines()
         reason = f"{lines[-1]}; --config is FILE:STAGE" if "Traceback" in str(error) else lines[0]

@@ -40,7 +40,7 @@ def with_base(config: Mapping[str, Any], root: pathlib.Path, name: str) -> tuple
     if not config.get("init_from"):
         if "lora" in config:
             raise UsageError("config.lora changes a trained stage: name its system, as in --config.init_from=runs/demo")
-        return dict(config), None
+        return {key: value for key, value in config.items() if key != "init_from"}, None
     if not isinstance(config["init_from"], str):
         raise UsageError(f"config.init_from must be the folder of a system, not {config['init_from']!r}")
     folder, base = StageFolder(root, name), StageFolder(pathlib.Path(config["init_from"]), name)

@@ -88,57 +88,60 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
         batch, captions = data.fixed_batch(held_out, tokenizer, context_length, shown)
         preview = make_preview(stage, frozen, batch, captions, folder.path / "samples")
     job = Job(run, stage, frozen, optimizer, optim.ema_decay, stream, mesh, folder, preview)
-    tuned = _tuned(job, base, config, clip and clip.stage) if base else job
+    job, identity = _tuned(job, base, config, clip and clip.stage) if base else (job, None)
     if jax.process_index() == 0:
-        _claim(tuned, base, config, config_path, tokenizer, clip)
+        if base and folder.is_link_to(base):
+            folder.path.unlink()
+        _claim(folder, config, config_path, tokenizer, clip)
+        if identity is not None:
+            folder.write_json("base.json", {"weights": identity})
+            link_stages(base.root, root, finetune.strangers(base, folder))
     multihost_utils.sync_global_devices(f"{folder.path} is claimed")
-    return tuned
+    return job
 
 
-def _tuned(job: Job, base: StageFolder, config: Mapping[str, Any], clip: ClipStage | None) -> Job:
-    """Returns a job that starts from ``base``, or goes on from there, and trains a LoRA if the config says so."""
-    stage, start = build.trained_stage(job.stage, config), Variables(None, None)
+def _tuned(job: Job, base: StageFolder, config: Mapping[str, Any], clip: ClipStage | None) -> tuple[Job, str | None]:
+    """Makes a job start from ``base``, or go on from there, and train a LoRA if the config says so.
+
+    Returns:
+      The job, and the fingerprint of the weights that it starts from, None if it goes on.
+    """
+    stage, start, identity = build.trained_stage(job.stage, config), Variables(None, None), None
     jax.eval_shape(stage.init, jax.random.key(0))  # whether a LoRA's targets are there
     if not finetune.resumes(job.folder, base):
         start = build.load_member(base.root, base.stage, job.mesh, clip).variables
+        identity = fingerprint(start.params)
     if stage is job.stage:
-        return dataclasses.replace(job, start=start)
+        return dataclasses.replace(job, start=start), identity
     weights = start.params or build.load_base(job.folder, config, job.mesh, clip).params
 
     def preview(variables: Variables, step: int) -> None:
         job.preview(variables._replace(params=merge(weights, variables.params, stage.config)), step)
 
-    return dataclasses.replace(
+    lora = dataclasses.replace(
         job,
         stage=stage,
         frozen={**job.frozen, stage.name: Variables(weights, {})},
         start=start._replace(params=None),
         preview=job.preview and preview,
     )
+    return lora, identity
 
 
 def _claim(
-    job: Job,
-    base: StageFolder | None,
+    folder: StageFolder,
     config: Mapping[str, Any],
     config_path: str,
     tokenizer: text.Tokenizer | None,
     clip: Member | None,
 ) -> None:
-    """Writes all that a run's folder holds before the first step."""
-    folder, fresh = job.folder, not finetune.resumes(job.folder, base)
-    if base and folder.is_link_to(base):
-        folder.path.unlink()
+    """Writes what every run's folder holds before the first step."""
     folder.claim(config)
     folder.write_json("run.json", {"config": config_path})
     if tokenizer:
         tokenizer.save(folder.path / "tokenizer")
     if clip:
         folder.write_json("contract.json", dataclasses.asdict(clip.contract))
-    if base and fresh:
-        weights = job.start.params or job.frozen[folder.stage].params
-        folder.write_json("base.json", {"weights": fingerprint(weights)})
-        link_stages(base.root, folder.root, finetune.strangers(base, folder))
 
 
 def _load_clip(folder: StageFolder, base: StageFolder | None, mesh: jax.sharding.Mesh, config_path: str) -> Member:

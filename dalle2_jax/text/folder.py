@@ -108,6 +108,9 @@ def _json(path: Path) -> Any:
 def write_clip_tokenizer(folder: str | Path, tokenizer: ClipTokenizer, context_length: int) -> None:
     """Writes a tokenizer as Hugging Face's CLIPTokenizer reads it: the inverse of `read_clip_tokenizer`.
 
+    Hugging Face finds its pad token anywhere in a caption, so OpenAI's, which is "!", is written as the end token;
+    no model sees which it is.
+
     Args:
         folder: where to; made if it is not there.
         tokenizer: what is written.
@@ -115,8 +118,9 @@ def write_clip_tokenizer(folder: str | Path, tokenizer: ClipTokenizer, context_l
     """
     fields = json.loads(unzipped(tokenizer.to_bytes()))
     tokens, unknown = fields["tokens"], fields["unknown"]
-    ids = {"begin": fields["begin"], "end": fields["end"], "pad": fields["pad"]}
+    ids = {"begin": fields["begin"], "end": fields["end"]}
     ids["unknown"] = fields["end"] if unknown is None else unknown
+    ids["pad"] = fields["pad"] if tokens[fields["pad"]] in fields["literal"] else fields["end"]
     roles = {_ROLES[role]: tokens[number] for role, number in ids.items()}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "errors": "replace", **roles}
     contents = {

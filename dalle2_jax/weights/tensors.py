@@ -236,8 +236,11 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:  # an older file of torch's, or a damaged one
-        return False
+    except zipfile.BadZipFile as error:
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise _damaged(path, error) from error
+        return False  # an older file of torch's
 
 
 class _Bag:

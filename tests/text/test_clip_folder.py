@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle2_jax.text import clip_tokenizer, read_clip_tokenizer
+from dalle2_jax.text import clip_tokenizer, read_clip_tokenizer, write_clip_tokenizer
 from dalle2_jax.text.merges import BYTE_LETTERS, write_merges
 from dalle2_jax.types import UserError
 
@@ -44,6 +44,25 @@ def fast_form(folder, as_pairs):
     (folder / "tokenizer.json").write_text(json.dumps({"model": model}))
     (folder / "vocab.json").unlink()
     (folder / "merges.txt").unlink()
+
+
+def test_out_and_in_again_is_the_same(tmp_path, folder, tiny):
+    write_clip_tokenizer(tmp_path / "again", tiny, 77)
+    assert read_clip_tokenizer(tmp_path / "again") == tiny
+    for name in ("vocab.json", "merges.txt"):
+        ours, theirs = ((place / name).read_text().strip() for place in (tmp_path / "again", folder))
+        assert json.loads(ours) == json.loads(theirs) if name == "vocab.json" else ours == theirs
+
+
+def test_openai_tokenizer_keeps_its_exclamation_marks_in_a_folder(tmp_path):
+    """There "!" is a word; as a folder's pad token it would be found anywhere in a caption."""
+    ours = clip_tokenizer(600)
+    write_clip_tokenizer(tmp_path, ours, 12)
+    again = read_clip_tokenizer(tmp_path)
+    assert again.ids("Zebra! no!go") == ours.ids("Zebra! no!go")
+    assert (again.begin, again.end, again.pad) == (598, 599, 599)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["model_max_length"] == 12 and config["tokenizer_class"] == "CLIPTokenizer"
 
 
 @pytest.mark.parametrize("as_pairs", [False, True])

@@ -195,8 +195,8 @@ def test_an_old_file_says_it_under_another_name(tmp_path):
     """Where there is text_config_dict, text_config counts for nothing, its defaults included."""
     exported(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"text_config_dict": config["text_config"], "vision_config_dict": None}
-    config |= {"text_config": {"hidden_size": 999}}
+    config["text_config_dict"], config["text_config"] = config["text_config"], {"hidden_size": 999}
+    config["vision_config_dict"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert stage_of(recognised(tmp_path)).model == CONFIG
 
