@@ -212,6 +212,22 @@ def test_pictures_are_normalised_as_openai_where_nothing_is_said(tmp_path):
     assert stage_of(recognised(tmp_path)).model.image_mean == CLIP_IMAGE_MEAN
 
 
+@pytest.mark.parametrize(
+    ("mean", "message"),
+    [([0.5, 0.5], "image_mean must be three"), (0.5, "image_mean must be three"), (["a", 1, 2], "image_mean must be")],
+)
+def test_a_normalisation_that_is_none(tmp_path, mean, message):
+    exported(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"image_mean": mean}))
+    with pytest.raises(UserError, match=f"preprocessor_config.json: {message}"):
+        recognised(tmp_path)
+    path.write_text(json.dumps(config | {"image_mean": mean, "do_normalize": False}))
+    model = stage_of(recognised(tmp_path)).model
+    assert (model.image_mean, model.image_std) == ((0.0,) * 3, (1.0,) * 3)
+
+
 def test_the_tokenizer_must_fit(tmp_path):
     exported(tmp_path)
     vocabulary = json.loads((tmp_path / "vocab.json").read_text())
