@@ -167,17 +167,12 @@ def _tokenizer(
     if base or config.path:
         return text.load_tokenizer(base.path / "tokenizer" if base else config.path)
     kinds = {
-        "sentencepiece": lambda: text.train_sentencepiece(source.captions(20_000), config.vocab_size),
+        "sentencepiece": lambda size: text.train_sentencepiece(source.captions(20_000), size),
         "clip": text.clip_tokenizer,
         "glide": text.glide_tokenizer,
-        "labels": lambda: text.LabelTokenizer(config.vocab_size),
+        "labels": text.LabelTokenizer,
     }
-    tokenizer = choose("config.text.kind", config.kind, kinds)()
-    if config.kind != "sentencepiece" and tokenizer.vocab_size != config.vocab_size:
-        raise UsageError(
-            f"config.text.vocab_size must be {tokenizer.vocab_size}, not {config.vocab_size}, for kind {config.kind!r}"
-        )
-    return tokenizer
+    return choose("config.text.kind", config.kind, kinds)(config.vocab_size)
 
 
 def _check_contract(folder: StageFolder, contract: EmbeddingContract) -> None:

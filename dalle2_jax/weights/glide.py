@@ -35,6 +35,8 @@ _KINDS = {
 def recognise(source: Source) -> list[Component]:
     """Returns the stage that a file of GLIDE's holds; [] where it is something else.
 
+    A smaller vocabulary than the released one is taken for the first of its merges.
+
     Raises:
       UserError: it is one, but not of this shape.
     """
@@ -46,7 +48,6 @@ def recognise(source: Source) -> list[Component]:
         raise UserError(f"{where} is a GLIDE network that reads {channels} channels: none of the released ones does")
     family, stage, inpaint = _KINDS[channels]
     model = read_sizes(tensors, where)
-    tokenizer = glide_tokenizer()
     return [
         Component(
             stage=stage,
@@ -55,8 +56,7 @@ def recognise(source: Source) -> list[Component]:
             config=_sections(model, stage, inpaint),
             tensors=tensors,
             params=glide_rules(model),
-            tokenizer=tokenizer if tokenizer.vocab_size == model.text.vocab_size else None,
-            needs="" if tokenizer.vocab_size == model.text.vocab_size else "its own tokenizer",
+            tokenizer=glide_tokenizer(model.text.vocab_size),
         )
     ]
 

@@ -53,7 +53,8 @@ def export_diffusers(folder: Path, stages: Mapping[str, Trained], dtype: Any = n
     """Writes the stages of a system into an empty folder, as diffusers loads them.
 
     It is an UnCLIPPipeline where there is a prior. Where CLIP has an image tower, the same components are an
-    UnCLIPImageVariationPipeline, in ``image_variations`` within, or by themselves where there is no prior.
+    UnCLIPImageVariationPipeline, in ``image_variations`` within, or by themselves where there is no prior. CLIP's
+    temperature, of which neither makes use, has no place there.
 
     Args:
         folder: where to.
