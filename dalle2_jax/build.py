@@ -14,12 +14,16 @@ import jax
 from dalle2_jax import data, finetune, stages, text
 from dalle2_jax.diffusion import NoiseMoments
 from dalle2_jax.generation import PRIORS, Member, check_agreement
-from dalle2_jax.models.ar_prior import ArPriorConfig
-from dalle2_jax.models.clip import ClipConfig
-from dalle2_jax.models.decoder import DecoderConfig
-from dalle2_jax.models.prior import PriorConfig
-from dalle2_jax.models.transformer import TextConfig as TransformerTextConfig
-from dalle2_jax.models.unet import UNetConfig
+from dalle2_jax.networks import (
+    ar_prior_model,
+    borrows_clip,
+    clip_model,
+    decoder_model,
+    prior_model,
+    reads_text,
+    text_config,
+    upsampler_model,
+)
 from dalle2_jax.sections import expand, expand_kind
 from dalle2_jax.stages import ClipStage, EmbeddingContract, LoraConfig, LoraStage, Stage, Variables
 from dalle2_jax.stages.base import fingerprint
@@ -30,8 +34,6 @@ from dalle2_jax.types import UsageError, UserError, choose
 from dalle2_jax.workdir import Checkpoints, StageFolder
 
 STAGES = ("clip", "prior", "ar_prior", "decoder", "upsampler_1", "upsampler_2")
-BORROWS_CLIP = ("prior", "ar_prior", "decoder")
-READS_TEXT = ("clip", *BORROWS_CLIP)
 DIFFUSED = ("prior", "decoder", "upsampler_1", "upsampler_2")
 RUN_FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 TOP = ("stage", "workers", "init_from")
@@ -43,7 +45,7 @@ SECTIONS = {
     "optim": ((), STAGES),
     "mesh": ((), STAGES),
     "lora": ((), STAGES),
-    "text": (READS_TEXT, STAGES),
+    "text": ((), STAGES),  # see networks.reads_text
     "diffusion": (DIFFUSED, ()),
     "sampling": (DIFFUSED, ("ar_prior",)),
     "embedding": ((), ("clip",)),
@@ -52,15 +54,6 @@ SECTIONS = {
 
 TRAINING = ("data", "optim", "mesh")
 """Sections without which a stage can be built, as an imported one is, but not trained."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """The tokenizer of a run: ``path`` names a trained one; else one is trained on the data's captions."""
-
-    vocab_size: int = 400
-    context_length: int = 77
-    path: str = ""
 
 
 # --- stages ---------------------------------------------------------------------------------
@@ -83,7 +76,8 @@ def build_stage(config: Mapping[str, Any], vocab_size: int | None, clip: ClipSta
     conditioning = config.get("conditioning", {})
     if name == "ar_prior":
         sampling = expand(stages.ArSamplingConfig, config.get("sampling", {}), "sampling")
-        parts = {"name": name, "model": _ar_prior_model(config, vocab_size, clip), "clip": clip, "sampling": sampling}
+        model = ar_prior_model(config, vocab_size, clip.model)
+        parts = {"name": name, "model": model, "clip": clip, "sampling": sampling}
         return expand(stages.ArPriorStage, conditioning, "conditioning", **parts)
     common = {
         "name": name,
@@ -92,86 +86,38 @@ def build_stage(config: Mapping[str, Any], vocab_size: int | None, clip: ClipSta
         "sampling": expand(stages.SamplingConfig, config["sampling"], "sampling"),
     }
     if name.startswith("upsampler"):
-        model = expand(UNetConfig, config["model"], "model")
+        model = upsampler_model(config, vocab_size)
         return expand(stages.UpsamplerStage, conditioning, "conditioning", model=model, **common)
     build_model, cls = (
-        (_prior_model, stages.PriorStage) if name == "prior" else (_decoder_model, stages.DecoderStage)
+        (prior_model, stages.PriorStage) if name == "prior" else (decoder_model, stages.DecoderStage)
     )
-    model = build_model(config, vocab_size, clip)
+    model = build_model(config, vocab_size, clip and clip.model)
     return expand(cls, conditioning, "conditioning", model=model, clip=clip, **common)
 
 
-def stage_name(config: Mapping[str, Any], needed: tuple[str, ...] = ()) -> str:
-    """Returns the name of a config's stage, whose sections are all there, and those in ``needed``, and no others."""
+def needed(root: pathlib.Path, name: str) -> tuple[str, ...]:
+    """Returns the stages of a system without which one of them cannot be loaded, and itself."""
+    stored = StageFolder(root, name).read_json("config.json")
+    return ("clip", name) if stored is not None and borrows_clip(stored) else (name,)
+
+
+def stage_name(config: Mapping[str, Any], wanted: tuple[str, ...] = ()) -> str:
+    """Returns the name of a config's stage, whose sections are all there, and those ``wanted``, and no others."""
     name = config.get("stage", "")
     choose("stage", name, dict.fromkeys(STAGES))
     sections = [key for key, (must, may) in SECTIONS.items() if name in must or name in may]
     for key in config:
         choose(f"field of stage {name}'s config", key, dict.fromkeys((*TOP, *RUN_FIELDS, *sections)))
     for key in sections:
-        if (key in config or key in needed or name in SECTIONS[key][0]) and not isinstance(config.get(key), Mapping):
+        must = name in SECTIONS[key][0] or key in wanted or (key == "text" and reads_text(config))
+        if (key in config or must) and not isinstance(config.get(key), Mapping):
             raise UsageError(f"config of stage {name} needs a section {key}")
     return name
 
 
-def _text_config(config: Mapping[str, Any]) -> TextConfig:
-    return expand(TextConfig, config["text"], "text")
-
-
-def _without(section: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key not in names}
-
-
 def _build_clip(config: Mapping[str, Any], vocab_size: int) -> ClipStage:
-    text_config = _tower_config(config, vocab_size)
-    model = expand(ClipConfig, _without(config["model"], "text"), "model", text=text_config)
-    return ClipStage(model, expand(stages.EmbeddingConfig, config.get("embedding", {}), "embedding"))
-
-
-def _tower_config(config: Mapping[str, Any], vocab_size: int) -> TransformerTextConfig:
-    """The text transformer of a stage: its vocabulary and length are the tokenizer's."""
-    length = _text_config(config).context_length
-    tower = config["model"].get("text", {})
-    return expand(TransformerTextConfig, tower, "model.text", vocab_size=vocab_size, context_length=length)
-
-
-def _check_length(config: Mapping[str, Any], clip: ClipStage) -> None:
-    """A stage that reads CLIP's text states has as many of them as CLIP."""
-    wanted, length = _text_config(config).context_length, clip.model.text.context_length
-    if config["model"].get("text_input") == "clip" and wanted != length:
-        raise UsageError(f"config.text.context_length must be clip's {length}, not {wanted}: it reads clip's states")
-
-
-def _prior_model(config: Mapping[str, Any], vocab_size: int, clip: ClipStage) -> PriorConfig:
-    tokens = config["model"].get("text_input", "tokens") == "tokens"
-    _check_length(config, clip)
-    return expand(
-        PriorConfig,
-        config["model"],
-        "model",
-        embed_dim=clip.model.embed_dim,
-        context_length=_text_config(config).context_length,
-        vocab_size=vocab_size if tokens else None,
-        text_width=None if tokens else clip.model.text.width,
-    )
-
-
-def _ar_prior_model(config: Mapping[str, Any], vocab_size: int, clip: ClipStage) -> ArPriorConfig:
-    text_config, embed_dim = _tower_config(config, vocab_size), clip.model.embed_dim
-    return expand(ArPriorConfig, _without(config["model"], "text"), "model", text=text_config, embed_dim=embed_dim)
-
-
-def _decoder_model(config: Mapping[str, Any], vocab_size: int, clip: ClipStage) -> DecoderConfig:
-    text_config = None if config["model"].get("text") is None else _tower_config(config, vocab_size)
-    _check_length(config, clip)
-    return expand(
-        DecoderConfig,
-        _without(config["model"], "text"),
-        "model",
-        text=text_config,
-        image_emb_dim=clip.model.embed_dim,
-        text_width=clip.model.text.width if config["model"].get("text_input") == "clip" else None,
-    )
+    embedding = expand(stages.EmbeddingConfig, config.get("embedding", {}), "embedding")
+    return ClipStage(clip_model(config, vocab_size), embedding)
 
 
 # --- loading --------------------------------------------------------------------------------
@@ -192,7 +138,7 @@ def load_member(root: pathlib.Path, name: str, mesh: jax.sharding.Mesh, clip: Cl
     contract = folder.read_json("contract.json")
     if step < total or (name == "clip" and contract is None):
         raise UserError(f"stage {name} in {root} is unfinished ({step} of {total} steps): {_how_to_train(root, name)}")
-    tokenizer = text.load_tokenizer(folder.path / "tokenizer") if name in READS_TEXT else None
+    tokenizer = text.load_tokenizer(folder.path / "tokenizer") if reads_text(config) else None
     stage = build_stage(config, tokenizer and tokenizer.vocab_size, clip)
     trained = trained_stage(stage, config)
     abstract = jax.eval_shape(trained.init, jax.random.key(0))
@@ -213,7 +159,7 @@ def load_member(root: pathlib.Path, name: str, mesh: jax.sharding.Mesh, clip: Cl
         step=restored.step,
         contract=contract and expand(EmbeddingContract, contract, f"{folder.path}/contract.json"),
         tokenizer=tokenizer,
-        context_length=_text_config(config).context_length if tokenizer else 0,
+        context_length=text_config(config).context_length if tokenizer else 0,
     )
 
 
@@ -251,20 +197,23 @@ def load_system(root: pathlib.Path, mesh: jax.sharding.Mesh, names: tuple[str, .
     members: dict[str, Member] = {}
     for name in sorted(names, key=STAGES.index):
         clip = members["clip"].stage if "clip" in members else None
-        if clip is None and name in BORROWS_CLIP:
+        if clip is None and "clip" in needed(root, name)[:-1]:
             raise UserError(f"stage {name} needs stage clip: {_how_to_train(root, 'clip')}")
         members[name] = load_member(root, name, mesh, clip)
     check_agreement(members, str(root))
     return members
 
 
-def load_cascade(root: pathlib.Path, mesh: jax.sharding.Mesh, prior: str | None = None) -> dict[str, Member]:
-    """Loads the stages of a system that lead from captions to pictures, with one prior.
+def load_cascade(
+    root: pathlib.Path, mesh: jax.sharding.Mesh, prior: str | None = None, embeds: bool = True
+) -> dict[str, Member]:
+    """Loads the stages of a system that lead to pictures, with at most one prior.
 
     Args:
       root: the workdir.
       mesh: where the weights go.
       prior: a kind of ``PRIORS``; None takes the first that was started there.
+      embeds: whether a prior is needed, as it is where image embeddings come from captions.
 
     Raises:
       UserError: there is no such system, it lacks a stage for that, or two stages disagree.
@@ -273,7 +222,9 @@ def load_cascade(root: pathlib.Path, mesh: jax.sharding.Mesh, prior: str | None 
     if not started:
         return load_system(root, mesh)  # says what is wrong
     stage = PRIORS.get(prior) or next((name for name in PRIORS.values() if name in started), "prior")
-    needed = {"clip", stage, "decoder"}
+    decoder = StageFolder(root, "decoder").read_json("config.json")
+    told = {"clip", stage} if embeds else {"clip"}
+    needed = {"decoder"} | (told if decoder is None or borrows_clip(decoder) else set())
     names = tuple(name for name in STAGES if name in needed or (name in started and name not in PRIORS.values()))
     return load_system(root, mesh, names)
 

@@ -54,6 +54,20 @@ def interval(word: str) -> tuple[float, float]:
     return finite(low), finite(high)
 
 
+def pair(word: str) -> tuple[int, int]:
+    """Reads two whole numbers above zero with a comma between, for an argument parser."""
+    one, other = word.split(",")
+    return positive(one), positive(other)
+
+
+def share(word: str) -> float:
+    """Reads a number from 0 to 1, for an argument parser."""
+    number = finite(word)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{word} is not from 0 to 1")
+    return number
+
+
 def guarded(action: Callable[[], None]) -> int:
     """Runs a front door and returns its exit code.
 

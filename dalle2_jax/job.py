@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dalle2_jax import build, data, finetune, text
 from dalle2_jax.generation import Member, make_preview
+from dalle2_jax.networks import TextConfig, borrows_clip, reads_text, text_config
 from dalle2_jax.sections import expand
 from dalle2_jax.stages import ClipStage, EmbeddingContract, LoraStage, Variables
 from dalle2_jax.stages.base import fingerprint
@@ -59,12 +60,13 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
         raise UserError(f"batch_size {run.batch_size} does not divide over the mesh {dict(mesh.shape)}")
     folder = StageFolder(root, name)
     source = build.open_source(config, "train")
-    clip = _load_clip(folder, base, mesh, config_path) if name in build.BORROWS_CLIP else None
+    clip = _load_clip(folder, base, mesh, config_path) if borrows_clip(config) else None
     tokenizer, context_length = None, 2
-    if name in build.READS_TEXT:
-        text_config = expand(build.TextConfig, config["text"], "text")
-        tokenizer = clip.tokenizer if clip else _tokenizer(folder, base, text_config, source)
-        context_length = text_config.context_length
+    if reads_text(config):
+        spoken = text_config(config)
+        shared = clip and spoken.kind != "labels"
+        tokenizer = clip.tokenizer if shared else _tokenizer(folder, base, spoken, source)
+        context_length = spoken.context_length
     stage = build.build_stage(config, tokenizer and tokenizer.vocab_size, clip and clip.stage)
     optim = expand(OptimConfig, config["optim"], "optim")
     optimizer = make_optimizer(optim, run.total_steps)
@@ -157,14 +159,25 @@ def _load_clip(folder: StageFolder, base: StageFolder | None, mesh: jax.sharding
 
 
 def _tokenizer(
-    folder: StageFolder, base: StageFolder | None, config: build.TextConfig, source: data.Source
+    folder: StageFolder, base: StageFolder | None, config: TextConfig, source: data.Source
 ) -> text.Tokenizer:
     """The stage's own tokenizer once it is in use, else its base's, else the one the config names, else a new one."""
     if finetune.resumes(folder, base):  # before that, the folder may be another config's false start
         return text.load_tokenizer(folder.path / "tokenizer")
     if base or config.path:
         return text.load_tokenizer(base.path / "tokenizer" if base else config.path)
-    return text.train_sentencepiece(source.captions(20_000), config.vocab_size)
+    kinds = {
+        "sentencepiece": lambda: text.train_sentencepiece(source.captions(20_000), config.vocab_size),
+        "clip": text.clip_tokenizer,
+        "glide": text.glide_tokenizer,
+        "labels": lambda: text.LabelTokenizer(config.vocab_size),
+    }
+    tokenizer = choose("config.text.kind", config.kind, kinds)()
+    if config.kind != "sentencepiece" and tokenizer.vocab_size != config.vocab_size:
+        raise UsageError(
+            f"config.text.vocab_size must be {tokenizer.vocab_size}, not {config.vocab_size}, for kind {config.kind!r}"
+        )
+    return tokenizer
 
 
 def _check_contract(folder: StageFolder, contract: EmbeddingContract) -> None:

@@ -41,6 +41,9 @@ class Batch(TypedDict, total=False):
     image_emb: Array  # float32[B, E], precomputed by CLIP or added by Stage.prepare
     text_emb: Array  # float32[B, E], likewise
     text_seq: Array  # float32[B, L, D], the text transformer's final states, likewise
+    null_text_emb: Array  # float32[B, E], of the empty caption, the same in every row, likewise
+    null_text_seq: Array  # float32[B, L, D], likewise
+    null_mask: Array  # bool[B, L], likewise
     base: Params  # the weights under a LoRA, which Stage.prepare hands to Stage.loss
 
 

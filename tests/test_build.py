@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import tiny_system
 
-from dalle2_jax import build
+from dalle2_jax import build, text
 from dalle2_jax.diffusion import Course, make_schedule, shifted, with_zero_terminal_snr
 from dalle2_jax.job import build_job
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.models.vit import VisionConfig
 from dalle2_jax.sections import expand, expand_kind
 from dalle2_jax.types import UsageError, UserError
+from dalle2_jax.workdir import StageFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,3 +281,79 @@ def test_false_start_keeps_no_tokenizer(tmp_path):
         config.text.vocab_size = vocab_size
         job = build_job(config, tmp_path, "tests/tiny_system.py:clip")
         assert job.stage.model.text.vocab_size == vocab_size
+
+
+# --- stages that speak for themselves ---------------------------------------------------------
+
+
+def glide_of(which, **text):
+    """A tiny config as GLIDE's are: without CLIP, told captions, or, of kind "labels", classes."""
+    config = tiny_system.get_config("decoder")
+    model = {**config.model.to_dict(), "image_emb_dim": None, "image_tokens": 0}
+    if which == "upsampler_1":
+        unet = {**model["unet"], "image_size": 16, "in_channels": 6}
+        model, upsampler = {**model, "unet": unet}, tiny_system.get_config(which)
+        config.data, config.conditioning = upsampler.data, {"low_size": 8, "crop_fraction": 1.0}
+    else:
+        config.conditioning = {"drop_text": 0.2}
+    if text.get("kind") == "labels":
+        del model["text"], model["unet"]["context_dim"]
+        model |= {"text_input": "label"}
+    config.update({"stage": which})
+    config.model = model
+    config.text.update(text)
+    return config
+
+
+KINDS = {
+    "sentencepiece": ({}, text.SentencePieceTokenizer),
+    "glide": ({"vocab_size": 50_257}, text.GlideTokenizer),
+    "clip": ({"vocab_size": 49_408}, text.ClipTokenizer),
+    "labels": ({"vocab_size": 10, "context_length": 1}, text.LabelTokenizer),
+}
+
+
+@pytest.mark.parametrize("which", ["decoder", "upsampler_1"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stages_without_clip_have_a_tokenizer_of_their_own(which, kind, tmp_path):
+    sizes, cls = KINDS[kind]
+    job = build.build_job(glide_of(which, kind=kind, **sizes), tmp_path, "tests/tiny_system.py:decoder")
+    tokenizer = text.load_tokenizer(tmp_path / which / "tokenizer")
+    assert isinstance(tokenizer, cls) and job.frozen == {} == job.stage.prepare({}, {})
+    assert not (tmp_path / which / "contract.json").exists()
+    model = job.stage.model
+    assert tokenizer.vocab_size == (model.num_classes if kind == "labels" else model.text.vocab_size)
+    batch = next(job.stream)
+    assert batch["tokens"].shape == (8, sizes.get("context_length", 32))
+    assert build.needed(tmp_path, which) == (which,)
+
+
+def test_a_decoder_that_reads_clip_needs_it(tmp_path):
+    with pytest.raises(UserError, match="has no trained stage clip"):
+        build.build_job(tiny_system.get_config("decoder"), tmp_path, "tests/tiny_system.py:decoder")
+    folder = StageFolder(tmp_path, "decoder")
+    for config, names in ((config_of("decoder"), ("clip", "decoder")), (glide_of("decoder").to_dict(), ("decoder",))):
+        folder.write_json("config.json", config)
+        assert build.needed(tmp_path, "decoder") == names
+
+
+@pytest.mark.parametrize(
+    ("text_fields", "message"),
+    [
+        ({"kind": "glyde"}, "unknown config.text.kind 'glyde': did you mean 'glide'"),
+        ({"kind": "glide", "vocab_size": 300}, "config.text.vocab_size must be 50257, not 300, for kind 'glide'"),
+        ({"kind": "labels", "vocab_size": 10}, "config.text.context_length must be 1, not 32: a class is one token"),
+    ],
+)
+def test_tokenizers_that_cannot_be_are_refused(text_fields, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        build.build_job(glide_of("decoder", **text_fields), tmp_path / "system", "tests/tiny_system.py:decoder")
+    assert not (tmp_path / "system").exists()
+
+
+def test_an_upsampler_that_is_told_needs_to_know_what_it_reads(clip):
+    config = glide_of("upsampler_1").to_dict()
+    assert build.build_stage(config, VOCAB_SIZE, clip).borrows == ()
+    del config["text"]
+    with pytest.raises(UsageError, match="config of stage upsampler_1 needs a section text"):
+        build.build_stage(config, VOCAB_SIZE, None)

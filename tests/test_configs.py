@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from dalle2_jax import build, data, job
+from dalle2_jax import build, data, job, networks
 from dalle2_jax.diffusion import NoiseMoments
 from dalle2_jax.sections import expand, expand_kind
 from dalle2_jax.stages import DiffusionStage
@@ -50,7 +50,7 @@ def stage_of(module, config, form=""):
     """Returns a config's stage, with the clip of the same file and form; as many pieces of text as it asks for."""
     vocab_size = config.text.vocab_size
     clip = None
-    if config.stage in build.BORROWS_CLIP:
+    if networks.borrows_clip(config.to_dict()):
         clip = build.build_stage(module.get_config(f"clip{form}").to_dict(), vocab_size, None)
     return build.build_stage(config.to_dict(), vocab_size, clip)
 
@@ -69,7 +69,7 @@ def builds(module, config, form=""):
     run = job.run_config(config)
     expand(MeshConfig, config["mesh"], "mesh")
     side = expand_kind(data.KINDS, config["data"], "data").resolution
-    length = build._text_config(config).context_length
+    length = networks.text_config(config).context_length
     optimizer = make_optimizer(expand(OptimConfig, config["optim"], "optim"), run.total_steps)
     state = abstract_state(stage, optimizer)  # every parameter is under a rule of weight decay, too
 
@@ -89,11 +89,11 @@ def builds(module, config, form=""):
         drawn_from = measured(stage)
         drawn_from.check_sampling(stage.sampling)
 
-        def draw(params, frozen, batch):
-            _, condition = stage.example(key, stage.prepare(frozen, batch))
+        def draw(params, stats, frozen, batch):
+            _, condition = stage.example(stats, key, stage.prepare(frozen, batch))
             return drawn_from.sample(params, jax.random.split(key, 2), condition, stage.sampling)
 
-        drawn = jax.eval_shape(draw, state.params, frozen, batch)
+        drawn = jax.eval_shape(draw, state.params, state.stats, frozen, batch)
         assert drawn.dtype == jnp.float32 and drawn.shape[0] == 2
     return stage, state.params
 
@@ -103,7 +103,7 @@ def test_builds(family, which):
     module = FILES[family]
     name, comma, form = which.partition(",")
     for config in variants(module, which):
-        assert config.stage == name
+        assert config.stage == (name if name in build.STAGES else "clip")  # configs/clip.py names sizes
         builds(module, config, comma + form)
 
 
@@ -111,8 +111,9 @@ def test_builds(family, which):
 def test_page(family):
     """A config file is a runnable page: its docstring has the command, and an unknown stage is answered."""
     assert f"python train.py --config configs/{family}.py:" in FILES[family].__doc__
-    with pytest.raises(UsageError, match="did you mean 'decoder'"):
-        FILES[family].get_config("decodr")
+    name = [*FILES[family].STAGES][-1]
+    with pytest.raises(UsageError, match=f"did you mean '{name}'"):
+        FILES[family].get_config(f"{name}x")
 
 
 def test_sweep_is_tried(tmp_path):
@@ -198,6 +199,24 @@ def test_paper_upsamplers(paper, name):
     assert round(count(params) / 1e6, 1) == UPSAMPLERS[name][stage.model.scale_shift]
     kinds = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     assert not any("attn" in kind or "qkv" in kind for kind in kinds)
+
+
+PUBLISHED = {
+    # (file, config): the released checkpoint's parameters, exactly
+    ("glide", "decoder"): 385_030_726,
+    ("glide", "upsampler_1"): 398_361_286,
+    ("glide", "decoder,inpaint"): 385_037_638,
+    ("glide", "upsampler_1,inpaint"): 398_368_198,
+    ("adm", "decoder"): 295_904_454,
+    ("adm", "decoder,256"): 553_838_086,
+    ("adm", "upsampler_1"): 311_795_910,
+}
+
+
+@pytest.mark.parametrize(("family", "which"), PUBLISHED)
+def test_published_sizes(family, which):
+    stage = stage_of(FILES[family], FILES[family].get_config(which))
+    assert count(jax.eval_shape(stage.init, jax.random.key(0)).params) == PUBLISHED[family, which]
 
 
 # --- mistakes -------------------------------------------------------------------------------

@@ -203,6 +203,41 @@ def test_samples_json(drawn, system):
     assert pixels(drawn / "first", "grid.png")["grid.png"].shape[1] > 4 * 100  # four pictures a row, enlarged
 
 
+def test_editing(shop, system, drawn, tmp_path):
+    """A picture drawn again, varied, and in part anew, by the commands; wrong ones are said in one line."""
+    image, mask = drawn / "first" / "0_0.png", tmp_path / "mask.png"
+    Image.fromarray(np.repeat(np.arange(16) >= 8, 16).reshape(16, 16).T.astype(np.uint8) * 255).save(mask)
+
+    def words(command, *more):
+        return ["sample.py", command, "--system", system, "--image", image, "--num", "2", *more]
+
+    cases = {
+        "inpaint": words("inpaint", "--mask", mask, "--prompt", "a red star", "--resample", "1,2"),
+        "own": words("inpaint", "--mask", mask),
+        "variations": words("variations", "--image", drawn / "first" / "1_0.png"),
+        "eta": words("variations", "--eta", "0.7"),
+        "reconstruct": words("reconstruct", "--decoder.steps", "5", "--whole_inversion"),
+    }
+    list(shop.pool.map(lambda name: shop.good(*cases[name], "--out", tmp_path / name), cases))
+    before = np.asarray(Image.open(image)).astype(int)
+    for name in ("inpaint", "own"):
+        for picture in pixels(tmp_path / name).values():
+            assert np.abs(picture[:, :8] - before[:, :8]).max() <= 1 and np.abs(picture - before).max() > 1
+    assert pixels(tmp_path / "variations").keys() == {f"{i}_{j}.png" for i in range(2) for j in range(2)}
+    written = json.loads((tmp_path / "eta" / "samples.json").read_text())
+    assert (written["command"], written["eta"], written["image"]) == ("variations", 0.7, [str(image)])
+    assert {name: written["sampling"]["decoder"][name] for name in ("name", "eta", "guidance")} == {
+        "name": "ddim", "eta": 0.7, "guidance": 1.0
+    }
+    wrong = {
+        "large.png": (words("variations", "--image", tmp_path / "large.png"), 1, "large.png"),
+        "sampler": (words("reconstruct", "--decoder.sampler", "ddpm"), 2, "--decoder.sampler is ddim here"),
+        "jump": (words("inpaint", "--mask", mask, "--resample", "50,2"), 1, "resampling takes stretches of 1 to"),
+    }
+    for name, (given, code, says) in wrong.items():
+        assert_one_line(shop.run(*given, "--out", tmp_path / name), code, says)
+
+
 def test_ar_prior(shop, system, tmp_path):
     """The other prior takes the first one's place, and survives a kill as every stage does."""
     reference = copy_of(system, tmp_path / "reference", "clip", "decoder")
@@ -308,6 +343,7 @@ def test_long_prompt_is_cut_with_a_warning(shop, system, tmp_path):
         ("train.py", "python train.py --config configs/shapes.py:decoder --workdir runs/demo"),
         ("sample.py", "python sample.py text2image --system runs/demo --prompt"),
         ("sample.py text2image", "--decoder.guidance 3"),
+        ("sample.py inpaint", "--mask mask.png"),
         ("-m dalle2_jax.evaluation", "python -m dalle2_jax.evaluation attributes --system runs/demo"),
         ("-m dalle2_jax.sweep", "python -m dalle2_jax.sweep --config configs/shapes.py:decoder --system runs/demo"),
     ],

@@ -30,19 +30,21 @@ WALLS = {
     "data": ("types", "files", "text"),
     "workdir": ("types", "files"),
     "stages": ("types", "rng", "models", "diffusion"),
+    "weights": ("types", "files", "models", "text", "workdir"),
     "training": ("types", "rng", "files", "workdir", "stages.base"),
     "generation": ("types", "rng", "files", "diffusion", "stages", "text"),
     "evaluation": ("types", "rng", "files", "data", "stages", "generation"),
     "sections": ("types", "models"),
+    "networks": ("types", "models", "sections"),
     "sweep": ("types", "files", "entry", "workdir"),
     "finetune": ("types", "workdir"),
     "build": (
         *("types", "text", "data", "diffusion", "models", "stages", "training"),
-        *("generation", "workdir", "sections", "finetune"),
+        *("generation", "workdir", "sections", "networks", "finetune"),
     ),
     "job": (
         *("types", "text", "data", "stages", "training", "generation"),
-        *("workdir", "sections", "finetune", "build"),
+        *("workdir", "sections", "networks", "finetune", "build"),
     ),
     "testing": ("types", "rng", "files", "text", "data", "diffusion", "models", "stages", "training", "generation"),
 }
@@ -59,7 +61,8 @@ GUESTS = {
     "tensorboardX": {"training"},
     "sentencepiece": {"text"},
     "tensorflow": set(),
-    "torch": set(),
+    "torch": {"weights"},
+    "safetensors": {"weights"},
 }
 
 LINES_A_FILE, LINES_A_FUNCTION, LETTERS_A_LINE = 400, 60, 120

@@ -2,14 +2,16 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import sample
+from PIL import Image
 
 from dalle2_jax import testing
 from dalle2_jax.diffusion import NoiseMoments
 from dalle2_jax.generation import Member
 from dalle2_jax.stages import SamplingConfig, Variables
-from dalle2_jax.types import UsageError
+from dalle2_jax.types import UsageError, UserError
 
 STAGES = {"prior": "prior", "decoder": "decoder", "upsampler_1": "upsampler"}
 
@@ -98,3 +100,58 @@ def test_wrong_words_are_usage_errors(words, says):
     with pytest.raises(UsageError) as error:
         sampling_of(*words)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def drawing(folder, name, array):
+    """Writes a picture file; returns its path."""
+    Image.fromarray(array).save(folder / name)
+    return folder / name
+
+
+def parsed(*words):
+    return sample.make_parser().parse_args([words[0], "--system", "s", "--out", "o", *map(str, words[1:])])
+
+
+def test_black_of_the_mask_is_known_at_every_size(tmp_path):
+    """And a pixel of the small picture only if all of it is known."""
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 15:] = 255
+    image = drawing(tmp_path, "in.png", np.full((32, 32, 3), 255, np.uint8))
+    options = parsed("inpaint", "--image", image, "--mask", drawing(tmp_path, "mask.png", mask), "--prompt", "red")
+    kinds = {"decoder": "decoder", "upsampler_1": "upsampler"}
+    members = {n: Member(testing.tiny_stage(k), Variables({}, {}), 1, None, None, 0) for n, k in kinds.items()}
+    known = sample.known_of(options, members)
+    for name, side, columns in (("decoder", 8, 3), ("upsampler_1", 16, 7)):
+        assert known[name].picture.shape == (1, side, side, 3) and (np.asarray(known[name].picture) == 1).all()
+        assert (known[name].mask == (np.arange(side) < columns)[None, None, :, None]).all()
+
+
+def test_pictures_are_cropped_to_their_central_square():
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 200
+    assert (sample.square(wide, 4) == 200).all() and sample.square(wide, 4).shape == (1, 4, 4, 3)
+
+
+def test_wrong_pictures_are_said_in_one_line(tmp_path):
+    plain = np.zeros((8, 8, 3), np.uint8)
+    image, small = drawing(tmp_path, "in.png", plain), drawing(tmp_path, "small.png", plain[:4])
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    for mask, says in ((small, "8x8 and 8x4"), (image, "black all over"), (text, "text.png is not a readable picture")):
+        with pytest.raises(UserError, match=says):
+            sample.known_of(parsed("inpaint", "--image", image, "--mask", mask), {})
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("inpaint", "--image", "a.png"), "required: --mask"),
+        (("inpaint", "--image", "a", "--mask", "b", "--resample", "3"), "--resample: invalid pair value: '3'"),
+        (("inpaint", "--image", "a", "--mask", "b", "--resample", "0,2"), "0 is not above 0"),
+        (("variations", "--image", "a", "--eta", "2"), "2 is not from 0 to 1"),
+        (("reconstruct",), "required: --image"),
+    ],
+)
+def test_wrong_words_of_editing(words, says):
+    with pytest.raises(UsageError, match=says):
+        parsed(*words)

@@ -129,7 +129,7 @@ def measure_digits(options: argparse.Namespace) -> dict:
 
 def load_stage(options: argparse.Namespace) -> tuple[dict[str, Member], data.Source]:
     """Loads the stage of --stage with what it borrows, and opens its data."""
-    names = ("clip", options.stage) if options.stage in build.BORROWS_CLIP else (options.stage,)
+    names = build.needed(options.system, options.stage)
     members = build.load_system(options.system, make_mesh(MeshConfig()), names)
     source = open_source(options, options.stage, options.split)
     check_num(options, source)

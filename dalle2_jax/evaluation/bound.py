@@ -24,7 +24,7 @@ def examples(
     member = members[name]
     batch, _ = data.fixed_batch(source, member.tokenizer, member.context_length or 2, indices)
     frozen = {borrowed: members[borrowed].variables for borrowed in member.stage.borrows}
-    return member.stage.example(rng.root(seed), member.stage.prepare(frozen, batch))
+    return member.stage.example(member.variables.stats, rng.root(seed), member.stage.prepare(frozen, batch))
 
 
 def bits_per_dim(

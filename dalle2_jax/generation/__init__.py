@@ -1,7 +1,7 @@
 """From captions to pictures with the loaded stages of a system."""
 
-from dalle2_jax.generation.cascade import PRIORS, Cascade, Request, Settings
+from dalle2_jax.generation.cascade import PRIORS, Cascade, Request, Settings, picture_side
 from dalle2_jax.generation.preview import make_preview
 from dalle2_jax.generation.system import Member, check_agreement
 
-__all__ = ["PRIORS", "Cascade", "Member", "Request", "Settings", "check_agreement", "make_preview"]
+__all__ = ["PRIORS", "Cascade", "Member", "Request", "Settings", "check_agreement", "make_preview", "picture_side"]

@@ -2,14 +2,16 @@
 
 Ramesh et al. 2022, section 2: the diffusion prior draws two image embeddings and keeps the one with
 the larger dot product with the text embedding, the autoregressive prior draws one (section 2.2); the
-decoder draws a picture from it, and the upsamplers enlarge it. Sample j of prompt i has its own key,
-fold_in(fold_in(root, i), j), and each stage a stream of it, so that a picture depends on nothing but
-(seed, i, j, prompt, settings).
+decoder draws a picture from it, and the upsamplers enlarge it. Section 3 begins with a given picture
+instead: it is the pair (z_i, x_T) of its CLIP embedding and of the noise from which DDIM draws it.
+
+Sample j of prompt (or picture) i has its own key, fold_in(fold_in(root, i), j), and each stage a stream
+of it, so that a picture depends on nothing but (seed, i, j, prompt, what is given, settings).
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +20,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key, UInt8
 
 from dalle2_jax import rng
+from dalle2_jax.diffusion import Inpainting, resampling, respace
 from dalle2_jax.generation.system import Member
 from dalle2_jax.stages import (
     ArPriorStage,
     ArSamplingConfig,
+    ClipStage,
     DecoderStage,
     PriorStage,
     SamplingConfig,
@@ -29,6 +33,7 @@ from dalle2_jax.stages import (
     Variables,
     images,
 )
+from dalle2_jax.stages.diffusion import Condition
 from dalle2_jax.types import Batch, Params
 
 PRIORS = {"diffusion": "prior", "ar": "ar_prior"}
@@ -36,6 +41,9 @@ PRIORS = {"diffusion": "prior", "ar": "ar_prior"}
 preferred."""
 
 UPSAMPLERS = ("upsampler_1", "upsampler_2")
+
+Known = Mapping[str, Inpainting]
+"""What is known of a picture, [1, H, W, C] in [-1, 1], at the size of each stage that draws one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +67,11 @@ class Settings:
     candidates: int | None = None
 
 
+def picture_side(stage: DecoderStage | UpsamplerStage) -> int:
+    """Returns the side of the pictures that a stage draws, in pixels."""
+    return (stage.model.unet if isinstance(stage, DecoderStage) else stage.unet).image_size
+
+
 @functools.partial(jax.jit, static_argnames=("stage", "config", "candidates"))
 def draw_embedding(
     stage: PriorStage | ArPriorStage,
@@ -72,7 +85,7 @@ def draw_embedding(
     scalars: Mapping[str, Any],
 ) -> Float[Array, "B E"]:
     """Draws image embeddings from the prior, in the contract's space, the best of ``candidates`` each."""
-    batch = {**batch, **stage.clip.read(clip, batch)}
+    batch = stage.read(clip, batch)
     condition = stage.condition(batch)
     # Candidate c of image b is row b * candidates + c.
     repeated = {name: jnp.repeat(value, candidates, axis=0) for name, value in condition.items()}
@@ -84,36 +97,73 @@ def draw_embedding(
     return jnp.take_along_axis(drawn, best[:, None, None], axis=1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("stage", "config"))
+@functools.partial(jax.jit, static_argnames=("stage", "config", "resample"))
 def draw_picture(
     stage: DecoderStage,
     config: SamplingConfig,
-    params: Params,
-    clip: Variables,
+    variables: Variables,
+    clip: Variables | None,
     keys: Key[Array, "B"],
     batch: Batch,
     absent: Bool[Array, "B"],
     scalars: Mapping[str, Any],
+    x_T: Float[Array, "B H W 3"] | None = None,
+    known: Inpainting | None = None,
+    resample: tuple[int, int] | None = None,
 ) -> Float[Array, "B H W 3"]:
-    """Draws pictures in [-1, 1] from image embeddings and captions."""
-    if stage.model.text_input == "clip":
-        batch = {**batch, **stage.clip.read(clip, batch)}
-    condition = stage.condition(batch)
-    picture = stage.sample(params, keys, condition, config, **scalars, absent={"text": absent})
-    return jnp.clip(picture, -1.0, 1.0)
+    """Draws pictures in [-1, 1] from image embeddings and captions, from given noise or around what is known."""
+    condition = _shown(stage, stage.condition(stage.read(clip, batch)), known, len(keys))
+    around = {"x_T": x_T, "inpainting": known, "resample": resample}
+    return jnp.clip(stage.draw(variables, keys, condition, config, scalars, absent, **around), -1.0, 1.0)
+
+
+def _shown(
+    stage: DecoderStage | UpsamplerStage, condition: Condition, known: Inpainting | None, batch: int
+) -> Condition:
+    """Returns the condition with what is known of the picture, for a network that was trained to see it."""
+    if known is None or not stage.inpaint:
+        return condition
+    parts = {"known": known.picture, "known_mask": known.mask}
+    return {**condition, **{name: jnp.repeat(part, batch, axis=0) for name, part in parts.items()}}
+
+
+@functools.partial(jax.jit, static_argnames=("stage", "steps", "skip_last"))
+def invert_picture(
+    stage: DecoderStage,
+    steps: int | str,
+    skip_last: bool,
+    params: Params,
+    clip: Variables,
+    batch: Batch,
+    absent: Bool[Array, "B"],
+    picture: UInt8[Array, "B H W 3"],
+) -> Float[Array, "B H W 3"]:
+    """Returns the noise x_T from which the decoder, told the same, draws these pictures by DDIM without guidance."""
+    condition = stage.condition(stage.read(clip, batch))
+    return stage.invert(params, images.to_float(picture), condition, steps, skip_last, {"text": absent})
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "config"))
 def enlarge(
     stage: UpsamplerStage,
     config: SamplingConfig,
-    params: Params,
+    variables: Variables,
     keys: Key[Array, "B"],
     picture: Float[Array, "B h w 3"],
-    eta: Float[Array, ""],
+    batch: Batch | None,
+    absent: Bool[Array, "B"] | None,
+    scalars: Mapping[str, Any],
+    known: Inpainting | None = None,
 ) -> Float[Array, "B H W 3"]:
-    """Enlarges pictures in [-1, 1]."""
-    return jnp.clip(stage.sample(params, keys, stage.condition(picture), config, eta=eta), -1.0, 1.0)
+    """Enlarges pictures in [-1, 1], as the captions say if the upsampler reads them, and around what is known."""
+    condition = _shown(stage, stage.condition(picture, batch), known, len(keys))
+    return jnp.clip(stage.draw(variables, keys, condition, config, scalars, absent, inpainting=known), -1.0, 1.0)
+
+
+@functools.partial(jax.jit, static_argnames="stage")
+def embed_pictures(stage: ClipStage, clip: Variables, picture: UInt8[Array, "B S S 3"]) -> Float[Array, "B E"]:
+    """Returns the image embeddings of given pictures, in the contract's space."""
+    return stage.encode_image(clip, picture)
 
 
 @jax.jit
@@ -128,7 +178,8 @@ class Cascade:
     """The loaded stages as one machine from captions to pictures.
 
     Args:
-      members: "clip", a stage of ``PRIORS``, "decoder" and any upsamplers, loaded on ``mesh``.
+      members: "decoder" and any upsamplers; "clip", if the decoder is told image embeddings, and a stage of ``PRIORS``
+        where they come from captions; loaded on the mesh of ``batch_sharding``.
       settings: how to draw.
       batch_sharding: how a batch is split over the devices.
       rows: what a batch's size must divide by.
@@ -141,17 +192,101 @@ class Cascade:
         self._settings = settings
         self._sharding = batch_sharding
         self._rows = rows
-        self._prior = next(name for name in PRIORS.values() if name in members)
+        self._clip = members["clip"].variables if "clip" in members else None
+        self._prior = next((name for name in PRIORS.values() if name in members), None)
 
     @property
-    def candidates(self) -> int:
-        """How many embeddings are drawn for each picture."""
+    def candidates(self) -> int | None:
+        """How many embeddings are drawn for each picture; None without a prior."""
+        if self._prior is None:
+            return None
         return self._settings.candidates or self._members[self._prior].stage.candidates
 
     def text2image(
         self, requests: Sequence[Request], batch_size: int
     ) -> Iterator[tuple[Request, UInt8[np.ndarray, "H W 3"]]]:
-        """Yields each request with its picture, in order.
+        """Yields each request with its picture, in order."""
+
+        def draw(requests: Sequence[Request]) -> jax.Array:
+            keys = self._keys(requests)
+            return self._enlarged(keys, requests, self._picture(keys, requests, self._embedding(keys, requests)))
+
+        return self._in_batches(requests, batch_size, draw)
+
+    def inpaint(
+        self,
+        requests: Sequence[Request],
+        batch_size: int,
+        known: Known,
+        resample: tuple[int, int] | None = None,
+        image_emb: Float[Array, "1 E"] | None = None,
+    ) -> Iterator[tuple[Request, UInt8[np.ndarray, "H W 3"]]]:
+        """Yields pictures drawn around what is known of one, which each of them shows unchanged.
+
+        Args:
+          requests: what to draw.
+          batch_size: pictures at a time.
+          known: for the decoder and each upsampler.
+          resample: RePaint's (jump, times) of the decoder, see ``diffusion.sample``; what the upsamplers draw fits
+            already, as they are shown the small picture.
+          image_emb: what is drawn, in place of the prior's reading of the captions.
+
+        Raises:
+          UserError: a jump that the decoder's steps have no room for.
+        """
+        if resample:
+            stage, config = self._static("decoder")
+            resampling(respace(stage.schedule, config.steps).num_steps, *resample)
+
+        def draw(requests: Sequence[Request]) -> jax.Array:
+            keys = self._keys(requests)
+            if image_emb is None:
+                emb = self._embedding(keys, requests)
+            else:
+                emb = jnp.broadcast_to(image_emb, (len(requests), image_emb.shape[1]))
+            picture = self._picture(keys, requests, emb, known=known.get("decoder"), resample=resample)
+            return self._enlarged(keys, requests, picture, known)
+
+        return self._in_batches(requests, batch_size, draw)
+
+    def redraw(
+        self,
+        requests: Sequence[Request],
+        batch_size: int,
+        pictures: Mapping[str, UInt8[np.ndarray, "N S S 3"]],
+        inverted: bool,
+        skip_last: bool = True,
+    ) -> Iterator[tuple[Request, UInt8[np.ndarray, "H W 3"]]]:
+        """Yields given pictures drawn anew from their CLIP embeddings.
+
+        Args:
+          requests: ``index`` is the picture's number.
+          batch_size: pictures at a time.
+          pictures: at the size of "clip", and of "decoder" if ``inverted``.
+          inverted: whether to start from the noise from which DDIM draws the picture itself (Ramesh et al. 2022,
+            section 3.1: what it then changes grows with eta), not from fresh noise.
+          skip_last: of the inversion, see ``diffusion.invert``.
+        """
+
+        def draw(requests: Sequence[Request]) -> jax.Array:
+            keys = self._keys(requests)
+            chosen = np.asarray([request.index for request in requests])
+            emb = self.embed(pictures["clip"][chosen])
+            x_T = self._inverted(requests, emb, pictures["decoder"][chosen], skip_last) if inverted else None
+            return self._enlarged(keys, requests, self._picture(keys, requests, emb, x_T=x_T))
+
+        return self._in_batches(requests, batch_size, draw)
+
+    def embed(self, pictures: UInt8[np.ndarray, "B S S 3"]) -> Float[Array, "B E"]:
+        """Returns pictures' CLIP embeddings, in the contract's space."""
+        clip = self._members["clip"]
+        sharded = pictures.shape[0] % self._rows == 0
+        return embed_pictures(clip.stage, clip.variables, *(self._put(pictures) if sharded else [pictures]))
+
+    def _in_batches(
+        self, requests: Sequence[Request], batch_size: int, draw: Callable[[Sequence[Request]], jax.Array]
+    ) -> Iterator[tuple[Request, UInt8[np.ndarray, "H W 3"]]]:
+        """Yields what ``draw`` draws, in order.
 
         The last batch is filled up with repeats, which are not yielded, so one program serves all.
         """
@@ -159,29 +294,54 @@ class Cascade:
         for start in range(0, len(requests), size):
             chunk = list(requests[start : start + size])
             full = [chunk[i % len(chunk)] for i in range(size)]
-            pictures = np.asarray(self._draw(full))
+            pictures = np.asarray(images.to_uint8(draw(full)))
             yield from zip(chunk, pictures[: len(chunk)], strict=True)
 
-    def _draw(self, requests: Sequence[Request]) -> UInt8[Array, "B H W 3"]:
-        members, prior = self._members, self._prior
+    def _keys(self, requests: Sequence[Request]) -> Key[Array, "B"]:
         index, sample = (np.asarray([getattr(r, name) for r in requests], np.int32) for name in ("index", "sample"))
-        keys = request_keys(rng.root(self._settings.seed), *self._put(index, sample))
-        clip = members["clip"].variables
+        return request_keys(rng.root(self._settings.seed), *self._put(index, sample))
+
+    def _embedding(self, keys: jax.Array, requests: Sequence[Request]) -> Float[Array, "B E"] | None:
+        """Returns what the prior makes of the captions; None for a decoder that is told no embedding."""
+        members, prior = self._members, self._prior
+        if members["decoder"].stage.model.image_emb_dim is None:
+            return None
         batch, absent = self._captions(prior, requests)
-        emb = draw_embedding(
-            *self._static(prior), self.candidates, members[prior].variables, clip,
+        return draw_embedding(
+            *self._static(prior), self.candidates, members[prior].variables, self._clip,
             self._stream(keys, prior), batch, absent, self._scalars(prior),
         )
-        batch, absent = self._captions("decoder", requests)
-        picture = draw_picture(
-            *self._static("decoder"), members["decoder"].variables.params, clip,
-            self._stream(keys, "decoder"), {**batch, "image_emb": emb}, absent, self._scalars("decoder"),
+
+    def _picture(
+        self, keys: jax.Array, requests: Sequence[Request], image_emb: jax.Array | None, **around: Any
+    ) -> Float[Array, "B H W 3"]:
+        members, (batch, absent) = self._members, self._captions("decoder", requests)
+        batch = batch if image_emb is None else {**batch, "image_emb": image_emb}
+        return draw_picture(
+            *self._static("decoder"), members["decoder"].variables, self._clip,
+            self._stream(keys, "decoder"), batch, absent, self._scalars("decoder"), **around,
         )
-        for name in UPSAMPLERS:
-            if name in members:
-                params, eta = members[name].variables.params, self._scalars(name)["eta"]
-                picture = enlarge(*self._static(name), params, self._stream(keys, name), picture, eta)
-        return images.to_uint8(picture)
+
+    def _inverted(
+        self, requests: Sequence[Request], image_emb: jax.Array, pictures: np.ndarray, skip_last: bool
+    ) -> Float[Array, "B H W 3"]:
+        members, (batch, absent) = self._members, self._captions("decoder", requests)
+        stage, config = self._static("decoder")
+        return invert_picture(
+            stage, config.steps, skip_last, members["decoder"].variables.params, self._clip,
+            {**batch, "image_emb": image_emb}, absent, *self._put(pictures),
+        )
+
+    def _enlarged(
+        self, keys: jax.Array, requests: Sequence[Request], picture: jax.Array, known: Known | None = None
+    ) -> Float[Array, "B H W 3"]:
+        for name in (name for name in UPSAMPLERS if name in self._members):
+            batch, absent = self._captions(name, requests) if self._members[name].tokenizer else (None, None)
+            picture = enlarge(
+                *self._static(name), self._members[name].variables, self._stream(keys, name),
+                picture, batch, absent, self._scalars(name), known and known[name],
+            )
+        return picture
 
     def _captions(self, name: str, requests: Sequence[Request]) -> tuple[Batch, jax.Array]:
         """Returns the tokens of a stage, and which prompts are empty (drawn unconditionally)."""

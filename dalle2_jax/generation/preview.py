@@ -32,18 +32,19 @@ def make_preview(
         sampling = dataclasses.replace(sampling, variance="auto")
 
     @functools.partial(jax.jit, static_argnames="config")
-    def draw(params, frozen, batch, config):
+    def draw(variables, frozen, batch, config):
         key = rng.root(0)
         batch = stage.prepare(frozen, batch)
         if isinstance(stage, UpsamplerStage):
-            condition = stage.condition(images.resize(images.to_float(batch["image"]), stage.low_size))
+            low_res = images.resize(images.to_float(batch["image"]), stage.low_size)
+            condition = stage.condition(low_res, batch if stage.is_told else None)
         else:
             condition = stage.condition(batch)
         keys = rng.per_image(key, np.arange(len(captions), dtype=np.int32))
-        return images.to_uint8(stage.sample(params, keys, condition, config))
+        return images.to_uint8(stage.draw(variables, keys, condition, config, {}))
 
     def preview(variables: Variables, step: int) -> None:
-        pictures = np.asarray(draw(variables.params, frozen, batch, sampling))
+        pictures = np.asarray(draw(variables, frozen, batch, sampling))
         if jax.process_index() == 0:
             write_png(folder / f"{step:08d}.png", captioned_grid(list(pictures), captions))
 

@@ -23,15 +23,26 @@ CLIP_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Both towers. ``image_mean`` and ``image_std`` are per channel, of pictures in [0, 1]."""
+    """Both towers. ``image_mean`` and ``image_std`` are per channel, of pictures in [0, 1].
+
+    Without ``vision`` it reads captions alone: systems that draw from captions are published without the image
+    tower (Karlo).
+    """
 
     embed_dim: int = 512
     text: TextConfig = field(default_factory=TextConfig)
-    vision: VisionConfig | ResNetConfig = field(default_factory=VisionConfig)
+    vision: VisionConfig | ResNetConfig | None = field(default_factory=VisionConfig)
     image_mean: tuple[float, float, float] = CLIP_IMAGE_MEAN
     image_std: tuple[float, float, float] = CLIP_IMAGE_STD
     remat: bool = False
     dtype: str = "float32"
+
+    @property
+    def tower(self) -> VisionConfig | ResNetConfig:
+        """The image tower. UserError where there is none."""
+        if self.vision is None:
+            raise UserError("this CLIP has no image tower, so it reads no pictures: import its image encoder too")
+        return self.vision
 
 
 class TextTransformer(nn.Module):
@@ -71,7 +82,10 @@ class TextTransformer(nn.Module):
 
 
 class Clip(nn.Module):
-    """Both towers and the temperature. Params: ``visual``, ``text``, ``logit_scale`` (a scalar, log).
+    """Both towers and the temperature. Params: ``visual`` (where there is one), ``text``, ``logit_scale``.
+
+    ``logit_scale`` is a scalar, a logarithm. Training starts it at ln(1 / 0.07); towers that are published apart
+    come without theirs, and keep that.
 
     A ResNet tower also keeps the collection ``batch_stats``; apply with ``train=True`` and
     ``mutable=["batch_stats"]`` updates it.
@@ -83,7 +97,7 @@ class Clip(nn.Module):
         config = self.config
         if isinstance(config.vision, ResNetConfig):
             self.visual = ModifiedResNet(config.vision, config.embed_dim, config.dtype)
-        else:
+        elif config.vision is not None:
             self.visual = VisionTransformer(config.vision, config.embed_dim, config.remat, config.dtype)
         self.text = TextTransformer(config.text, config.embed_dim, config.remat, config.dtype)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
@@ -92,10 +106,10 @@ class Clip(nn.Module):
         """Pictures in [-1, 1], of the tower's own size, to raw embeddings float32[B, E].
 
         Raises:
-          UserError: the picture has another size.
+          UserError: the picture has another size, or there is no image tower.
         """
         config = self.config
-        side = config.vision.image_size
+        side = config.tower.image_size
         if image.shape[1:3] != (side, side):
             got = f"{image.shape[1]}x{image.shape[2]}"
             raise UserError(f"CLIP reads {side}x{side} pictures, got {got}: resize them first")

@@ -2,7 +2,7 @@
 
 Ramesh et al. 2022, section 2.1. The image embedding is projected and added to the time embedding,
 and projected to a few extra context tokens that precede the caption's. The caption comes in one
-of two ways:
+of three ways:
 
   * ``text_input="tokens"`` (the paper, GLIDE): the decoder's own transformer over the tokens. Its
     last position is projected and added to the time embedding; all positions are context.
@@ -11,8 +11,11 @@ of two ways:
   * ``text_input="clip"`` (Karlo): CLIP's final text states, projected and normalised, are context
     under their mask, and CLIP's text embedding may be projected and added to the time embedding.
     An absent caption is hidden and adds nothing; Karlo instead hands in the empty string's.
+  * ``text_input="label"`` (Dhariwal & Nichol 2021, ADM, section 3): one of ``num_classes``, whose
+    embedding is added to the time embedding. An absent class adds the mean of all embeddings: ADM
+    has no class for "any", so this only stands in for a network that was trained without classes.
 
-With ``image_emb_dim=None`` this is GLIDE; with ``text_input=None`` only the image speaks.
+With ``image_emb_dim=None`` this is GLIDE, or ADM; with ``text_input=None`` only the image speaks.
 """
 
 from dataclasses import dataclass
@@ -40,27 +43,35 @@ class DecoderConfig:
     unet: UNetConfig = UNetConfig(context_dim=512)
     image_emb_dim: int | None = 512  # width of CLIP's embeddings; None: no image embedding
     image_tokens: int = 4
-    text_input: str | None = None  # "tokens", "clip" or None
+    text_input: str | None = None  # "tokens", "clip", "label" or None
     text: TextConfig | None = None  # the decoder's own encoder, for "tokens"
     text_width: int | None = None  # width of CLIP's text states, for "clip"
     text_emb_proj: bool = False  # for "clip": CLIP's text embedding is added to the time embedding
+    num_classes: int | None = None  # for "label"
 
     def __post_init__(self) -> None:
-        if self.text_input not in ("tokens", "clip", None):
-            raise UserError(f"unknown text_input {self.text_input!r}: choose 'tokens', 'clip' or None")
+        if self.text_input not in ("tokens", "clip", "label", None):
+            raise UserError(f"unknown text_input {self.text_input!r}: choose 'tokens', 'clip', 'label' or None")
         if (self.text_input == "tokens") != (self.text is not None):
             raise UserError("a decoder has a text encoder (text) if and only if text_input is 'tokens'")
         if (self.text_input == "clip") != (self.text_width is not None):
             raise UserError("a decoder has a text_width if and only if text_input is 'clip'")
+        if (self.text_input == "label") != (self.num_classes is not None):
+            raise UserError("a decoder has num_classes if and only if text_input is 'label'")
         if self.text_emb_proj and self.text_input != "clip":
             raise UserError("text_emb_proj needs text_input 'clip'")
         if self.has_context != (self.unet.context_dim is not None):
             raise UserError("set unet.context_dim if and only if there are image tokens or a caption to attend to")
 
     @property
+    def text_length(self) -> int | None:
+        """Tokens a caption of the decoder's own; one for a class, and None where it reads neither."""
+        return {"tokens": self.text and self.text.context_length, "label": 1}.get(self.text_input)
+
+    @property
     def has_context(self) -> bool:
         """Whether there are any context tokens."""
-        return self.text_input is not None or (self.image_emb_dim is not None and self.image_tokens > 0)
+        return self.text_input in ("tokens", "clip") or (self.image_emb_dim is not None and self.image_tokens > 0)
 
 
 class Condition(NamedTuple):
@@ -110,7 +121,8 @@ class DecoderNetwork(nn.Module):
 
     Params: ``unet``; for the image ``null_image_emb`` [E], ``image_emb_proj``, ``image_token_proj``
     (kernel [E, tokens, Dc]); for the caption ``caption_encoder``, ``caption_emb_proj`` and, where
-    widths differ, ``caption_context_proj``; or ``text_seq_proj``, ``text_seq_norm``, ``text_emb_proj``.
+    widths differ, ``caption_context_proj``; or ``text_seq_proj``, ``text_seq_norm``, ``text_emb_proj``;
+    or ``label_embedding`` [classes, time_dim].
     """
 
     config: DecoderConfig
@@ -137,6 +149,10 @@ class DecoderNetwork(nn.Module):
             self.text_seq_norm = LayerNorm(unet.dtype)
             if config.text_emb_proj:
                 self.text_emb_proj = dense(unet.time_dim)
+        elif config.text_input == "label":
+            self.label_embedding = nn.Embed(
+                config.num_classes, unet.time_dim, dtype=unet.dtype, embedding_init=nn.initializers.normal(1.0)
+            )
 
     def encode_condition(
         self,
@@ -152,7 +168,7 @@ class DecoderNetwork(nn.Module):
         Args:
           image_emb: CLIP image embeddings, as the embedding contract says.
           text_emb: CLIP text embeddings, only with ``text_emb_proj``.
-          text: token ids for "tokens", CLIP's final text states for "clip".
+          text: token ids for "tokens", CLIP's final text states for "clip", the class [B, 1] for "label".
           mask: true on the caption; None is true everywhere.
           drop_image: true where the learned null embedding replaces the image's.
           drop_text: true where the caption is absent.
@@ -181,6 +197,8 @@ class DecoderNetwork(nn.Module):
             tokens.append(self.text_seq_norm(self.text_seq_proj(text)))
             if self.config.text_emb_proj:
                 added.append(self._text_emb(text_emb, drop_text))
+        elif self.config.text_input == "label":
+            added.append(self._label_emb(text, mask))
         hidden = self.config.text_input == "clip" and mask is not None
         return Condition(
             emb=sum(added[1:], added[0]) if added else None,
@@ -193,6 +211,13 @@ class DecoderNetwork(nn.Module):
         if drop_text is None:
             return projected
         return jnp.where(drop_text[:, None], jnp.zeros((), projected.dtype), projected)
+
+    def _label_emb(self, label: jax.Array, mask: jax.Array | None) -> jax.Array:
+        known = self.label_embedding(label[:, 0])
+        if mask is None:
+            return known
+        anyone = self.label_embedding.embedding.mean(axis=0).astype(known.dtype)
+        return jnp.where(mask[:, :1], known, anyone[None])
 
     def denoise(
         self, x_t: Float[Array, "B H W Cin"], t: Int[Array, "B"], condition: Condition, train: bool = False

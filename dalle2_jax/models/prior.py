@@ -7,6 +7,9 @@ Ramesh et al. 2022, section 2.2: a causal transformer over the sequence
 whose output at the query is the predicted image embedding. Its width has nothing to do with
 CLIP's. Positions are learned, L + 4 of them. Padded text is hidden; the last four never are.
 
+A prior that goes from noise to the embedding at once (ECLIPSE, Patel et al. 2023, arXiv 2312.04655,
+section 3.2) needs no timestep: without ``time_token`` that token is missing, and its position.
+
 "Encoded text" is a token embedding of the prior's own (``text_input="tokens"``, the paper) or a
 projection of frozen CLIP's final text states (``text_input="clip"``, Karlo).
 
@@ -26,8 +29,6 @@ from dalle2_jax.models.attention import KeyValues
 from dalle2_jax.models.layers import LayerNorm, TimeMLP
 from dalle2_jax.models.transformer import Transformer, TransformerConfig, causal_mask
 from dalle2_jax.types import UserError
-
-_TAIL = 3  # tokens that change from step to step: timestep, noised embedding, query
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class PriorConfig:
     learned_null: bool = True  # False: the caller encodes the empty caption instead (Karlo)
     activation: str = "gelu"
     final_norm: bool = True
+    time_token: bool = True
     remat: bool = False
     dtype: str = "float32"
 
@@ -59,6 +61,11 @@ class PriorConfig:
         if getattr(self, needed) is None:
             raise UserError(f"a prior with text_input {self.text_input!r} needs {needed}")
         self.transformer()
+
+    @property
+    def tail(self) -> int:
+        """Tokens that change from step to step: timestep, noised embedding, query."""
+        return 3 if self.time_token else 2
 
     def transformer(self) -> TransformerConfig:
         """Returns the transformer's own config."""
@@ -77,9 +84,9 @@ class PriorCache(NamedTuple):
 class PriorNetwork(nn.Module):
     """Predicts the un-noised image embedding.
 
-    Params: ``token_embedding`` or ``text_seq_proj``; ``text_emb_proj``, ``time_mlp``,
-    ``image_emb_proj``; ``query`` [D], ``positional_embedding`` [L + 4, D]; ``null_text`` [D] and
-    ``null_text_emb`` [D] if ``learned_null``; ``transformer``, ``ln_final``, ``out_proj``.
+    Params: ``token_embedding`` or ``text_seq_proj``; ``text_emb_proj``, ``time_mlp`` (with a time
+    token), ``image_emb_proj``; ``query`` [D], ``positional_embedding`` [L + 1 + tail, D]; ``null_text``
+    [D] and ``null_text_emb`` [D] if ``learned_null``; ``transformer``, ``ln_final``, ``out_proj``.
     """
 
     config: PriorConfig
@@ -93,11 +100,12 @@ class PriorNetwork(nn.Module):
         else:
             self.text_seq_proj = nn.Dense(config.width, dtype=config.dtype)
         self.text_emb_proj = nn.Dense(config.width, dtype=config.dtype)
-        self.time_mlp = TimeMLP(config.width, config.width, config.dtype)
+        if config.time_token:
+            self.time_mlp = TimeMLP(config.width, config.width, config.dtype)
         self.image_emb_proj = nn.Dense(config.width, dtype=config.dtype)
         self.query = self.param("query", normal(0.02), (config.width,))
         self.positional_embedding = self.param(
-            "positional_embedding", normal(0.01), (config.context_length + 1 + _TAIL, config.width)
+            "positional_embedding", normal(0.01), (config.context_length + 1 + config.tail, config.width)
         )
         if config.learned_null:
             self.null_text = self.param("null_text", normal(0.02), (config.width,))
@@ -120,7 +128,7 @@ class PriorNetwork(nn.Module):
 
         Args:
           x_t: noised image embeddings, scaled as the embedding contract says.
-          t: original timesteps, 0..T-1.
+          t: original timesteps, 0..T-1; of no matter without a time token.
           text_emb: CLIP text embeddings.
           text: token ids for "tokens", CLIP's final text states for "clip".
           mask: true on the caption, false on padding.
@@ -135,7 +143,7 @@ class PriorNetwork(nn.Module):
         """
         prefix, visible = self._prefix(text_emb, text, mask, drop_text)
         tail = self._tail(x_t, t)
-        visible = jnp.concatenate([visible, jnp.ones((x_t.shape[0], _TAIL), bool)], axis=1)
+        visible = jnp.concatenate([visible, jnp.ones((x_t.shape[0], self.config.tail), bool)], axis=1)
         sequence = jnp.concatenate([prefix, tail], axis=1)
         return self._read(self.transformer(sequence, _attention_mask(visible)))
 
@@ -154,8 +162,8 @@ class PriorNetwork(nn.Module):
         self, cache: PriorCache, x_t: Float[Array, "B E"], t: Int[Array, "B"]
     ) -> Float[Array, "B E"]:
         """Predicts from the cached prefix; equals a call with the arguments that made the cache."""
-        visible = jnp.concatenate([cache.mask, jnp.ones((x_t.shape[0], _TAIL), bool)], axis=1)
-        mask = _attention_mask(visible)[:, :, -_TAIL:]
+        visible = jnp.concatenate([cache.mask, jnp.ones((x_t.shape[0], self.config.tail), bool)], axis=1)
+        mask = _attention_mask(visible)[:, :, -self.config.tail :]
         return self._read(self.transformer.extend(self._tail(x_t, t), cache.past, mask))
 
     def _prefix(
@@ -178,14 +186,15 @@ class PriorNetwork(nn.Module):
             mask = mask | drop_text[:, None]  # a caption's length would tell of it
         tokens = jnp.concatenate([states, summary], axis=1)
         visible = jnp.concatenate([mask, jnp.ones((mask.shape[0], 1), bool)], axis=1)
-        return tokens + self.positional_embedding[:-_TAIL].astype(config.dtype)[None], visible
+        return tokens + self.positional_embedding[: -config.tail].astype(config.dtype)[None], visible
 
     def _tail(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns the three tokens of a step, [B, 3, D]."""
-        dtype = self.config.dtype
-        query = jnp.broadcast_to(self.query.astype(dtype), (x_t.shape[0], self.config.width))
-        tokens = jnp.stack([self.time_mlp(t), self.image_emb_proj(x_t), query], axis=1)
-        return tokens + self.positional_embedding[-_TAIL:].astype(dtype)[None]
+        """Returns the tokens of a step, [B, tail, D]."""
+        config, dtype = self.config, self.config.dtype
+        query = jnp.broadcast_to(self.query.astype(dtype), (x_t.shape[0], config.width))
+        time = [self.time_mlp(t)] if config.time_token else []
+        tokens = jnp.stack([*time, self.image_emb_proj(x_t), query], axis=1)
+        return tokens + self.positional_embedding[-config.tail :].astype(dtype)[None]
 
     def _read(self, states: jax.Array) -> jax.Array:
         last = states[:, -1]

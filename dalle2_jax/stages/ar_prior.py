@@ -28,7 +28,6 @@ from dalle2_jax.stages import codes
 from dalle2_jax.stages.base import Outputs, Variables
 from dalle2_jax.stages.clip import ClipStage
 from dalle2_jax.stages.diffusion import Condition
-from dalle2_jax.stages.prior import with_embeddings
 from dalle2_jax.types import Batch, Params, UserError
 
 
@@ -68,6 +67,7 @@ class ArPriorStage:
     calibration_examples: int = 65_536
     name: str = "ar_prior"
 
+    calibrates: ClassVar[bool] = True
     candidates: ClassVar[int] = 1  # embeddings drawn for each picture: the dot product token does the choosing
 
     def __post_init__(self) -> None:
@@ -101,7 +101,11 @@ class ArPriorStage:
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
         """Adds image_emb, text_emb and text_seq, unless they were precomputed."""
-        return with_embeddings(self.clip, frozen, batch)
+        return self.clip.complete(frozen.get("clip"), batch, ("image_emb", "text_emb"))
+
+    def read(self, clip: Variables | None, batch: Batch) -> Batch:
+        """As ``prepare``, of the captions alone."""
+        return self.clip.complete(clip, batch, ("text_emb",))
 
     def calibrate(self, frozen: Mapping[str, Variables], batches: Iterator[Batch]) -> Params:
         """Returns the statistics of training batches on the devices. UserError if CLIP's embeddings are unfit."""

@@ -50,8 +50,11 @@ class Stage(Protocol):
 class Calibrates(Protocol):
     """A stage, besides, whose statistics are measured once, before its first step.
 
-    ``Stage.init`` gives zeros of the right shapes in their place.
+    ``Stage.init`` gives zeros of the right shapes in their place. ``calibrates`` says whether the stage, as it is
+    configured, has any to measure.
     """
+
+    calibrates: bool
 
     def calibrate(self, frozen: Mapping[str, Variables], batches: Iterator[Batch]) -> Params:
         """Returns the statistics of as many training batches (on the devices, as in training) as it takes."""

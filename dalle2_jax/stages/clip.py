@@ -22,6 +22,12 @@ from dalle2_jax.types import Batch, Params, UserError
 
 MAX_LOG_SCALE = math.log(100.0)
 
+READ = ("text_emb", "text_seq")
+"""What CLIP says of a caption."""
+
+READ_EMPTY = ("null_text_emb", "null_text_seq", "null_mask")
+"""What it says of the empty one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingConfig:
@@ -58,9 +64,12 @@ class ClipStage:
 
     def init(self, key: jax.Array) -> Variables:
         """Returns fresh variables."""
-        side, length = self.model.vision.image_size, self.model.text.context_length
-        image, tokens = jnp.zeros((1, side, side, 3)), jnp.zeros((1, length), jnp.int32)
-        variables = self.network.init(key, image, tokens, jnp.ones((1, length), bool))
+        length, vision = self.model.text.context_length, self.model.vision
+        text = jnp.zeros((1, length), jnp.int32), jnp.ones((1, length), bool)
+        if vision is None:
+            variables = self.network.init(key, *text, method=Clip.encode_text)
+        else:
+            variables = self.network.init(key, jnp.zeros((1, vision.image_size, vision.image_size, 3)), *text)
         return Variables(variables["params"], variables.get("batch_stats", {}))
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
@@ -99,12 +108,37 @@ class ClipStage:
         text_emb, text_seq = self._apply(variables, tokens, mask, method=Clip.encode_text)
         return {"text_emb": self.embedding.apply(text_emb), "text_seq": text_seq}
 
+    def read_empty(self, variables: Variables, batch: Batch) -> Batch:
+        """Returns what CLIP says of the empty caption, a row for each of the batch's: `READ_EMPTY`.
+
+        The mask has the batch's own length, the states have CLIP's.
+        """
+        tokens, mask = empty_captions(batch["tokens"], batch["mask"])
+        said = self.read(variables, {"tokens": tokens[:1], "mask": mask[:1]})
+        rows = {f"null_{name}": jnp.repeat(row, len(tokens), axis=0) for name, row in said.items()}
+        return {**rows, "null_mask": mask}
+
+    def complete(self, variables: Variables | None, batch: Batch, names: tuple[str, ...]) -> Batch:
+        """Returns the batch with those of ``names`` that it lacks, of "image_emb", `READ` and `READ_EMPTY`.
+
+        CLIP is asked for those alone: where none is lacking, ``variables`` may be None. Nothing is overwritten.
+        """
+        missing, added = {*names} - {*batch}, {}
+        if "image_emb" in missing:
+            added["image_emb"] = self.encode_image(variables, batch["image"])
+        if missing.intersection(READ):
+            added |= self.read(variables, batch)
+        if missing.intersection(READ_EMPTY):
+            added |= self.read_empty(variables, batch)
+        return {**added, **batch}
+
     def _apply(self, variables: Variables, *args, method):
         tree = {"params": variables.params} | ({"batch_stats": variables.stats} if variables.stats else {})
         return self.network.apply(tree, *args, method=method)
 
     def _fit(self, image: jax.Array) -> jax.Array:
-        return images.resize(images.to_float(image), self.model.vision.image_size)
+        """UserError for a CLIP without an image tower."""
+        return images.resize(images.to_float(image), self.model.tower.image_size)
 
 
 def fit_captions(
@@ -117,6 +151,23 @@ def fit_captions(
     end = jnp.take_along_axis(tokens, mask.sum(axis=1, keepdims=True) - 1, axis=1)
     last = jnp.where(mask[:, length:].any(axis=1, keepdims=True), end, tokens[:, length - 1 : length])
     return jnp.concatenate([tokens[:, : length - 1], last], axis=1), mask[:, :length]
+
+
+def empty_captions(tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
+    """Returns the empty caption for each of the batch's: its begin token, its end token, and padding (id 0)."""
+    end = jnp.take_along_axis(tokens, mask.sum(axis=1, keepdims=True) - 1, axis=1)
+    empty = jnp.pad(jnp.concatenate([tokens[:, :1], end], axis=1), ((0, 0), (0, tokens.shape[1] - 2)))
+    return empty, jnp.broadcast_to(jnp.arange(tokens.shape[1])[None] < 2, tokens.shape)
+
+
+def without_captions(condition: Mapping[str, jax.Array], absent: Bool[Array, "B"]) -> dict[str, jax.Array]:
+    """Returns text_emb, text and mask of a condition, the empty caption's (its "null_" parts) where one is absent."""
+
+    def chosen(name: str) -> jax.Array:
+        value = condition[name]
+        return jnp.where(absent.reshape(-1, *(1,) * (value.ndim - 1)), condition[f"null_{name}"], value)
+
+    return {name: chosen(name) for name in ("text_emb", "text", "mask")}
 
 
 def unit(embedding: Float[Array, "B E"]) -> Float[Array, "B E"]:

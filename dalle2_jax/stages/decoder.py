@@ -1,7 +1,11 @@
 """The decoder: from a CLIP image embedding and a caption to a picture (Ramesh et al. 2022, section 2.1).
 
 For classifier-free guidance the image embedding is replaced by a learned one for 10 % of the
-examples, and the caption dropped for 50 %.
+examples, and the caption dropped for 50 %. With ``empty_caption`` a dropped caption is replaced by
+what CLIP says of the empty one (Karlo).
+
+Without an image embedding it is GLIDE, which is told a caption (Nichol et al. 2021, section 4.1), or
+ADM, which is told a class, and needs no CLIP.
 """
 
 import dataclasses
@@ -10,99 +14,138 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from dalle2_jax import rng
 from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
 from dalle2_jax.stages import images
 from dalle2_jax.stages.base import Variables
-from dalle2_jax.stages.clip import ClipStage
+from dalle2_jax.stages.clip import READ, READ_EMPTY, ClipStage, without_captions
 from dalle2_jax.stages.diffusion import Condition, DiffusionStage, Drops
-from dalle2_jax.types import Batch, Denoiser, Params
+from dalle2_jax.types import Batch, Denoiser, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderStage(DiffusionStage):
-    """Diffuses pictures of ``model.unet.image_size``, conditioned on image_emb and the caption."""
+    """Diffuses pictures of ``model.unet.image_size``, conditioned on image_emb and the caption.
+
+    ``inpaint``: the network also sees what is known of the picture (``images.beside_known``).
+
+    Raises:
+      UserError: channels, ``clip`` or ``empty_caption`` that do not fit the model.
+    """
 
     model: DecoderConfig
-    clip: ClipStage
+    clip: ClipStage | None  # None where nothing is told of its embeddings
     drop_image: float = 0.1
     drop_text: float = 0.5
+    empty_caption: bool = False
+    inpaint: bool = False
 
     def __post_init__(self) -> None:
-        unet = self.model.unet
-        self.check_channels(unet.in_channels, unet.out_channels, "model.unet.out_channels")
+        if self.clip is None and (self.model.image_emb_dim is not None or self.model.text_input == "clip"):
+            raise UserError(f"stage {self.name} reads CLIP's embeddings: it needs a clip")
+        if self.empty_caption and self.model.text_input != "clip":
+            raise UserError("empty_caption is CLIP's reading of the empty caption: it needs model.text_input 'clip'")
+        self.check_channels(self.channels, self.model.unet.out_channels, "model.unet.out_channels")
+
+    @property
+    def channels(self) -> int:
+        """Channels of a picture."""
+        return images.picture_channels(self.model.unet.in_channels, self.inpaint)
 
     @property
     def borrows(self) -> tuple[str, ...]:
-        return ("clip",)
+        return () if self.clip is None else ("clip",)
 
     @property
     def drop_rates(self) -> Mapping[str, float]:
+        image = {} if self.model.image_emb_dim is None else {"image": self.drop_image}
         text = {} if self.model.text_input is None else {"text": self.drop_text}
-        return {"image": self.drop_image, **text}
+        return {**image, **text}
+
+    @property
+    def _read(self) -> tuple[str, ...]:
+        """What the decoder is told of CLIP's reading."""
+        if self.model.text_input != "clip":
+            return ()
+        return READ + READ_EMPTY if self.empty_caption else READ
 
     @property
     def network(self) -> DecoderNetwork:
         return DecoderNetwork(self.model)
 
     def init_params(self, key: jax.Array) -> Params:
-        unet, clip = self.model.unet, self.clip.model
-        length = (self.model.text if self.model.text_input == "tokens" else clip.text).context_length
+        unet, width = self.model.unet, self.model.image_emb_dim
+        length = self.model.text_length or (self.clip.model.text.context_length if self.clip else 1)
         text = {
             "tokens": jnp.zeros((1, length), jnp.int32),
-            "clip": jnp.zeros((1, length, clip.text.width)),
+            "label": jnp.zeros((1, length), jnp.int32),
+            "clip": jnp.zeros((1, length, self.model.text_width or 0)),
             None: None,
         }[self.model.text_input]
         return self.network.init(
             key,
             jnp.zeros((1, unet.image_size, unet.image_size, unet.in_channels)),
             jnp.zeros(1, jnp.int32),
-            jnp.zeros((1, clip.embed_dim)),
-            jnp.zeros((1, clip.embed_dim)),
+            width and jnp.zeros((1, width)),
+            jnp.zeros((1, self.clip.model.embed_dim)) if self.clip else None,
             text,
             jnp.ones((1, length), bool),
-            drop_image=jnp.zeros(1, bool),
-            drop_text=jnp.zeros(1, bool),
         )["params"]
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
-        """Adds image_emb, and what CLIP says of the caption where the decoder reads it."""
-        added: Batch = {}
-        if "image_emb" not in batch:
-            added["image_emb"] = self.clip.encode_image(frozen["clip"], batch["image"])
-        if self.model.text_input == "clip" and not ("text_emb" in batch and "text_seq" in batch):
-            added |= self.clip.read(frozen["clip"], batch)
-        return {**added, **batch}
+        """Adds image_emb, and what CLIP says of the caption where the decoder reads it, unless precomputed."""
+        if self.clip is None:
+            return batch
+        image = () if self.model.image_emb_dim is None else ("image_emb",)
+        return self.clip.complete(frozen.get("clip"), batch, image + self._read)
 
-    def example(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
+    def read(self, clip: Variables | None, batch: Batch) -> Batch:
+        """As ``prepare``, of the captions alone; ``clip`` may be None where CLIP has nothing to say."""
+        return batch if self.clip is None else self.clip.complete(clip, batch, self._read)
+
+    def example(self, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
         image = images.resize(images.to_float(batch["image"]), self.model.unet.image_size)
-        return image, self.condition(batch)
+        condition = self.condition(batch)
+        if self.inpaint:
+            seen = images.visible_region(rng.stream(key, "known"), image.shape[0], image.shape[1])
+            condition = {**condition, "known": image, "known_mask": seen}
+        return image, condition
 
     def condition(self, batch: Batch) -> Condition:
-        """Returns the condition of a batch that has image_emb and its captions."""
-        condition = {"image_emb": batch["image_emb"]}
-        if self.model.text_input == "tokens":
+        """Returns the condition of a batch that has image_emb, its captions read, or both: what the decoder is told."""
+        condition = {} if self.model.image_emb_dim is None else {"image_emb": batch["image_emb"]}
+        if self.model.text_input in ("tokens", "label"):
             condition |= {"text": batch["tokens"], "mask": batch["mask"]}
         elif self.model.text_input == "clip":
             condition |= {"text": batch["text_seq"], "mask": batch["mask"], "text_emb": batch["text_emb"]}
+        if self.empty_caption:
+            parts = {"null_text": "null_text_seq", "null_mask": "null_mask", "null_text_emb": "null_text_emb"}
+            condition |= {ours: batch[theirs] for ours, theirs in parts.items()}
         return condition
 
     def sample_shape(self, condition: Condition) -> tuple[int, ...]:
         unet = self.model.unet
-        return (unet.image_size, unet.image_size, unet.in_channels)
+        return (unet.image_size, unet.image_size, self.channels)
 
     def bind(self, params: Params, condition: Condition, drops: Drops, dropout_key: jax.Array | None) -> Denoiser:
         variables, train = {"params": params}, dropout_key is not None
+        drop_text = drops.get("text")
+        if self.empty_caption:  # the empty caption speaks in place of an absent one, so none is absent
+            condition, drop_text = {**condition, **without_captions(condition, drop_text)}, None
         told = self.network.apply(
             variables,
-            condition["image_emb"],
+            condition.get("image_emb"),
             condition.get("text_emb"),
             condition.get("text"),
             condition.get("mask"),
-            drop_image=drops["image"],
-            drop_text=drops.get("text"),
+            drop_image=drops.get("image"),
+            drop_text=drop_text,
             method=DecoderNetwork.encode_condition,
         )
         rngs = {"dropout": dropout_key} if train else None
-        return lambda x_t, t: self.network.apply(
-            variables, x_t, t, told, train=train, rngs=rngs, method=DecoderNetwork.denoise
-        )
+
+        def denoiser(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            x = images.beside_known(x_t, condition) if self.inpaint else x_t
+            return self.network.apply(variables, x, t, told, train=train, rngs=rngs, method=DecoderNetwork.denoise)
+
+        return denoiser

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dalle2_jax import diffusion, rng
-from dalle2_jax.diffusion import Course, NoiseMoments, Objective, SamplerConfig, Schedule
+from dalle2_jax.diffusion import Course, LossHistory, NoiseMoments, Objective, SamplerConfig, Schedule
 from dalle2_jax.diffusion.timesteps import SAMPLERS as TIMESTEP_SAMPLERS
 from dalle2_jax.diffusion.variance import LEARNED
 from dalle2_jax.stages.base import Outputs, Variables
@@ -122,8 +122,11 @@ class DiffusionStage:
         """Returns the network's fresh parameters."""
         raise NotImplementedError
 
-    def example(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
-        """Returns x_0 float32[B, ...] of a prepared batch, and the condition it is drawn from."""
+    def example(self, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
+        """Returns x_0 float32[B, ...] of a prepared batch, and the condition it is drawn from.
+
+        ``stats`` are the stage's, of which some say how x_0 lies in the batch's space.
+        """
         raise NotImplementedError
 
     def sample_shape(self, condition: Condition) -> tuple[int, ...]:
@@ -142,10 +145,16 @@ class DiffusionStage:
         return self.diffusion.make_schedule()
 
     def init(self, key: jax.Array) -> Variables:
-        """Returns fresh variables; the statistics are the losses by which timesteps are drawn, if they are."""
-        importance = self.diffusion.timesteps == "loss_second_moment"
-        stats = diffusion.empty_history(self.diffusion.num_steps)._asdict() if importance else {}
-        return Variables(self.init_params(key), stats)
+        """Returns fresh variables."""
+        return Variables(self.init_params(key), self.init_stats())
+
+    def init_stats(self) -> Params:
+        """Returns the first statistics: the losses by which timesteps are drawn, if they are."""
+        return diffusion.empty_history(self.diffusion.num_steps)._asdict() if self._importance else {}
+
+    @property
+    def _importance(self) -> bool:
+        return self.diffusion.timesteps == "loss_second_moment"
 
     def check_sampling(self, config: SamplingConfig) -> None:
         """Raises UserError where this stage cannot be sampled so: steps, moments or scales that it does not have."""
@@ -172,18 +181,18 @@ class DiffusionStage:
 
     def loss(self, params: Params, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Outputs]:
         """The objective's mean over the batch, parts of the condition dropped at their rates."""
-        x_0, condition = self.example(rng.stream(key, "example"), batch)
+        x_0, condition = self.example(stats, rng.stream(key, "example"), batch)
         drops = {
             name: jax.random.bernoulli(rng.stream(key, f"drop_{name}"), rate, x_0.shape[:1])
             for name, rate in self.drop_rates.items()
         }
         denoiser = self.bind(params, condition, drops, rng.stream(key, "dropout"))
         config, noise_key = self.diffusion, rng.stream(key, "noise")
-        history = diffusion.LossHistory(**stats) if stats else None
+        history = LossHistory(*(stats[name] for name in LossHistory._fields)) if self._importance else None
         t, weights = diffusion.draw(rng.stream(noise_key, "t"), x_0.shape[0], config.num_steps, history)
         losses, metrics = diffusion.training_loss(self.schedule, config, denoiser, x_0, t, noise_key)
         if history:
-            stats = diffusion.record(history, t, jax.lax.stop_gradient(losses))._asdict()
+            stats = {**stats, **diffusion.record(history, t, jax.lax.stop_gradient(losses))._asdict()}
         return (losses * weights).mean(), Outputs(metrics, stats)
 
     def sample(
@@ -225,6 +234,42 @@ class DiffusionStage:
             moments=self.moments,
             **around,
         )
+
+    def invert(
+        self,
+        params: Params,
+        x_0: Float[Array, "B *shape"],
+        condition: Condition,
+        steps: int | str,
+        skip_last: bool = True,
+        absent: Drops | None = None,
+    ) -> Float[Array, "B *shape"]:
+        """Returns the x_T from which ``sample`` by DDIM, without guidance, draws x_0 (``diffusion.invert``)."""
+        denoiser = self.bind(params, condition, self._drops(condition, absent or {}), None)
+        prediction, variance = self.diffusion.prediction, self.diffusion.variance
+        return diffusion.invert(
+            self.schedule, steps, prediction, denoiser, x_0, variance_type=variance, skip_last=skip_last
+        )
+
+    def draw(
+        self,
+        variables: Variables,
+        keys: Key[Array, "B"],
+        condition: Condition,
+        config: SamplingConfig,
+        scalars: Mapping[str, Any],
+        absent: Bool[Array, "B"] | None = None,
+        **around: Any,
+    ) -> Float[Array, "B *shape"]:
+        """As ``sample``, in the cascade's words for any stage.
+
+        Args:
+          variables: the averaged weights, and the statistics beside them.
+          scalars: those of ``config.split``; none stands for the config's own.
+          absent: which pictures go without a caption; of no matter to a stage that reads none.
+        """
+        drops = {"text": absent} if absent is not None and "text" in self.drop_rates else None
+        return self.sample(variables.params, keys, condition, config, **scalars, absent=drops, **around)
 
     def _guided(
         self,
@@ -284,5 +329,7 @@ class DiffusionStage:
 
     def _drops(self, condition: Condition, absent: Drops) -> Drops:
         """What each example goes without: ``absent``, where it says so of a part."""
+        if not self.drop_rates:
+            return {}
         batch = jax.tree.leaves(condition)[0].shape[0]
         return {name: absent.get(name, jnp.zeros(batch, bool)) for name in self.drop_rates}

@@ -1,8 +1,16 @@
-"""Pictures on their way into a stage: uint8 to [-1, 1], resizing, blur, crops. All on the device."""
+"""Pictures on their way into a stage: uint8 to [-1, 1], resizing, blur, crops, holes. All on the device."""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from dalle2_jax import rng
+from dalle2_jax.types import UserError
+
+UNKNOWN_RATE = 0.15
+"""Share of an inpainting network's training pictures of which nothing is known, so that it still draws from nothing."""
 
 
 def to_float(image: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -47,3 +55,48 @@ def crop(
 def random_corners(key: Key[Array, ""], batch: int, side: int, crop_side: int, grid: int) -> Int[Array, "B 2"]:
     """Draws crop corners on a grid, so that a low-resolution pixel is never cut in two."""
     return grid * jax.random.randint(key, (batch, 2), 0, (side - crop_side) // grid + 1)
+
+
+def picture_channels(in_channels: int, inpaint: bool, beside: int = 0) -> int:
+    """Returns the channels of one picture, of a network that reads ``beside`` others at its side.
+
+    An inpainting network reads one more, and a mask.
+
+    Raises:
+      UserError: the channels do not divide so.
+    """
+    pictures = 1 + beside + inpaint
+    channels, left = divmod(in_channels - inpaint, pictures)
+    if left or not channels:
+        mask = " and a mask" if inpaint else ""
+        raise UserError(f"in_channels {in_channels} is not {pictures} pictures of the same channels{mask}")
+    return channels
+
+
+def visible_region(key: Key[Array, ""], batch: int, side: int) -> Bool[Array, "B S S 1"]:
+    """Draws what is known of training pictures: all but a box anywhere; nothing of ``UNKNOWN_RATE`` of them.
+
+    Nichol et al. 2021 (GLIDE), section 3.2, erases random regions and does not say of which form.
+    """
+    sides = jax.random.randint(rng.stream(key, "sides"), (batch, 2), 1, side + 1)
+    start = jax.random.uniform(rng.stream(key, "start"), (batch, 2))
+    first = jnp.floor(start * (side - sides + 1).astype(jnp.float32)).astype(jnp.int32)
+    place = jnp.arange(side, dtype=jnp.int32)[None, None]
+    within = (place >= first[:, :, None]) & (place < (first + sides)[:, :, None])  # [B, rows or columns, S]
+    erased = within[:, 0, :, None] & within[:, 1, None, :]
+    nothing = jax.random.bernoulli(rng.stream(key, "nothing"), UNKNOWN_RATE, (batch, 1, 1))
+    return ~(erased | nothing)[..., None]
+
+
+def beside_known(
+    x_t: Float[Array, "B H W C"], condition: Mapping[str, jax.Array]
+) -> Float[Array, "B H W D"]:
+    """Returns [x_t, known picture, mask] along the channels, as GLIDE's inpainting networks read them.
+
+    The condition's "known" is the picture float32[B, H, W, C] in [-1, 1] and its "known_mask", bool[B, H, W, 1],
+    true where it is known. Without them nothing is.
+    """
+    if "known" not in condition:
+        return jnp.concatenate([x_t, jnp.zeros_like(x_t), jnp.zeros_like(x_t[..., :1])], axis=-1)
+    mask = condition["known_mask"].astype(x_t.dtype)
+    return jnp.concatenate([x_t, condition["known"] * mask, mask], axis=-1)

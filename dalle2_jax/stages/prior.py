@@ -2,31 +2,46 @@
 
 The image embedding itself is diffused, in the contract's space, and the network predicts the
 un-noised embedding directly under a plain mean squared error. The text is dropped for 10 % of
-the examples.
+the examples: learned embeddings take its place, or, without ``model.learned_null``, what CLIP says
+of the empty caption (Karlo).
+
+With ``whiten`` what is diffused has mean 0 and deviation 1 in each dimension (Karlo, Kandinsky),
+
+    x_0 = (z_i - mean) / std,        z_i = mean + std x_0                                       (1)
+
+mean and deviation of the training embeddings being statistics of the stage: estimated once, by
+``calibrate``, before the first step, or imported with the weights.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Key
 
 from dalle2_jax.models.prior import PriorConfig, PriorNetwork
 from dalle2_jax.stages.base import Variables
-from dalle2_jax.stages.clip import ClipStage
+from dalle2_jax.stages.clip import READ, READ_EMPTY, ClipStage, empty_captions, without_captions
 from dalle2_jax.stages.diffusion import Condition, DiffusionStage, Drops, SamplingConfig
 from dalle2_jax.types import Batch, Denoiser, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class PriorStage(DiffusionStage):
-    """Diffuses image embeddings, conditioned on the caption and its CLIP text embedding."""
+    """Diffuses image embeddings, conditioned on the caption and its CLIP text embedding.
+
+    ``calibration_examples`` training pictures, rounded up to whole batches, decide what is white.
+    """
 
     model: PriorConfig
     clip: ClipStage
     drop_text: float = 0.1
+    whiten: bool = False
+    calibration_examples: int = 65_536
 
     def __post_init__(self) -> None:
         if self.diffusion.loss != "mse":  # a learned variance has another loss
@@ -34,6 +49,8 @@ class PriorStage(DiffusionStage):
                 f"loss {self.diffusion.loss!r} bounds the likelihood of pictures, and the prior draws embeddings, "
                 "without a variance: use loss 'mse' and variance 'fixed_small'"
             )
+        if self.calibration_examples < 2:
+            raise UserError(f"calibration_examples {self.calibration_examples} must be at least 2")
 
     candidates: ClassVar[int] = 2  # embeddings drawn for each picture, the closest to the caption kept
 
@@ -49,31 +66,85 @@ class PriorStage(DiffusionStage):
     def network(self) -> PriorNetwork:
         return PriorNetwork(self.model)
 
+    @property
+    def _read(self) -> tuple[str, ...]:
+        """What the prior is told of CLIP's reading."""
+        return (READ if self._reads_states else ("text_emb",)) + (() if self.model.learned_null else READ_EMPTY)
+
+    @property
+    def _reads_states(self) -> bool:
+        return self.model.text_input == "clip"
+
     def init_params(self, key: jax.Array) -> Params:
         length, dim = self.model.context_length, self.model.embed_dim
-        tokens = self.model.text_input == "tokens"
-        text = jnp.zeros((1, length), jnp.int32) if tokens else jnp.zeros((1, length, self.model.text_width))
-        embedding, mask, drop = jnp.zeros((1, dim)), jnp.ones((1, length), bool), jnp.zeros(1, bool)
-        return self.network.init(key, embedding, jnp.zeros(1, jnp.int32), embedding, text, mask, drop)["params"]
+        shape = (1, length, self.model.text_width) if self._reads_states else (1, length)
+        text = jnp.zeros(shape, jnp.float32 if self._reads_states else jnp.int32)
+        embedding, mask = jnp.zeros((1, dim)), jnp.ones((1, length), bool)
+        return self.network.init(key, embedding, jnp.zeros(1, jnp.int32), embedding, text, mask)["params"]
+
+    def init_stats(self) -> Params:
+        """Returns the first statistics; with ``whiten``, zeros where ``calibrate``'s mean and std belong."""
+        white = {name: jnp.zeros(self.model.embed_dim) for name in ("mean", "std")} if self.whiten else {}
+        return {**super().init_stats(), **white}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether mean and std have to be measured."""
+        return self.whiten
+
+    def calibrate(self, frozen: Mapping[str, Variables], batches: Iterator[Batch]) -> Params:
+        """Returns the statistics, mean and std measured on training batches. UserError if CLIP's embeddings are unfit.
+
+        Sums are in float64, of embeddings less the first, so that nothing is lost where the mean is large.
+        """
+        embed = jax.jit(lambda frozen, batch: self.prepare(frozen, batch)["image_emb"])
+        first, seen = None, 0
+        total = squares = np.zeros(self.model.embed_dim)
+        while seen < self.calibration_examples:
+            rows = multihost_utils.process_allgather(embed(frozen, next(batches)), tiled=True).astype(np.float64)
+            first = rows[0] if first is None else first
+            total, squares = total + (rows - first).sum(axis=0), squares + np.square(rows - first).sum(axis=0)
+            seen += len(rows)
+        variance = squares / seen - np.square(total / seen)
+        if not np.isfinite(variance).all() or variance.min() <= 0:
+            raise UserError(
+                "CLIP's embeddings of the training data are not finite or do not vary in every dimension, "
+                "so they cannot be whitened: train clip again, or use conditioning.whiten False"
+            )
+        white = {"mean": first + total / seen, "std": np.sqrt(variance)}
+        return {**super().init_stats(), **{name: value.astype(np.float32) for name, value in white.items()}}
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
-        """Adds image_emb, text_emb and text_seq, unless they were precomputed."""
-        text = ("text_emb",) if self.model.text_input == "tokens" else ("text_emb", "text_seq")
-        return with_embeddings(self.clip, frozen, batch, text)
+        """Adds image_emb and what CLIP says of the captions, unless they were precomputed."""
+        return self.clip.complete(frozen.get("clip"), batch, ("image_emb", *self._read))
 
-    def example(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
-        return batch["image_emb"], self.condition(batch)
+    def read(self, clip: Variables | None, batch: Batch) -> Batch:
+        """As ``prepare``, of the captions alone."""
+        return self.clip.complete(clip, batch, self._read)
+
+    def example(self, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
+        x_0 = batch["image_emb"]
+        if self.whiten:
+            x_0 = (x_0 - stats["mean"][None]) / stats["std"][None]
+        return x_0, self.condition(batch)
 
     def condition(self, batch: Batch) -> Condition:
         """Returns the condition of a batch whose captions CLIP has read."""
-        text = batch["tokens" if self.model.text_input == "tokens" else "text_seq"]
-        return {"text_emb": batch["text_emb"], "text": text, "mask": batch["mask"]}
+        text = batch["text_seq" if self._reads_states else "tokens"]
+        condition = {"text_emb": batch["text_emb"], "text": text, "mask": batch["mask"]}
+        if not self.model.learned_null:
+            empty = batch["null_text_seq"] if self._reads_states else empty_captions(text, batch["mask"])[0]
+            condition |= {"null_text_emb": batch["null_text_emb"], "null_text": empty, "null_mask": batch["null_mask"]}
+        return condition
 
     def sample_shape(self, condition: Condition) -> tuple[int, ...]:
         return (self.model.embed_dim,)
 
     def bind(self, params: Params, condition: Condition, drops: Drops, dropout_key: jax.Array | None) -> Denoiser:
-        args = condition["text_emb"], condition["text"], condition["mask"], drops["text"]
+        drop = drops["text"]
+        if not self.model.learned_null:
+            condition, drop = without_captions(condition, drop), None
+        args = condition["text_emb"], condition["text"], condition["mask"], drop
         variables = {"params": params}
         if dropout_key is not None:  # training sees the whole sequence; the prior has no dropout
             return lambda x_t, t: self.network.apply(variables, x_t, t, *args)
@@ -87,23 +158,12 @@ class PriorStage(DiffusionStage):
         keys: Key[Array, "B"],
         condition: Condition,
         config: SamplingConfig,
-        scalars: Mapping[str, jax.Array],
-        absent: Bool[Array, "B"],
+        scalars: Mapping[str, Any],
+        absent: Bool[Array, "B"] | None = None,
+        **around: Any,
     ) -> Float[Array, "B E"]:
-        """As ``sample``, in the cascade's words for any prior; ``scalars`` are those of ``config.split``."""
-        return self.sample(variables.params, keys, condition, config, **scalars, absent={"text": absent})
-
-
-def with_embeddings(
-    clip: ClipStage, frozen: Mapping[str, Variables], batch: Batch, text: tuple[str, ...] = ("text_emb",)
-) -> Batch:
-    """Returns the batch with image_emb, text_emb and text_seq added, unless they were precomputed.
-
-    CLIP reads the captions only if one of the parts named in ``text`` is missing.
-    """
-    added: Batch = {}
-    if "image_emb" not in batch:
-        added["image_emb"] = clip.encode_image(frozen["clip"], batch["image"])
-    if any(name not in batch for name in text):
-        added |= clip.read(frozen["clip"], batch)
-    return {**added, **batch}
+        """As the other stages' ``draw``, out of the whitened space."""
+        drawn = super().draw(variables, keys, condition, config, scalars, absent, **around)
+        if not self.whiten:
+            return drawn
+        return variables.stats["mean"][None] + variables.stats["std"][None] * drawn

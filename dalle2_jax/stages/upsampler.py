@@ -1,56 +1,93 @@
 """The upsamplers: from a small picture to a larger one (Ramesh et al. 2022, section 2.1 and App. C).
 
-Unconditional but for the low-resolution picture, which is upsampled, corrupted in training with
-a Gaussian blur, and concatenated to the noised picture. No attention and no caption, so that
-the network trains on quarter-size crops and runs at full size.
+The low-resolution picture is upsampled, corrupted in training with a Gaussian blur, and
+concatenated to the noised picture. The paper's have no attention and no caption, so that the
+network trains on quarter-size crops and runs at full size. Those of GLIDE and ADM are decoders
+besides: they have attention, and are told the caption or the class (Nichol et al. 2021, section
+4.1; Dhariwal & Nichol 2021, section 3).
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dalle2_jax import rng
+from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
 from dalle2_jax.models.unet import UNet, UNetConfig
 from dalle2_jax.stages import images
+from dalle2_jax.stages.base import Variables
 from dalle2_jax.stages.diffusion import Condition, DiffusionStage, Drops
-from dalle2_jax.types import Batch, Denoiser, Params, UserError
+from dalle2_jax.types import Batch, Denoiser, Params, UserError, choose
+
+
+class Networks(NamedTuple):
+    """The parameters that a stage with a ``last_network`` is sampled with, in place of one network's."""
+
+    first: Params
+    last: Params  # for the step at t = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class UpsamplerStage(DiffusionStage):
-    """Diffuses pictures of ``model.image_size`` given ones of ``low_size``.
+    """Diffuses pictures of ``unet.image_size`` given ones of ``low_size``.
 
+    ``model`` is a U-Net, or a decoder's network for an upsampler that is told a caption
+    (``text_input`` "tokens") or a class ("label"), dropped for ``drop_text`` of the examples.
     ``crop_fraction`` is the side of a training crop over the picture's (1/4 in the paper).
     ``blur_sigma`` is the 3x3 Gaussian's; ``blur_rate`` the share of examples it is applied to.
+    ``upscale`` is how the small picture is made larger: "cubic", or "linear" (GLIDE, ADM).
+    ``inpaint``: the network also sees what is known of the large picture (``images.beside_known``).
+    ``last_network``: a second network of the same shape takes the sampling step at t = 0. Karlo's was
+    fine-tuned with a GAN's loss; this objective leaves it as it is, in ``stats["last"]``.
     """
 
-    model: UNetConfig
+    model: UNetConfig | DecoderConfig
     low_size: int
     crop_fraction: float = 0.25
     blur_sigma: float = 0.6
     blur_rate: float = 1.0
+    upscale: str = "cubic"
+    drop_text: float = 0.0
+    inpaint: bool = False
+    last_network: bool = False
 
     def __post_init__(self) -> None:
+        choose("upscale", self.upscale, dict.fromkeys(("cubic", "linear")))
+        if self.is_told and (self.model.image_emb_dim or self.model.text_input not in ("tokens", "label")):
+            raise UserError(f"{self.name}: an upsampler is told tokens or a label, and nothing of CLIP's")
         # The low-resolution picture stands beside the noised one.
-        self.check_channels(self.model.in_channels // 2, self.model.out_channels, "model.out_channels")
-        size, crop = self.model.image_size, self.crop_side
+        channels = images.picture_channels(self.unet.in_channels, self.inpaint, beside=1)
+        self.check_channels(channels, self.unet.out_channels, "model.out_channels")
+        size, crop = self.unet.image_size, self.crop_side
         if size % self.low_size:
             raise UserError(f"{self.name}: image_size {size} is not a multiple of low_size {self.low_size}")
-        if crop % self.model.stride or crop % self.factor:
-            divisors = f"{self.model.stride} and {self.factor}"
+        if crop % self.unet.stride or crop % self.factor:
+            divisors = f"{self.unet.stride} and {self.factor}"
             raise UserError(f"{self.name}: crops of {crop} pixels do not divide by {divisors}")
+
+    @property
+    def is_told(self) -> bool:
+        """Whether it is told more than the small picture."""
+        return isinstance(self.model, DecoderConfig)
+
+    @property
+    def unet(self) -> UNetConfig:
+        """The U-Net, whatever it is told."""
+        return self.model.unet if self.is_told else self.model
 
     @property
     def factor(self) -> int:
         """How many times larger the result is."""
-        return self.model.image_size // self.low_size
+        return self.unet.image_size // self.low_size
 
     @property
     def crop_side(self) -> int:
         """Side of a training crop, in pixels of the result."""
-        return round(self.model.image_size * self.crop_fraction)
+        return round(self.unet.image_size * self.crop_fraction)
 
     @property
     def borrows(self) -> tuple[str, ...]:
@@ -58,42 +95,88 @@ class UpsamplerStage(DiffusionStage):
 
     @property
     def drop_rates(self) -> Mapping[str, float]:
-        return {}
+        return {"text": self.drop_text} if self.is_told else {}
 
     @property
-    def network(self) -> UNet:
-        return UNet(self.model)
+    def network(self) -> UNet | DecoderNetwork:
+        return DecoderNetwork(self.model) if self.is_told else UNet(self.model)
 
     def init_params(self, key: jax.Array) -> Params:
         side = self.crop_side
-        x = jnp.zeros((1, side, side, self.model.in_channels))
-        return self.network.init(key, x, jnp.zeros(1, jnp.int32))["params"]
+        x, t = jnp.zeros((1, side, side, self.unet.in_channels)), jnp.zeros(1, jnp.int32)
+        told = (None, None, *self._nothing(1).values()) if self.is_told else ()
+        return self.network.init(key, x, t, *told)["params"]
 
-    def example(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
-        image = images.resize(images.to_float(batch["image"]), self.model.image_size)
+    def init(self, key: jax.Array) -> Variables:
+        params, stats = super().init(key)
+        if self.last_network:
+            stats = {**stats, "last": self.init_params(rng.stream(key, "last"))}
+        return Variables(params, stats)
+
+    def example(self, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
+        image = images.resize(images.to_float(batch["image"]), self.unet.image_size)
         corner_key, blur_key = rng.stream(key, "corners"), rng.stream(key, "blur")
         corners = images.random_corners(corner_key, image.shape[0], image.shape[1], self.crop_side, self.factor)
         image = images.crop(image, corners, self.crop_side)
         low_res = images.resize(image, self.crop_side // self.factor)
         blurred = jax.random.bernoulli(blur_key, self.blur_rate, (image.shape[0], 1, 1, 1))
         low_res = jnp.where(blurred, images.gaussian_blur(low_res, self.blur_sigma), low_res)
-        return image, self.condition(low_res)
+        condition = self.condition(low_res, batch)
+        if self.inpaint:
+            seen = images.visible_region(rng.stream(key, "known"), image.shape[0], self.crop_side)
+            condition = {**condition, "known": image, "known_mask": seen}
+        return image, condition
 
-    def condition(self, low_res: jax.Array) -> Condition:
-        """Returns the condition of small pictures float32[B, h, w, 3] in [-1, 1]."""
-        batch, height, width, channels = low_res.shape
-        shape = (batch, height * self.factor, width * self.factor, channels)
-        return {"low_res": jax.image.resize(low_res, shape, "cubic")}
+    def condition(self, low_res: jax.Array, batch: Batch | None = None) -> Condition:
+        """Returns the condition of small pictures float32[B, h, w, 3] in [-1, 1].
+
+        An upsampler that is told takes ``tokens`` and ``mask`` from ``batch``; without one it is told nothing.
+        """
+        size, height, width, channels = low_res.shape
+        shape = (size, height * self.factor, width * self.factor, channels)
+        condition = {"low_res": jax.image.resize(low_res, shape, self.upscale)}
+        if not self.is_told:
+            return condition
+        told = self._nothing(size) if batch is None else {"text": batch["tokens"], "mask": batch["mask"]}
+        return {**condition, **told}
+
+    def _nothing(self, size: int) -> Condition:
+        """What is told where nothing is: no position of a caption holds anything."""
+        shape = (size, self.model.text_length)
+        return {"text": jnp.zeros(shape, jnp.int32), "mask": jnp.zeros(shape, bool)}
 
     def sample_shape(self, condition: Condition) -> tuple[int, ...]:
         return condition["low_res"].shape[1:]
 
-    def bind(self, params: Params, condition: Condition, drops: Drops, dropout_key: jax.Array | None) -> Denoiser:
-        variables, train = {"params": params}, dropout_key is not None
-        rngs = {"dropout": dropout_key} if train else None
+    def draw(self, variables: Variables, *args: Any, **around: Any) -> jax.Array:
+        """As every diffusion stage does, the last network at t = 0 where there is one."""
+        if self.last_network:
+            variables = Variables(Networks(variables.params, variables.stats["last"]), {})
+        return super().draw(variables, *args, **around)
+
+    def bind(
+        self, params: Params | Networks, condition: Condition, drops: Drops, dropout_key: jax.Array | None
+    ) -> Denoiser:
+        if isinstance(params, Networks):
+            first, last = (self.bind(each, condition, drops, dropout_key) for each in params)
+            # A batch is sampled at one timestep.
+            return lambda x_t, t: jax.lax.cond(t[0] == 0, last, first, x_t, t)
+        call = self._network_told(params, condition, drops, dropout_key)
 
         def denoiser(x_t: jax.Array, t: jax.Array) -> jax.Array:
-            x = jnp.concatenate([x_t, condition["low_res"]], axis=-1)
-            return self.network.apply(variables, x, t, train=train, rngs=rngs)
+            x = images.beside_known(x_t, condition) if self.inpaint else x_t
+            return call(jnp.concatenate([x, condition["low_res"]], axis=-1), t)
 
         return denoiser
+
+    def _network_told(
+        self, params: Params, condition: Condition, drops: Drops, dropout_key: jax.Array | None
+    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """Returns the network of all its input channels and t, told the caption or class if it is told any."""
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        apply = functools.partial(self.network.apply, {"params": params})
+        if not self.is_told:
+            return functools.partial(apply, train=rngs is not None, rngs=rngs)
+        text, mask = condition["text"], condition["mask"]
+        told = apply(None, None, text, mask, drop_text=drops["text"], method=DecoderNetwork.encode_condition)
+        return lambda x, t: apply(x, t, told, train=rngs is not None, rngs=rngs, method=DecoderNetwork.denoise)

@@ -2,15 +2,37 @@
 
 from pathlib import Path
 
+from dalle2_jax.text import byte_pair as _byte_pair
+from dalle2_jax.text import labels as _labels
 from dalle2_jax.text import sentencepiece as _sentencepiece
+from dalle2_jax.text.byte_pair import ClipTokenizer, GlideTokenizer, clip_tokenizer, glide_tokenizer
+from dalle2_jax.text.folder import read_clip_tokenizer, write_clip_tokenizer
+from dalle2_jax.text.labels import LabelTokenizer
 from dalle2_jax.text.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from dalle2_jax.text.storage import read_description
 from dalle2_jax.text.tokenizer import Tokenizer
 from dalle2_jax.types import UserError
 
-__all__ = ["SentencePieceTokenizer", "Tokenizer", "load_tokenizer", "train_sentencepiece"]
+__all__ = [
+    "ClipTokenizer",
+    "GlideTokenizer",
+    "LabelTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "clip_tokenizer",
+    "glide_tokenizer",
+    "load_tokenizer",
+    "read_clip_tokenizer",
+    "train_sentencepiece",
+    "write_clip_tokenizer",
+]
 
-_KINDS = {_sentencepiece.KIND: SentencePieceTokenizer}
+_KINDS = {
+    _sentencepiece.KIND: SentencePieceTokenizer,
+    _byte_pair.CLIP_KIND: ClipTokenizer.from_bytes,
+    _byte_pair.GLIDE_KIND: GlideTokenizer.from_bytes,
+    _labels.KIND: LabelTokenizer.from_bytes,
+}
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

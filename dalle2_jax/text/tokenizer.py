@@ -22,7 +22,8 @@ class Tokenizer(Protocol):
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
         """Returns tokens int32[B, L] and mask bool[B, L], true on begin, text and end tokens.
 
-        A caption too long for L is cut, and its last token is still the end token; "" is begin, end.
+        A caption too long for L is cut, and its last token is still the end token; "" is begin, end. Tokenizers
+        of networks that know no such frame (GLIDE's, class labels) have text alone, and true on it alone.
         """
 
     def truncated(self, captions: Sequence[str], context_length: int) -> list[int]:

@@ -113,7 +113,7 @@ def calibrated(job: Job) -> Params | None:
 
     The stream stays where it is.
     """
-    if job.start.stats is not None or not isinstance(job.stage, Calibrates):
+    if job.start.stats is not None or not (isinstance(job.stage, Calibrates) and job.stage.calibrates):
         return job.start.stats
     start = job.stream.get_state()
     with metrics_lib.progress(f"{job.stage.name}: calibrating", "batch") as bar:

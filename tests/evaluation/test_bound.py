@@ -26,7 +26,7 @@ class Known(DiffusionStage):
     borrows = ()
     drop_rates = {}
 
-    def example(self, key, batch):
+    def example(self, stats, key, batch):
         image = images.to_float(batch["image"])
         return image, {"untold": jnp.zeros(len(image))}
 

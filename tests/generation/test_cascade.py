@@ -235,7 +235,7 @@ def test_empty_prompt_reaches_the_decoder(members):
 
     def drawn(captions, absent):
         batch = {**caption_batch(captions), "image_emb": emb}
-        arguments = decoder.stage, program, decoder.variables.params, clip.variables, keys, batch, jnp.asarray(absent)
+        arguments = decoder.stage, program, decoder.variables, clip.variables, keys, batch, jnp.asarray(absent)
         return programs.draw_picture(*arguments, jax.tree.map(jnp.float32, scalars))
 
     one, other = drawn(["one caption", "x"], [True, False]), drawn(["another", "x"], [True, False])

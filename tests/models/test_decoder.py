@@ -30,6 +30,7 @@ CONFIGS = {
     "glide": DecoderConfig(UNET, None, text_input="tokens", text=replace(TEXT, width=6)),
     "karlo": replace(IMAGE, text_input="clip", text_width=9, text_emb_proj=True),
     "image alone": IMAGE,
+    "adm": DecoderConfig(replace(UNET, context_dim=None), None, text_input="label", num_classes=3),
 }
 T = jnp.array([3, 900], jnp.int32)
 MASK = jnp.array([[True, True, True, False, False], [True, True, True, True, True]])
@@ -45,6 +46,8 @@ def told(config):
         return image_emb, None, None, None
     if config.text_input == "clip":
         return image_emb, normal(2, 2, 7), normal(3, 2, 5, 9), MASK
+    if config.text_input == "label":
+        return image_emb, None, jnp.array([[2], [0]], jnp.int32), jnp.ones((2, 1), bool)
     return image_emb, None, jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], jnp.int32), MASK
 
 
@@ -67,9 +70,9 @@ def rows_equal(a, b, row):
 def test_condition_shapes(decoder):
     config = decoder[0]
     condition = encode(decoder, *told(config))
-    tokens = (4 if config.image_emb_dim else 0) + (5 if config.text_input else 0)
+    tokens = (4 if config.image_emb_dim else 0) + (5 if config.text_input in ("tokens", "clip") else 0)
     assert condition.emb.shape == (2, 32)
-    assert condition.context.shape == (2, tokens, 6)
+    assert condition.context.shape == (2, tokens, 6) if tokens else condition.context is None
     if config.text_input == "clip":
         np.testing.assert_array_equal(condition.mask, np.concatenate([np.ones((2, 4), bool), MASK], axis=1))
     else:
@@ -98,13 +101,14 @@ def denoised(decoder, *args):
     return jitted(DecoderNetwork(config), "denoise")(params, X, T, encode(decoder, *args))
 
 
-@pytest.mark.parametrize("decoder", ["paper", "glide", "karlo"], indirect=True)
+@pytest.mark.parametrize("decoder", ["paper", "glide", "karlo", "adm"], indirect=True)
 def test_dropped_text_is_forgotten(decoder):
     config = decoder[0]
     image_emb, text_emb, text, mask = told(config)
     other_emb = None if text_emb is None else text_emb + 1
     dropped = denoised(decoder, image_emb, text_emb, text, mask, NO, FIRST)
-    other = denoised(decoder, image_emb, other_emb, jnp.flip(text, axis=1), ~mask, NO, FIRST)
+    other_text = 1 - text // 2 if config.text_input == "label" else jnp.flip(text, axis=1)
+    other = denoised(decoder, image_emb, other_emb, other_text, ~mask, NO, FIRST)
     same(dropped[0], other[0])
     differ(dropped[1], other[1])
     kept = denoised(decoder, image_emb, text_emb, text, mask)
@@ -120,6 +124,17 @@ def test_padding_is_not_read(decoder):
     image_emb, text_emb, text, mask = told(config)
     out = denoised(decoder, image_emb, text_emb, text, mask)
     same(out, denoised(decoder, image_emb, text_emb, text.at[0, 3:].set(9), mask))
+
+
+@pytest.mark.parametrize("decoder", ["adm"], indirect=True)
+def test_a_class_is_its_embedding_and_no_class_their_mean(decoder):
+    config, params = decoder
+    text = told(config)[2]
+    table = params["params"]["label_embedding"]["embedding"]
+    same(encode(decoder, None, None, text, None).emb, table[text[:, 0]])
+    mean = table.mean(axis=0)
+    close(encode(decoder, None, None, text, jnp.array([[False], [True]])).emb, jnp.stack([mean, table[0]]))
+    close(encode(decoder, None, None, text, None, NO, FIRST).emb, jnp.stack([mean, table[0]]))
 
 
 def test_bfloat16_returns_float32():
@@ -138,6 +153,8 @@ def test_bad_config():
         ({"text_input": "tokens"}, "text encoder"),
         ({"text_width": 9}, "text_width"),
         ({"text_emb_proj": True}, "text_emb_proj"),
+        ({"num_classes": 3}, "num_classes"),
+        ({"text_input": "label"}, "num_classes"),
         ({"image_tokens": 0}, "context_dim"),
     ):
         with pytest.raises(UserError, match=message):

@@ -51,10 +51,6 @@ UNETS = {
         UNetConfig(256, 6, 3, 320, LADDER_64, 3, (), scale_shift=False, middle_attention=False),
         691_579_523,
     ),
-    # class-conditional: less the class table, 1000 x 4 channels, which enters through ``emb``
-    "adm_64": (UNetConfig(64, 3, 6, 192, LADDER_64, 3, SIDES), 295_904_454 - 1000 * 768),
-    "adm_256": (UNetConfig(256, 3, 6, 256, LADDER_256, 2, SIDES), 553_838_086 - 1000 * 1024),
-    "adm_upsampler": (UNetConfig(256, 6, 6, 192, LADDER_256, 2, SIDES, num_heads=4), 311_795_910 - 1000 * 768),
 }
 
 
@@ -64,11 +60,26 @@ def test_unet(name):
     assert count(UNet(config), *pictures(config)) == published
 
 
+ADMS = {
+    "64": (UNetConfig(64, 3, 6, 192, LADDER_64, 3, SIDES), 295_904_454),
+    "256": (UNetConfig(256, 3, 6, 256, LADDER_256, 2, SIDES), 553_838_086),
+    "upsampler": (UNetConfig(256, 6, 6, 192, LADDER_256, 2, SIDES, num_heads=4), 311_795_910),
+}
+
+
+@pytest.mark.parametrize("name", ADMS)
+def test_adm(name):
+    unet, published = ADMS[name]
+    config = DecoderConfig(unet, None, text_input="label", num_classes=1000)
+    assert count(DecoderNetwork(config), *pictures(unet), None, None, jnp.zeros((1, 1), jnp.int32)) == published
+
+
 GLIDE_TEXT = TextConfig(50257, 128, 512, 16, 8, "gelu")
 GLIDES = {
     "base": (UNetConfig(64, 3, 6, 192, LADDER_64, 3, SIDES, context_dim=512), 385_030_726),
     "base_inpaint": (UNetConfig(64, 7, 6, 192, LADDER_64, 3, SIDES, context_dim=512), 385_037_638),
     "upsample": (UNetConfig(256, 6, 6, 192, LADDER_256, 2, SIDES, context_dim=512), 398_361_286),
+    "upsample_inpaint": (UNetConfig(256, 10, 6, 192, LADDER_256, 2, SIDES, context_dim=512), 398_368_198),
 }
 
 

@@ -29,7 +29,7 @@ class Probe(DiffusionStage):
     def init_params(self, key):
         return {"kernel": 1 + 0.1 * jax.random.normal(key, (2, 1))}
 
-    def example(self, key, batch):
+    def example(self, stats, key, batch):
         return batch["x"], {"image": batch["image"], "text": batch["text"]}
 
     def sample_shape(self, condition):

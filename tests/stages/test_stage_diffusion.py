@@ -71,7 +71,7 @@ def test_prepare_adds_what_is_missing_and_overwrites_nothing(stage):
 def test_precomputed_embeddings_are_what_is_learned(kind):
     stage, ready = testing.tiny_stage(kind), embeddings()
     batch = stage.prepare(testing.tiny_frozen(stage), testing.tiny_batch(SIZE) | ready)
-    x_0, condition = stage.example(rng.root(0), batch)
+    x_0, condition = stage.example({}, rng.root(0), batch)
     np.testing.assert_array_equal(x_0 if kind == "prior" else condition["image_emb"], ready["image_emb"])
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.stages import images
+from dalle2_jax.types import UserError
 
 
 def picture(seed=0, side=8, count=2):
@@ -67,3 +68,29 @@ def test_corners_cover_the_grid_evenly():
         assert abs(counts - 800).max() < 4 * 800**0.5
     assert abs(np.corrcoef(corners.T)[0, 1]) < 4 / 4000**0.5
     assert not images.random_corners(jax.random.key(0), 9, side=8, crop_side=8, grid=2).any()
+
+
+def test_what_is_known_is_all_but_a_box_or_nothing():
+    seen = np.asarray(images.visible_region(jax.random.key(0), 4000, side=6))
+    assert seen.shape == (4000, 6, 6, 1) and seen.dtype == bool
+    erased = ~seen[..., 0]
+    rows, columns = erased.any(axis=2), erased.any(axis=1)
+    np.testing.assert_array_equal(erased, rows[:, :, None] & columns[:, None, :])  # a box,
+    for line in (rows, columns):  # in one piece
+        starts = np.diff(line.astype(int), axis=1, prepend=0) == 1
+        assert (starts.sum(axis=1) == 1).all()
+    whole = erased.all(axis=(1, 2))
+    share = images.UNKNOWN_RATE + (1 - images.UNKNOWN_RATE) / 36  # or by chance
+    assert abs(whole.mean() - share) < 4 * (share / 4000) ** 0.5
+    drawn = erased[~whole]
+    for flipped in (drawn[:, ::-1], drawn[:, :, ::-1], drawn.transpose(0, 2, 1)):  # anywhere, of any form
+        assert abs(flipped.mean(axis=0) - drawn.mean(axis=0)).max() < 0.05
+    assert set(rows[~whole].sum(axis=1)) == set(range(1, 7))
+
+
+def test_pictures_and_masks_among_the_channels():
+    assert images.picture_channels(3, inpaint=False) == images.picture_channels(7, inpaint=True) == 3
+    assert images.picture_channels(6, False, beside=1) == images.picture_channels(10, True, beside=1) == 3
+    for channels, inpaint, beside in ((8, True, 0), (5, False, 1), (1, True, 0), (0, False, 0)):
+        with pytest.raises(UserError, match=f"in_channels {channels} is not"):
+            images.picture_channels(channels, inpaint, beside)

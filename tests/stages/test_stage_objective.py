@@ -89,7 +89,7 @@ def test_stages_of_pictures_learn_their_variance(kind):
     assert jax.tree.structure(grads) == jax.tree.structure(variables.params)
 
     def draw(params, frozen, batch):
-        _, told = stage.example(rng.root(0), stage.prepare(frozen, batch))
+        _, told = stage.example({}, rng.root(0), stage.prepare(frozen, batch))
         return stage.sample(params, keys(2), told, stage.sampling)
 
     assert jax.eval_shape(draw, variables.params, *arguments[2:]).shape == (2, 8, 8, 3)

@@ -24,7 +24,7 @@ def ramp(count, side=32):
 
 
 def example(stage, batch, seed=0, **fields):
-    return jax.jit(dataclasses.replace(stage, **fields).example)(rng.root(seed), batch)
+    return jax.jit(dataclasses.replace(stage, **fields).example)({}, rng.root(seed), batch)
 
 
 @pytest.mark.parametrize("blur_rate", [0.0, 1.0])

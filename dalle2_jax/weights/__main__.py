@@ -1,0 +1,236 @@
+"""``python -m dalle2_jax.weights``: public checkpoints in, and out again."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import ml_dtypes
+import numpy as np
+import tqdm
+
+from dalle2_jax import build, entry, text
+from dalle2_jax.generation import Member
+from dalle2_jax.networks import borrows_clip, reads_text
+from dalle2_jax.stages import ClipStage, EmbeddingContract
+from dalle2_jax.stages.base import fingerprint
+from dalle2_jax.training.sharding import MeshConfig, make_mesh
+from dalle2_jax.types import UserError
+from dalle2_jax.weights import families
+from dalle2_jax.weights.clip import export_hf, export_open_clip, export_openai
+from dalle2_jax.weights.component import Component, merged
+from dalle2_jax.weights.karlo_export import Trained, export_diffusers
+from dalle2_jax.weights.landing import Trees, read, shapes_of, staging, stored_config, write_files, write_stage
+from dalle2_jax.workdir import StageFolder
+
+EXAMPLE = "python -m dalle2_jax.weights import auto karlo-v1-alpha runs/karlo"
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the command line's parser."""
+    parser = entry.parser("python -m dalle2_jax.weights", "Public checkpoints in and out.", EXAMPLE)
+    commands = parser.add_subparsers(dest="command", required=True)
+    kinds = ("auto", *families.KINDS)
+    command = commands.add_parser("import", help="makes a system, or stages of one, of public checkpoints")
+    command.add_argument("kind", choices=kinds, help="what the sources are; auto finds out")
+    command.add_argument("source", nargs="+", type=Path, help="files and folders; of parts that come twice, the first")
+    command.add_argument("system", type=Path, help="the system's folder, as in runs/karlo")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 halves the disk")
+    tokenizer = "folder of the tokenizer, where the source brings none"
+    command.add_argument("--tokenizer", type=Path, help=tokenizer)
+    command = commands.add_parser("inspect", help="says what a file or folder is, and what it can join")
+    command.add_argument("source", nargs="+", type=Path, help="files and folders")
+    command.add_argument("--kind", choices=kinds, default="auto", help="what they are (default: find out)")
+    command = commands.add_parser("export", help="writes a system, or its CLIP, for other programs")
+    command.add_argument("format", choices=EXPORTS, help="diffusers: UnCLIPPipeline; or CLIP alone, in one of its forms")
+    command.add_argument("system", type=Path, help="the system's folder")
+    command.add_argument("folder", type=Path, help="folder to make")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors (default %(default)s)")
+    return parser
+
+
+def find(paths: list[Path], kind: str) -> list[Component]:
+    """Returns what the sources hold; files of nothing known are said on standard error."""
+    found = [families.recognise(path, kind) for path in paths]
+    for path in (path for each in found for path in each.unknown):
+        print(f"warning: {path} is left out: it is none of the families known here", file=sys.stderr)
+    return [component for each in found for component in each.components]
+
+
+# --- inspect --------------------------------------------------------------------------------
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Prints a line on each component."""
+    for component in find(options.source, options.kind):
+        dtypes = sorted({tensor.dtype for tensor in component.tensors.values()})
+        print(f"{component.where}: {component.family}")
+        count = families.parameters(component)
+        print(f"  stage {component.stage}, {count:,} parameters, {', '.join(dtypes)}; {joins(component)}")
+        if component.needs:
+            print(f"  {component.needs} completes it")
+
+
+def joins(component: Component) -> str:
+    """Says which systems a component belongs to: the embedding contract, in words."""
+    width, embedding = families.embedding_width(component), component.config.get("embedding", {})
+    if component.stage == "clip":
+        how = f"{embedding.get('normalisation', 'raw')} x {embedding.get('scale', 1.0)}"
+        return f"makes embeddings of {width} dimensions ({how})"
+    if width is None:
+        return "takes no embedding: it joins any system" if component.stage != "decoder" else "needs no CLIP or prior"
+    return f"joins a CLIP of {width} dimensions"
+
+
+# --- import ---------------------------------------------------------------------------------
+
+
+def import_system(options: argparse.Namespace) -> None:
+    """Writes each stage that the sources hold: all of them, or none."""
+    components = merged(find(options.source, options.kind))
+    names = [name for name in build.STAGES if name in components]
+    with staging(options.system, names) as temporary:
+        clip: ClipStage | None = None
+        for name in names:
+            component, clip_root = components[name], temporary if "clip" in names else options.system
+            component = with_tokenizer(component, options, clip_root)
+            if name != "clip" and clip is None and borrows_clip(stored_config(component)):
+                clip = clip_beside(clip_root, component)
+            stage = build.build_stage(stored_config(component), vocab_size(component), clip)
+            trees = read_stage(stage, component, DTYPES[options.dtype])
+            folder = StageFolder(temporary, name)
+            write_stage(folder, component, trees)
+            if isinstance(stage, ClipStage):
+                clip = stage
+                kind, scale = stage.embedding.normalisation, stage.embedding.scale
+                contract = EmbeddingContract(fingerprint(trees.params), stage.model.embed_dim, kind, scale)
+                folder.write_json("contract.json", dataclasses.asdict(contract))
+            elif borrows_clip(stored_config(component)):
+                folder.write_json("contract.json", StageFolder(clip_root, "clip").read_json("contract.json"))
+            del trees
+    for name in names:
+        print(f"{options.system / name}: {components[name].family}, {families.parameters(components[name]):,} parameters")
+
+
+def with_tokenizer(component: Component, options: argparse.Namespace, clip_root: Path) -> Component:
+    """Returns the component with a tokenizer: its own, the one given, or that of the CLIP beside it."""
+    if component.tokenizer is not None or not reads_text(stored_config(component)):
+        return component
+    if options.tokenizer is not None:
+        given = text.read_clip_tokenizer(options.tokenizer)
+        if component.stage == "clip" and given.vocab_size != vocab_size(component):
+            raise UserError(
+                f"the tokenizer in {options.tokenizer} has {given.vocab_size} tokens, "
+                f"and {component.where} knows {vocab_size(component)}: give the one it was trained with"
+            )
+        return dataclasses.replace(component, tokenizer=given)
+    if component.stage != "clip" and (clip_root / "clip" / "tokenizer").is_dir():
+        return dataclasses.replace(component, tokenizer=text.load_tokenizer(clip_root / "clip" / "tokenizer"))
+    hint = "give --tokenizer FOLDER to draw from captions"
+    print(f"warning: {component.where} brings no tokenizer: {hint}", file=sys.stderr)
+    return component
+
+
+def vocab_size(component: Component) -> int | None:
+    """Returns the size of a component's vocabulary, None where it reads no text."""
+    if component.tokenizer is not None:
+        return component.tokenizer.vocab_size
+    return component.config.get("text", {}).get("vocab_size")
+
+
+def clip_beside(root: Path, component: Component) -> ClipStage:
+    """Returns the CLIP of a system, without its weights. UserError if there is none."""
+    config = StageFolder(root, "clip").read_json("config.json")
+    if config is None:
+        raise UserError(
+            f"{component.where} ({component.family}) needs the CLIP it was trained with: give that too, as in "
+            f"`import auto CLIP {component.where} {root}`, or import it to {root} first"
+        )
+    tokenizer = root / "clip" / "tokenizer"
+    known = text.load_tokenizer(tokenizer).vocab_size if tokenizer.is_dir() else config["text"]["vocab_size"]
+    return build.build_stage(config, known, None)
+
+
+def read_stage(stage: Any, component: Component, dtype: Any) -> Trees:
+    """Returns a component's arrays, a bar showing how many of its tensors were read."""
+    abstract = jax.eval_shape(stage.init, jax.random.key(0))
+    with tqdm.tqdm(total=len(component.tensors), desc=f"reading {component.stage}", unit="tensor", leave=False) as bar:
+
+        def counted(take: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+            def reading() -> np.ndarray:
+                bar.update()
+                return take()
+
+            return reading
+
+        tensors = {key: each._replace(read=counted(each.read)) for key, each in component.tensors.items()}
+        shapes = Trees(shapes_of(abstract.params), shapes_of(abstract.stats))
+        return read(dataclasses.replace(component, tensors=tensors), shapes, dtype)
+
+
+# --- export ---------------------------------------------------------------------------------
+
+
+def trained(root: Path, members: Mapping[str, Member]) -> dict[str, Trained]:
+    """Returns stages as exporters want them."""
+    return {
+        name: Trained(
+            StageFolder(root, name).read_json("config.json"),
+            member.stage.model,
+            Trees(member.variables.params, member.variables.stats),
+            member.tokenizer,
+        )
+        for name, member in members.items()
+    }
+
+
+def _clip_alone(write: Callable[[Path, Trained, Any], None]) -> Callable[[Path, Mapping[str, Trained], Any], None]:
+    return lambda folder, stages, dtype: write(folder, stages["clip"], dtype)
+
+
+EXPORTS = {
+    # format: the stages it takes, none for all, and what writes them
+    "diffusers": ((), export_diffusers),
+    "hf_clip": (
+        ("clip",),
+        _clip_alone(lambda folder, clip, dtype: export_hf(folder, clip.model, clip.trees, clip.tokenizer, dtype)),
+    ),
+    "openai_clip": (
+        ("clip",),
+        _clip_alone(lambda to, clip, dtype: export_openai(to / "clip.safetensors", clip.model, clip.trees, dtype)),
+    ),
+    "open_clip": (
+        ("clip",),
+        _clip_alone(lambda folder, clip, dtype: export_open_clip(folder, clip.model, clip.trees, dtype)),
+    ),
+}
+
+
+def export(options: argparse.Namespace) -> None:
+    """Writes a system for other programs: whole, or not at all."""
+    names, write = EXPORTS[options.format]
+    members = build.load_system(options.system, make_mesh(MeshConfig()), names)
+    stages = trained(options.system, members)
+    write_files(options.folder, lambda folder: write(folder, stages, DTYPES[options.dtype]))
+    print(f"{options.folder}: {', '.join(members)} of {options.system}")
+
+
+COMMANDS = {"import": import_system, "inspect": inspect, "export": export}
+
+
+def main() -> None:
+    """Runs the command line."""
+    options = make_parser().parse_args()
+    entry.enable_compilation_cache()
+    COMMANDS[options.command](options)
+
+
+if __name__ == "__main__":
+    sys.exit(entry.guarded(main))

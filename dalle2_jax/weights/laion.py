@@ -1,0 +1,179 @@
+"""LAION's prior as DALLE2-pytorch names it (its class DiffusionPrior), in all of its generations but one.
+
+A file holds the network under ``net.``, beside it the tables of its noise schedule and sometimes CLIP; a trainer's
+file holds copies of that under ``ema_model.`` and ``online_model.``. What differs between versions of the library:
+
+    before 0.16.0     norms are ``gamma`` and an unused ``beta``; no null embeddings
+    0.23.3 to 1.8.4   norms are ``g``; ``null_text_embed`` stands in for padding
+    1.9 and later     ``null_text_encodings``, ``null_text_embeds``, ``null_image_embed``
+
+In between, every norm divided by its largest element and the position bias counted 1,024 fold: weights of those few
+days are refused. Attention by cosine came with 1.4.3 and left no trace in the names (``models.multi_query``).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dalle2_jax.models.laion_prior import LaionPriorConfig
+from dalle2_jax.types import UserError
+from dalle2_jax.weights.rules import DENSE, Layout, Rule, dense, leading, leaf, merged_heads, one, stacked, under
+from dalle2_jax.weights.tensors import Tensor, within
+
+_PREFIXES = ("ema_model.net.", "net.", "online_model.net.", "")
+_QUERY = "learned_query"
+_LAYERS = "causal_transformer.layers"
+_TIME_TABLE, _TIME_MLP = "to_time_embeds.0.weight", "to_time_embeds.0.1.net"
+
+IGNORED = (
+    r"(.*\.)?noise_scheduler\..*",  # follow from the schedule's name and length
+    r"(.*\.)?clip\..*",  # a stage of its own
+    r".*\.rotary_emb\.freqs",  # constants
+    r".*\.beta",  # zeros that were never trained
+    r"(initted|step|(.*\.)?_dummy)",
+)
+"""Keys that are left out deliberately, as regular expressions; of copies, see ``chosen``."""
+
+
+def chosen(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Returns the network's tensors by their own names and all that is no copy of it: the average before the rest.
+
+    Args:
+      tensors: a file's, by key.
+      where: the file's name, for errors.
+
+    Raises:
+      UserError: there is no such network in it.
+    """
+    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}{_QUERY}" in tensors), None)
+    if prefix is None:
+        raise UserError(f"{where} is no prior of DALLE2-pytorch: it has no net.{_QUERY}")
+    copies = [other for other in _PREFIXES if other and f"{other}{_QUERY}" in tensors]
+    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(tuple(copies))}
+    return {**(rest if prefix else {}), **within(prefix, tensors)}
+
+
+def laion_sizes(tensors: Mapping[str, Tensor], where: str, attention: str | None = None) -> dict[str, Any]:
+    """Reads the network's shape from its tensors: fields of ``LaionPriorConfig``.
+
+    Two things leave no trace. The context length where padding was hidden, which is left to the default. And how
+    weights with ``null_text_embed`` attend: "relaxed", as LAION's published ones, or from 1.4.3 on "cosine".
+
+    Args:
+      tensors: by their own names, see ``chosen``.
+      where: the file's name, for errors.
+      attention: takes the place of that guess.
+
+    Raises:
+      UserError: a tensor is missing that they all have, or they are of the generation that is not read.
+    """
+    first = f"{_LAYERS}.0"
+    layers = sum(key.startswith(_LAYERS) and key.endswith(".0.to_q.weight") for key in tensors)
+    try:
+        width, head_width = tensors[_QUERY].shape[0], tensors[f"{first}.0.null_kv"].shape[1]
+        heads = tensors["causal_transformer.rel_pos_bias.relative_attention_bias.weight"].shape[1]
+        mlp_width = tensors[f"{first}.1.5.weight"].shape[1]
+        time = _TIME_TABLE if _TIME_TABLE in tensors else f"{_TIME_MLP}.2.bias"
+        time_width = tensors[time].shape[-1]
+    except KeyError as error:
+        raise UserError(f"{where} lacks tensor {error.args[0]}: it is cut short or of another family") from None
+    sizes = {"width": width, "layers": layers, "heads": heads, "head_width": head_width, "mlp_width": mlp_width}
+    nulls, context = _nulls(tensors, where)
+    guesses = {"learned": "cosine", "padding": "relaxed", "hidden": "dot"}
+    norm = _norm_name(nulls)
+    return sizes | {
+        **({} if context is None else {"context_length": context}),
+        "timesteps": tensors[_TIME_TABLE].shape[0] if _TIME_TABLE in tensors else None,
+        "text_tokens": _tokens(tensors, "to_text_embeds.0.bias", width),
+        "time_tokens": time_width // width,
+        "image_tokens": _tokens(tensors, "to_image_embeds.0.bias", width),
+        "normformer": f"{first}.1.3.{norm}" in tensors,
+        "rotary": f"{first}.0.rotary_emb.freqs" in tensors,
+        "norm_in": f"causal_transformer.init_norm.{norm}" in tensors,
+        "norm_out": f"causal_transformer.norm.{norm}" in tensors,
+        "final_proj": "causal_transformer.project_out.weight" in tensors,
+        "nulls": nulls,
+        "attention": attention or guesses[nulls],
+    }
+
+
+def _tokens(tensors: Mapping[str, Tensor], key: str, width: int) -> int:
+    """How many tokens an embedding makes: it is one as it is, without a projection."""
+    return tensors[key].shape[0] // width if key in tensors else 1
+
+
+def _nulls(tensors: Mapping[str, Tensor], where: str) -> tuple[str, int | None]:
+    """Returns what stands in for absent text, and the context length where it tells."""
+    for kind, key in (("learned", "null_text_encodings"), ("padding", "null_text_embed")):
+        if key in tensors:
+            return kind, tensors[key].shape[1]
+    if not any(key.endswith(".gamma") for key in tensors):
+        raise UserError(
+            f"{where} is of DALLE2-pytorch 0.16.0 to 0.23.0, whose norms differ: take weights before or after those"
+        )
+    return "hidden", None
+
+
+def _norm_name(nulls: str) -> str:
+    return "gamma" if nulls == "hidden" else "g"
+
+
+def laion_rules(model: LaionPriorConfig) -> list[Rule]:
+    """Returns the table of the network, whose tensors have their own names (``chosen``)."""
+    rules = [
+        *leaf("query", _QUERY),
+        *_time(model),
+        *(dense("text_emb_proj", "to_text_embeds.0") if model.text_tokens > 1 else ()),
+        *(dense("image_emb_proj", "to_image_embeds.0") if model.image_tokens > 1 else ()),
+        *under("transformer", "causal_transformer.", _transformer(model)),
+    ]
+    if model.nulls == "learned":
+        rules += leaf("null_text", "null_text_encodings", leading(1))
+        rules += leaf("null_text_emb", "null_text_embeds", leading(1))
+        rules += leaf("null_image_emb", "null_image_embed", leading(1))
+    elif model.nulls == "padding":
+        rules += leaf("null_text", "null_text_embed", leading(1))
+    if model.final_proj:
+        rules += dense("out_proj", "causal_transformer.project_out", bias=False)
+    return rules
+
+
+def _time(model: LaionPriorConfig) -> list[Rule]:
+    if model.timesteps is not None:
+        return leaf("time_embedding/embedding", _TIME_TABLE)
+    names = enumerate(("0.0", "1.0", "2"), start=1)
+    return [rule for i, name in names for rule in dense(f"time_mlp/fc_{i}", f"{_TIME_MLP}.{name}")]
+
+
+def _transformer(model: LaionPriorConfig) -> list[Rule]:
+    def norm(path: str, key: str) -> list[Rule]:
+        return leaf(f"{path}/scale", f"{key}.{_norm_name(model.nulls)}")
+
+    def layer(i: int) -> list[Rule]:
+        rules = [
+            *norm("ln_1", "0.norm"),
+            *dense("attn/q", "0.to_q", _parts(model.heads), bias=False),
+            *dense("attn/kv", "0.to_kv", _parts(2), bias=False),
+            *leaf("attn/null_kv", "0.null_kv"),
+            *dense("attn/out", "0.to_out.0", merged_heads(model.heads), bias=False),
+            *norm("attn/ln_out", "0.to_out.1"),
+            *norm("ln_2", "1.0"),
+            *dense("fc", "1.1", _parts(2), bias=False),
+            *(norm("ln_mid", "1.3") if model.normformer else ()),
+            *dense("proj", "1.5", DENSE, bias=False),
+        ]
+        return under("blocks", f"layers.{i}.", rules)
+
+    return [
+        *leaf("position_bias", "rel_pos_bias.relative_attention_bias.weight"),
+        *(norm("ln_in", "init_norm") if model.norm_in else ()),
+        *(norm("ln_out", "norm") if model.norm_out else ()),
+        *stacked(*(layer(i) for i in range(model.layers))),
+    ]
+
+
+def _parts(parts: int) -> Layout:
+    """Outputs in so many parts: [parts * K, D] <-> [D, parts, K]."""
+    return one(
+        lambda x: x.reshape(parts, x.shape[0] // parts, x.shape[1]).transpose(2, 0, 1),
+        lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
+    )

@@ -1,0 +1,135 @@
+"""Pictures that begin with a given one: around its known pixels, from its embedding, from its own noise."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_cascade import assert_same, batch_sharding, differ, member, mesh_of
+
+from dalle2_jax.diffusion import Inpainting
+from dalle2_jax.generation import Cascade, Request, Settings, picture_side
+
+PROMPT = "a large red circle"
+REQUESTS = [Request(PROMPT, 0, j) for j in range(3)]
+
+
+@pytest.fixture(scope="module")
+def members():
+    kinds = {"clip": "clip_vit", "prior": "prior", "decoder": "decoder", "upsampler_1": "upsampler"}
+    return {name: member(kind) for name, kind in kinds.items()}
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """A soft picture uint8[16, 16, 3], and at the decoder's 8x8."""
+    ramp = np.linspace(60, 200, 16)
+    large = np.stack([ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], np.full((16, 16), 90.0)], axis=-1)
+    return large.astype(np.uint8), large.reshape(8, 2, 8, 2, 3).mean(axis=(1, 3)).astype(np.uint8)
+
+
+def cascade_of(members, **sampling):
+    settings = {name: one.stage.sampling for name, one in members.items() if name != "clip"}
+    for name, fields in sampling.items():
+        settings[name] = dataclasses.replace(settings[name], **fields)
+    mesh = mesh_of(1)
+    return Cascade(members, Settings(0, settings), batch_sharding(mesh), mesh.size)
+
+
+def collected(drawn):
+    return {(r.index, r.sample): one for r, one in drawn}
+
+
+def known_of(picture, where=lambda side: side // 2):
+    """The left half is known, at both sizes."""
+    sizes = {"upsampler_1": picture[0], "decoder": picture[1]}
+    masks = {name: np.arange(len(one))[None, None, :, None] < where(len(one)) for name, one in sizes.items()}
+    floats = {name: jnp.asarray(one[None] / 127.5 - 1, jnp.float32) for name, one in sizes.items()}
+    return {name: Inpainting(floats[name], np.tile(masks[name], (1, len(one), 1, 1))) for name, one in sizes.items()}
+
+
+def test_known_pixels_stay_and_the_others_are_drawn(members, picture):
+    drawn = collected(cascade_of(members).inpaint(REQUESTS, 2, known_of(picture)))
+    assert list(drawn) == [(0, j) for j in range(3)]
+    for one in drawn.values():
+        assert np.abs(one[:, :8].astype(int) - picture[0][:, :8]).max() <= 1
+        assert differ(one[:, 8:], picture[0][:, 8:])
+    assert differ(drawn[0, 0][:, 8:], drawn[0, 1][:, 8:])
+
+
+def test_what_is_known_reaches_the_decoder(members, picture):
+    """Another left half of the small picture alone makes another right half of the large one."""
+    cascade, known = cascade_of(members), known_of(picture)
+    other = {**known, "decoder": known["decoder"]._replace(picture=-known["decoder"].picture)}
+    one, another = (collected(cascade.inpaint(REQUESTS[:1], 1, given))[0, 0] for given in (known, other))
+    assert differ(one[:, 8:], another[:, 8:])
+
+
+def test_resampling_and_the_batch_size(members, picture):
+    """Jumps draw other pictures; how many at a time draws the same."""
+    cascade, known = cascade_of(members), known_of(picture)
+    plain = collected(cascade.inpaint(REQUESTS, 3, known))
+    jumping = collected(cascade.inpaint(REQUESTS, 3, known, (1, 2)))
+    assert differ(plain[0, 0][:, 8:], jumping[0, 0][:, 8:])
+    assert_same(collected(cascade.inpaint(REQUESTS, 1, known, (1, 2))), jumping)
+
+
+def test_an_embedding_takes_the_place_of_the_prior(members, picture):
+    """And then no prior is needed."""
+    cascade, known = cascade_of(members), known_of(picture)
+    without = cascade_of({name: one for name, one in members.items() if name != "prior"})
+    emb = without.embed(picture[0][None])
+    assert emb.shape == (1, members["clip"].stage.model.embed_dim) and without.candidates is None
+    one, prior = (collected(c.inpaint(REQUESTS, 3, known, None, e)) for c, e in ((without, emb), (cascade, None)))
+    assert differ(one[0, 0], prior[0, 0])
+
+
+@pytest.fixture(scope="module")
+def at_sizes(picture):
+    """Two pictures, the second the first upside down."""
+    return {name: np.stack([one, one[::-1]]) for name, one in zip(("clip", "decoder"), picture, strict=True)}
+
+
+def calm(member):
+    """A decoder whose prediction changes little with its input, as a trained one's does from step to step."""
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 1e-4 * leaf if "conv_out" in jax.tree_util.keystr(path) else leaf, member.variables
+    )
+    return dataclasses.replace(member, variables=variables)
+
+
+def test_inverted_noise_draws_the_picture_again(members, at_sizes):
+    """Without guidance and eta; each from its own. With eta another, and from fresh noise another again."""
+    small = {"clip": members["clip"], "decoder": calm(members["decoder"])}
+    fine = {"name": "ddim", "steps": 50, "guidance": 1.0, "clip": None}
+    requests = [Request("", i, 0) for i in range(2)]
+    again = collected(cascade_of(small, decoder=fine).redraw(requests, 2, at_sizes, True))
+    for i in range(2):
+        far = np.abs(again[i, 0].astype(int) - at_sizes["decoder"][i]).mean()
+        assert far < 12, far
+        assert np.abs(again[i, 0].astype(int) - at_sizes["decoder"][1 - i]).mean() > 2 * far
+    eta = collected(cascade_of(small, decoder={**fine, "eta": 1.0}).redraw(requests, 2, at_sizes, True))
+    fresh = collected(cascade_of(small, decoder=fine).redraw(requests, 2, at_sizes, False))
+    assert differ(eta[0, 0], again[0, 0]) and differ(fresh[0, 0], again[0, 0]) and differ(fresh[0, 0], eta[0, 0])
+
+
+def test_the_last_step_of_the_inversion_counts(members, at_sizes):
+    requests = [Request("", 0, 0)]
+    cascade = cascade_of(members, decoder={"name": "ddim", "steps": 5, "guidance": 1.0})
+    one, whole = (collected(cascade.redraw(requests, 1, at_sizes, True, skip)) for skip in (True, False))
+    assert differ(one[0, 0], whole[0, 0])
+
+
+def test_variations_of_each_picture(members, at_sizes):
+    """From its own embedding and key: the order and the batch size change nothing."""
+    cascade = cascade_of(members)
+    requests = [Request("", i, j) for i in range(2) for j in range(2)]
+    drawn = collected(cascade.redraw(requests, 4, at_sizes, False))
+    assert_same(collected(cascade.redraw(requests[::-1], 1, at_sizes, False)), drawn)
+    swapped = {name: pictures[::-1] for name, pictures in at_sizes.items()}
+    assert differ(collected(cascade.redraw(requests, 4, swapped, False))[0, 0], drawn[0, 0])
+
+
+def test_picture_side(members):
+    assert [picture_side(members[name].stage) for name in ("decoder", "upsampler_1")] == [8, 16]

@@ -1,0 +1,193 @@
+"""CLIP tokenizers in the folders of public checkpoints: every form reads the same; damage is answered in a line."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dalle2_jax.text import clip_tokenizer, read_clip_tokenizer, write_clip_tokenizer
+from dalle2_jax.text.merges import BYTE_LETTERS, write_merges
+from dalle2_jax.types import UserError
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "text"
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return clip_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return read_clip_tokenizer(FIXTURES / "clip_tiny")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(FIXTURES / "clip_tiny", tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def change(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def fast_form(folder, as_pairs):
+    """Turns a folder's two files into the one of the newer form."""
+    merges = [line if not as_pairs else line.split() for line in (folder / "merges.txt").read_text().splitlines()[1:]]
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": model}))
+    (folder / "vocab.json").unlink()
+    (folder / "merges.txt").unlink()
+
+
+def test_out_and_in_again_is_the_same(tmp_path, folder, tiny):
+    write_clip_tokenizer(tmp_path / "again", tiny, 77)
+    assert read_clip_tokenizer(tmp_path / "again") == tiny
+    for name in ("vocab.json", "merges.txt"):
+        ours, theirs = ((place / name).read_text().strip() for place in (tmp_path / "again", folder))
+        assert json.loads(ours) == json.loads(theirs) if name == "vocab.json" else ours == theirs
+
+
+def test_openai_tokenizer_keeps_its_exclamation_marks_in_a_folder(tmp_path):
+    """There "!" is a word; as a folder's pad token it would be found anywhere in a caption."""
+    ours = clip_tokenizer(600)
+    write_clip_tokenizer(tmp_path, ours, 12)
+    again = read_clip_tokenizer(tmp_path)
+    assert again.ids("Zebra! no!go") == ours.ids("Zebra! no!go")
+    assert (again.begin, again.end, again.pad) == (598, 599, 599)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["model_max_length"] == 12 and config["tokenizer_class"] == "CLIPTokenizer"
+
+
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_the_newer_form_of_a_folder_reads_the_same(folder, tiny, as_pairs):
+    fast_form(folder, as_pairs)
+    assert read_clip_tokenizer(folder) == tiny
+    (folder / "special_tokens_map.json").unlink()  # tokenizer_config.json names the same
+    assert read_clip_tokenizer(folder) == tiny
+
+
+def test_a_folder_that_names_no_pad_pads_with_0(folder, tiny):
+    (folder / "special_tokens_map.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    plain = read_clip_tokenizer(folder)
+    assert (plain.begin, plain.end, plain.pad) == (576, 577, 0)
+    assert plain.ids("zebra!")[-1] == 256 and tiny.ids("zebra!")[-1] == 0  # "!" is a word, or the pad token
+
+
+def test_a_folder_may_pad_with_the_end_token(folder):
+    change(folder / "special_tokens_map.json", '"pad_token": "!"', '"pad_token": "<|endoftext|>"')
+    tokenizer = read_clip_tokenizer(folder)
+    tokens, mask = tokenizer.encode(["zebra!"], 12)
+    assert tokenizer.pad == 577 and tokens[0, -1] == 577 and not mask[0, -1] and 256 in tokens
+
+
+def test_a_folder_with_the_list_of_openai_reads_the_released_tokenizer(tmp_path, clip):
+    merges = [line.split() for line in gzip.decompress(write_merges(clip._fields[1])).decode().splitlines()[1:]]
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(write_merges([*merges, ["z", "q"], ["q", "z"]]))
+    assert read_clip_tokenizer(tmp_path) == clip
+    content = gzip.decompress((tmp_path / "bpe_simple_vocab_16e6.txt.gz").read_bytes())
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").unlink()
+    (tmp_path / "bpe_simple_vocab_16e6.txt").write_bytes(content)
+    assert read_clip_tokenizer(str(tmp_path)) == clip
+
+
+def test_bytes_without_a_token_are_the_unknown_token(folder):
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    order = [token for token in sorted(vocabulary, key=vocabulary.get) if token != "Ā"]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(order)}))
+    tokenizer = read_clip_tokenizer(folder)
+    assert tokenizer._pairs._inner[0] == tokenizer.end == 576
+    (folder / "special_tokens_map.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="lacks the byte 'Ā'"):
+        read_clip_tokenizer(folder)
+
+
+def cut_vocabulary(folder):
+    text = (folder / "vocab.json").read_text()
+    (folder / "vocab.json").write_text(text[: len(text) // 2])
+
+
+def renumber(folder):
+    change(folder / "vocab.json", '"!": 0', '"!": 1')
+
+
+def other_token(folder):
+    change(folder / "vocab.json", '"ing</w>"', '"gni</w>"')
+
+
+def odd_line(folder):
+    change(folder / "merges.txt", "in g</w>", "ing</w>")
+
+
+def cut_merges(folder):
+    lines = (folder / "merges.txt").read_text().splitlines()
+    (folder / "merges.txt").write_text("\n".join(lines[:-3]))
+
+
+def latin_merges(folder):
+    (folder / "merges.txt").write_bytes(b"#version: 0.2\nt h\n\xe9 a\n")
+
+
+def other_end(folder):
+    change(folder / "special_tokens_map.json", '"content": "<|endoftext|>"', '"content": "</s>"')
+
+
+def a_list_of_names(folder):
+    (folder / "special_tokens_map.json").write_text("[]")
+
+
+def another_family(folder):
+    """GPT-2's form: no token at a word's end of its own."""
+    merges = (("t", "h"),)
+    tokens = [*BYTE_LETTERS, "th", "<|startoftext|>", "<|endoftext|>"]
+    (folder / "merges.txt").write_bytes(gzip.decompress(write_merges(merges)))
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "special_tokens_map.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+def no_merges(folder):
+    (folder / "merges.txt").unlink()
+
+
+def another_model(folder):
+    no_merges(folder)
+    (folder / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": [["a", 0.1]]}}')
+
+
+def cut_list(folder):
+    no_merges(folder)
+    (folder / "bpe_simple_vocab_16e6.txt.gz").write_bytes(write_merges((("t", "h"),))[:-9])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_vocabulary, "vocab.json is damaged: it is not JSON"),
+        (renumber, "one of the ids from 0 on"),
+        (other_token, "lacks the token 'ing</w>' of merge 4, 'in' and 'g</w>'"),
+        (odd_line, "merges.txt: line 5 of the merges is not two tokens: 'ing</w>'"),
+        (cut_merges, r"no merge makes the token .* \(3 such\): the merges are cut short"),
+        (latin_merges, "merges.txt: the list of merges is not UTF-8 text"),
+        (other_end, "lacks '</s>', the end token"),
+        (a_list_of_names, "special_tokens_map.json is damaged"),
+        (another_family, "this is not a tokenizer of CLIP's kind"),
+        (no_merges, "holds no CLIP tokenizer"),
+        (another_model, "tokenizer.json holds no byte-pair vocabulary"),
+        (cut_list, "bpe_simple_vocab_16e6.txt.gz: the gzipped file is damaged or cut short"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_folder_is_answered_in_one_line(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        read_clip_tokenizer(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)

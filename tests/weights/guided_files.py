@@ -1,0 +1,101 @@
+"""What the tests of guided-diffusion's grammar share: files in its layout, from the names and shapes of their tensors.
+
+The tiny ones were recorded with random weights, each drawn from its name, so that they need not lie here.
+"""
+
+import gzip
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax import build
+from dalle2_jax.weights.component import Source
+from dalle2_jax.weights.landing import Trees, read
+from dalle2_jax.weights.rules import check
+from dalle2_jax.weights.tensors import Tensor
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+SEEDS = {"glide_text2im_tiny": 501, "glide_superres_tiny": 502, "guided_adm_unet_tiny": 500}
+
+
+def shapes(name):
+    """Names and shapes of a file's tensors."""
+    lines = gzip.decompress((FIXTURES / "keys" / f"{name}.tsv.gz").read_bytes()).decode().splitlines()
+    rows = [line.split("\t") for line in lines]
+    return {row[0]: tuple(int(side) for side in row[1].split("x")) for row in rows}
+
+
+def weight(key, shape, seed):
+    """A tensor as it was drawn for the recording."""
+    noise = np.random.default_rng([seed, zlib.crc32(key.encode())]).standard_normal(shape)
+    if key.endswith("bias"):
+        value = 0.1 * noise
+    elif len(shape) == 1:
+        value = 1 + 0.2 * noise
+    elif "_embedding" in key:
+        value = 0.5 * noise
+    else:
+        value = noise * np.prod(shape[1:]) ** -0.5
+    return value.astype(np.float32)
+
+
+def tiny(name):
+    """A recorded checkpoint's tensors."""
+    return {key: weight(key, shape, SEEDS[name]) for key, shape in shapes(name).items()}
+
+
+def source(tensors, name="file.pt"):
+    """A file that holds these arrays, or, of shapes alone, zeros."""
+
+    def tensor(value):
+        array = np.broadcast_to(np.float32(0), value) if isinstance(value, tuple) else value
+        return Tensor(array.shape, "F32", Path(name), lambda: array)
+
+    return Source(Path(name), {key: tensor(value) for key, value in tensors.items()})
+
+
+def recorded(name):
+    """What the public code made of a tiny checkpoint, pictures as [B, H, W, C] and integers as int32."""
+    arrays = np.load(FIXTURES / "weights" / f"{name}.npz")
+    kinds = {np.dtype(np.int64): np.int32}
+    plain = {key: value.astype(kinds.get(value.dtype, value.dtype)) for key, value in arrays.items()}
+    return {key: jnp.asarray(v.transpose(0, 2, 3, 1) if v.ndim == 4 else v) for key, v in plain.items()}
+
+
+def error(ours, theirs):
+    """The largest difference, as a part of the largest value."""
+    assert ours.shape == theirs.shape
+    return float(jnp.abs(ours - theirs).max() / jnp.abs(theirs).max())
+
+
+def stage_of(component):
+    """The stage that a component's config describes."""
+    absent = {"stage": component.stage, "data": {}, "optim": {}, "mesh": {}}
+    vocab_size = component.config.get("text", {}).get("vocab_size")
+    return build.build_stage({**absent, **component.config}, vocab_size, None)
+
+
+def abstract(stage):
+    """Its trees' shapes."""
+    return Trees(*jax.eval_shape(stage.init, jax.random.key(0)))
+
+
+def imported(component, stage=None):
+    """A component's parameters."""
+    return read(component, abstract(stage or stage_of(component))).params
+
+
+def fits(component, stage):
+    """Checks a table name by name and shape by shape; returns how many parameters there are."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract(stage).params)
+    expected = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    check(component.params, component.tensors, expected, component.where)
+    for rule in component.params:
+        for group in rule.groups:
+            joined = rule.layout.join([component.tensors[key].read() for key in group])
+            assert joined.shape == expected[rule.path][rule.stacked :], rule.path
+        assert not rule.stacked or len(rule.groups) == expected[rule.path][0]
+    return sum(int(np.prod(shape)) for shape in expected.values())

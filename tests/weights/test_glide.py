@@ -1,0 +1,174 @@
+"""GLIDE's files: what they hold, and that our networks do with it what the public code does."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import guided_files as files
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax.models.decoder import DecoderNetwork
+from dalle2_jax.stages import DecoderStage, DiffusionConfig, SamplingConfig, UpsamplerStage
+from dalle2_jax.types import UserError
+from dalle2_jax.weights import empty, fill
+from dalle2_jax.weights.component import Source
+from dalle2_jax.weights.glide import glide_rules, read_sizes, recognise
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def tiny(name):
+    """A recorded network's shape and its parameters."""
+    tensors = files.source(files.tiny(name)).tensors
+    model = read_sizes(tensors, "tiny", head_channels=16, image_size=16)
+    x = jnp.zeros((1, 16, 16, model.unet.in_channels))
+    args = x, jnp.zeros(1, jnp.int32), None, None, jnp.zeros((1, 16), jnp.int32)
+    abstract = jax.eval_shape(DecoderNetwork(model).init, jax.random.key(0), *args)["params"]
+    return model, fill(glide_rules(model), tensors, abstract, "tiny"), tensors
+
+
+def stages_own(prediction="eps"):
+    """What every stage is made of."""
+    return DiffusionConfig(prediction, variance="learned_range", loss="hybrid"), SamplingConfig()
+
+
+def told(arrays):
+    return {"tokens": arrays["tokens"], "mask": arrays["mask"]}
+
+
+@pytest.fixture(scope="module")
+def text2im():
+    return tiny("glide_text2im_tiny")
+
+
+def test_the_forward_pass_is_the_public_ones(text2im, capsys):
+    model, params, _ = text2im
+    arrays = files.recorded("glide_text2im_tiny")
+    encode = jax.jit(lambda *args: DecoderNetwork(model).apply(*args, method=DecoderNetwork.encode_condition))
+    condition = encode({"params": params}, None, None, arrays["tokens"], arrays["mask"])
+    stage = DecoderStage(*stages_own(), "decoder", model, clip=None)
+    nothing_dropped = {"text": jnp.zeros(3, bool)}
+
+    @jax.jit
+    def run(params, batch, x, t):
+        return stage.bind(params, stage.condition(batch), nothing_dropped, None)(x, t)
+
+    errors = {
+        "its caption's feature": files.error(condition.emb, arrays["xf_proj"]),
+        "its caption's states": files.error(condition.context.transpose(0, 2, 1), arrays["xf_out_ncl"]),
+        "one forward pass": files.error(run(params, told(arrays), arrays["x"], arrays["t"]), arrays["out"]),
+    }
+    with capsys.disabled():
+        print("".join(f"\nGLIDE base: {what} within {error:.1e}" for what, error in errors.items()))
+    assert max(errors.values()) <= 1e-5
+
+
+def test_the_upsamplers_forward_pass_is_the_public_ones(capsys):
+    """From the small picture on, which is enlarged as the public code does."""
+    model, params, _ = tiny("glide_superres_tiny")
+    arrays = files.recorded("glide_superres_tiny")
+    stage = UpsamplerStage(*stages_own(), "upsampler_1", model, 4, crop_fraction=1.0, upscale="linear")
+
+    @jax.jit
+    def run(params, low_res, batch, x, t):
+        return stage.bind(params, stage.condition(low_res, batch), {"text": jnp.zeros(3, bool)}, None)(x, t)
+
+    out = run(params, arrays["low_res"], told(arrays), arrays["x"], arrays["t"])
+    error = files.error(out, arrays["out"])
+    with capsys.disabled():
+        print(f"\nGLIDE upsampler: one forward pass within {error:.1e}")
+    assert error <= 1e-5
+
+
+def test_import_and_export_return_every_tensor(text2im):
+    model, params, tensors = text2im
+    exported = dict(empty(glide_rules(model), params))
+    assert exported.keys() == tensors.keys()
+    for key, value in exported.items():
+        np.testing.assert_array_equal(value, tensors[key].read())
+
+
+# --- the released files -----------------------------------------------------------------------
+
+RELEASED = {
+    # file: (config, parameters, sampler, steps, guidance)
+    "glide_base": ("decoder", 385_030_726, "ddpm", 100, 3.0),
+    "glide_upsample": ("upsampler_1", 398_361_286, "ddim", "fast27", 1.0),
+    "glide_base_inpaint": ("decoder,inpaint", 385_037_638, "ddpm", 100, 5.0),
+    "glide_upsample_inpaint": ("upsampler_1,inpaint", 398_368_198, "ddpm", "fast27", 1.0),
+}
+
+
+def config_of(which):
+    spec = importlib.util.spec_from_file_location("glide", CONFIGS / "glide.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(which).to_dict()
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_tensor_of_the_released_files_has_its_place(name):
+    which, count, sampler, steps, guidance = RELEASED[name]
+    (component,) = recognise(files.source(files.shapes(name)))
+    stage = files.stage_of(component)
+    assert component.stage == which.partition(",")[0] == stage.name and stage.inpaint == ("inpaint" in which)
+    assert files.fits(component, stage) == count
+    assert component.tokenizer.vocab_size == 50_257 and component.tokenizer.encode([""], 128)[1].sum() == 0
+    assert (stage.sampling.name, stage.sampling.steps, stage.sampling.guidance) == (sampler, steps, guidance)
+    stage.check_sampling(stage.sampling)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_config_is_that_of_the_file(name):
+    """But for how it is computed: the file's stage as configs/glide.py has it."""
+    (component,) = recognise(files.source(files.shapes(name)))
+    config = {key: value for key, value in config_of(RELEASED[name][0]).items() if key in (*component.config, "stage")}
+    ours = files.stage_of(dataclasses.replace(component, config=config))
+    computed = {"dtype": "float32", "remat": False}
+    plain = dataclasses.replace(ours.model, unet=dataclasses.replace(ours.model.unet, **computed))
+    assert dataclasses.replace(ours, model=plain) == files.stage_of(component)
+
+
+def test_other_files_are_not_taken_for_glides(tmp_path):
+    for name in ("guided_64_diffusion", "guided_adm_unet_tiny"):
+        assert recognise(files.source(files.shapes(name))) == []
+    assert recognise(files.source({})) == [] == recognise(Source(tmp_path))
+
+
+def test_a_vocabulary_of_its_own_needs_a_tokenizer():
+    (component,) = recognise(files.source(wide("glide_text2im_tiny")))
+    assert component.tokenizer is None and component.needs == "its own tokenizer"
+
+
+def wide(name):
+    """A tiny file with channels that heads of 64 divide."""
+    model = read_sizes(files.source(files.shapes(name)).tensors, "tiny", head_channels=16)
+    unet = dataclasses.replace(model.unet, channels=64, head_channels=64)
+    model = dataclasses.replace(model, unet=unet, text=dataclasses.replace(model.text, heads=1))
+    args = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1, jnp.int32), None, None, jnp.zeros((1, 16), jnp.int32)
+    params = jax.eval_shape(DecoderNetwork(model).init, jax.random.key(0), *args)["params"]
+    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
+    return {key: value.shape for key, value in empty(glide_rules(model), hollow)}
+
+
+# --- damage -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "missing", ["token_embedding.weight", "positional_embedding", "time_embed.0.weight", "input_blocks.0.0.bias"]
+)
+def test_a_file_cut_short_is_said_to_be(missing):
+    tensors = files.shapes("glide_base")
+    del tensors[missing]
+    with pytest.raises(UserError, match=f"cut.pt lacks tensor {missing}"):
+        (component,) = recognise(files.source(tensors, "cut.pt"))
+        files.fits(component, files.stage_of(component))
+
+
+def test_channels_that_glide_never_reads_are_refused():
+    tensors = {**files.shapes("glide_base"), "input_blocks.0.0.weight": (192, 4, 3, 3)}
+    with pytest.raises(UserError, match="odd.pt is a GLIDE network that reads 4 channels"):
+        recognise(files.source(tensors, "odd.pt"))
