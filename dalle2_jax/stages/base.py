@@ -35,6 +35,7 @@ class Stage(Protocol):
 
     name: str
     borrows: tuple[str, ...]
+    # and, where it has any, constant_stats: tuple[str, ...], names of statistics that no training changes
 
     def init(self, key: jax.Array) -> Variables:
         """Returns fresh variables."""
