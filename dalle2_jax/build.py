@@ -27,7 +27,6 @@ from dalle2_jax.networks import (
 from dalle2_jax.sections import expand, expand_kind
 from dalle2_jax.stages import ClipStage, EmbeddingContract, LoraConfig, LoraStage, Stage, Variables
 from dalle2_jax.stages.base import fingerprint
-from dalle2_jax.stages.lora import merge
 from dalle2_jax.training.loop import RunConfig
 from dalle2_jax.training.sharding import tree_shardings, with_shardings
 from dalle2_jax.types import UsageError, UserError, choose
@@ -146,16 +145,16 @@ def load_member(root: pathlib.Path, name: str, mesh: jax.sharding.Mesh, clip: Cl
     restored = Checkpoints(folder).restore({"ema": shapes.params, "stats": shapes.stats})
     for message in restored.skipped:
         print(f"warning: {message}; step {restored.step} is used", file=sys.stderr)
-    params = restored.trees["ema"]
-    if trained is not stage:
-        params = merge(load_base(folder, config, mesh, clip).params, params, trained.config)
+    variables = Variables(restored.trees["ema"], restored.trees["stats"])
+    if isinstance(trained, LoraStage):
+        variables = trained.whole(trained.borrowed(load_base(folder, config, mesh, clip)), variables)
     measured = folder.read_json("moments.json")
     if measured is not None and measured["step"] == restored.step:
         moments = NoiseMoments(tuple(measured["eps"]), measured["x_0"])
         stage = dataclasses.replace(stage, moments=moments)
     return Member(
         stage=stage,
-        variables=Variables(params, restored.trees["stats"]),
+        variables=variables,
         step=restored.step,
         contract=contract and expand(EmbeddingContract, contract, f"{folder.path}/contract.json"),
         tokenizer=tokenizer,

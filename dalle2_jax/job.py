@@ -113,15 +113,15 @@ def _tuned(job: Job, base: StageFolder, config: Mapping[str, Any], clip: ClipSta
         identity = fingerprint(start.params)
     if stage is job.stage:
         return dataclasses.replace(job, start=start), identity
-    weights = start.params or build.load_base(job.folder, config, job.mesh, clip).params
+    borrowed = stage.borrowed(start if identity else build.load_base(job.folder, config, job.mesh, clip))
 
     def preview(variables: Variables, step: int) -> None:
-        job.preview(variables._replace(params=merge(weights, variables.params, stage.config)), step)
+        job.preview(stage.whole(borrowed, variables), step)
 
     lora = dataclasses.replace(
         job,
         stage=stage,
-        frozen={**job.frozen, stage.name: Variables(weights, {})},
+        frozen={**job.frozen, stage.name: borrowed},
         start=start._replace(params=None),
         preview=job.preview and preview,
     )
@@ -167,17 +167,12 @@ def _tokenizer(
     if base or config.path:
         return text.load_tokenizer(base.path / "tokenizer" if base else config.path)
     kinds = {
-        "sentencepiece": lambda: text.train_sentencepiece(source.captions(20_000), config.vocab_size),
+        "sentencepiece": lambda size: text.train_sentencepiece(source.captions(20_000), size),
         "clip": text.clip_tokenizer,
         "glide": text.glide_tokenizer,
-        "labels": lambda: text.LabelTokenizer(config.vocab_size),
+        "labels": text.LabelTokenizer,
     }
-    tokenizer = choose("config.text.kind", config.kind, kinds)()
-    if config.kind != "sentencepiece" and tokenizer.vocab_size != config.vocab_size:
-        raise UsageError(
-            f"config.text.vocab_size must be {tokenizer.vocab_size}, not {config.vocab_size}, for kind {config.kind!r}"
-        )
-    return tokenizer
+    return choose("config.text.kind", config.kind, kinds)(config.vocab_size)
 
 
 def _check_contract(folder: StageFolder, contract: EmbeddingContract) -> None:

@@ -24,7 +24,7 @@ from dalle2_jax.training.sharding import MeshConfig, make_mesh
 from dalle2_jax.types import UserError
 from dalle2_jax.weights import families
 from dalle2_jax.weights.clip import export_hf, export_open_clip, export_openai
-from dalle2_jax.weights.component import Component, merged
+from dalle2_jax.weights.component import Component, Hints, merged
 from dalle2_jax.weights.karlo_export import Trained, export_diffusers
 from dalle2_jax.weights.landing import Trees, read, shapes_of, staging, stored_config, write_files, write_stage
 from dalle2_jax.workdir import StageFolder
@@ -45,20 +45,32 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 halves the disk")
     tokenizer = "folder of the tokenizer, where the source brings none"
     command.add_argument("--tokenizer", type=Path, help=tokenizer)
+    _add_hints(command)
     command = commands.add_parser("inspect", help="says what a file or folder is, and what it can join")
     command.add_argument("source", nargs="+", type=Path, help="files and folders")
     command.add_argument("--kind", choices=kinds, default="auto", help="what they are (default: find out)")
+    _add_hints(command)
     command = commands.add_parser("export", help="writes a system, or its CLIP, for other programs")
-    command.add_argument("format", choices=EXPORTS, help="diffusers: UnCLIPPipeline; or CLIP alone, in one of its forms")
+    forms = "diffusers: UnCLIPPipeline; or CLIP alone, in one of its forms"
+    command.add_argument("format", choices=EXPORTS, help=forms)
     command.add_argument("system", type=Path, help="the system's folder")
     command.add_argument("folder", type=Path, help="folder to make")
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors (default %(default)s)")
     return parser
 
 
-def find(paths: list[Path], kind: str) -> list[Component]:
+def _add_hints(command: argparse.ArgumentParser) -> None:
+    """Adds what state dicts of GLIDE and ADM leave open."""
+    group = command.add_argument_group("of a GLIDE or ADM network other than the released ones")
+    group.add_argument("--head_channels", type=entry.positive, help="width of an attention head (released: 64)")
+    group.add_argument("--image_size", type=entry.positive, help="side of its pictures (released: 4 x 2^levels)")
+    group.add_argument("--attention_order", choices=("legacy", "new"), help="of ADM (released: new at 64 pixels alone)")
+
+
+def find(options: argparse.Namespace) -> list[Component]:
     """Returns what the sources hold; files of nothing known are said on standard error."""
-    found = [families.recognise(path, kind) for path in paths]
+    hints = Hints(options.head_channels, options.image_size, options.attention_order)
+    found = [families.recognise(path, options.kind, hints) for path in options.source]
     for path in (path for each in found for path in each.unknown):
         print(f"warning: {path} is left out: it is none of the families known here", file=sys.stderr)
     return [component for each in found for component in each.components]
@@ -69,7 +81,7 @@ def find(paths: list[Path], kind: str) -> list[Component]:
 
 def inspect(options: argparse.Namespace) -> None:
     """Prints a line on each component."""
-    for component in find(options.source, options.kind):
+    for component in find(options):
         dtypes = sorted({tensor.dtype for tensor in component.tensors.values()})
         print(f"{component.where}: {component.family}")
         count = families.parameters(component)
@@ -94,7 +106,7 @@ def joins(component: Component) -> str:
 
 def import_system(options: argparse.Namespace) -> None:
     """Writes each stage that the sources hold: all of them, or none."""
-    components = merged(find(options.source, options.kind))
+    components = merged(find(options))
     names = [name for name in build.STAGES if name in components]
     with staging(options.system, names) as temporary:
         clip: ClipStage | None = None
@@ -116,7 +128,8 @@ def import_system(options: argparse.Namespace) -> None:
                 folder.write_json("contract.json", StageFolder(clip_root, "clip").read_json("contract.json"))
             del trees
     for name in names:
-        print(f"{options.system / name}: {components[name].family}, {families.parameters(components[name]):,} parameters")
+        count = families.parameters(components[name])
+        print(f"{options.system / name}: {components[name].family}, {count:,} parameters")
 
 
 def with_tokenizer(component: Component, options: argparse.Namespace, clip_root: Path) -> Component:

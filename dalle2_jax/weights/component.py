@@ -13,20 +13,36 @@ from dalle2_jax.weights.tensors import Tensor, open_tensors
 
 
 @dataclasses.dataclass(frozen=True)
+class Hints:
+    """What a state dict leaves open, and a user may know; None is as in the released files of its family.
+
+    Attributes:
+        head_channels: of each attention, of GLIDE's and ADM's networks.
+        image_size: side of the pictures they were trained on.
+        attention_order: of ADM's, "legacy" (a head's q, k, v together) or "new".
+    """
+
+    head_channels: int | None = None
+    image_size: int | None = None
+    attention_order: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """A file or folder that somebody wants to import: for a file, the tensors it holds."""
 
     path: Path
     tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    hints: Hints = Hints()
 
     @classmethod
-    def open(cls, path: Path) -> "Source":
+    def open(cls, path: Path, hints: Hints = Hints()) -> "Source":
         """Looks into a file, but not into a folder. UserError where there is none, or it is damaged."""
         if path.is_dir():
-            return cls(path)
+            return cls(path, hints=hints)
         if not path.exists():
             raise UserError(f"there is nothing at {path}")
-        return cls(path, open_tensors(path))
+        return cls(path, open_tensors(path), hints)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """Returns a folder's JSON file, or None where it has none. UserError where it is damaged."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from dalle2_jax.types import UserError, choose
 from dalle2_jax.weights import clip, glide, guided, karlo, karlo_files, priors
-from dalle2_jax.weights.component import Component, Source
+from dalle2_jax.weights.component import Component, Hints, Source
 from dalle2_jax.weights.rules import Rule
 from dalle2_jax.weights.tensors import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
 
@@ -33,22 +33,23 @@ class Found(NamedTuple):
     unknown: list[Path]
 
 
-def recognise(path: Path, kind: str = "auto") -> Found:
+def recognise(path: Path, kind: str = "auto", hints: Hints = Hints()) -> Found:
     """Returns what a file holds, or a folder: as a whole, or else each file of weights in it.
 
     Args:
         path: of the file or folder.
         kind: of `KINDS`, or "auto".
+        hints: what a user knows of it.
 
     Raises:
         UserError: nothing there is known here, or what is known is damaged.
     """
     recognisers = _ANY if kind == "auto" else choose("kind of weights", kind, {"auto": (), **KINDS})
-    found = _first(recognisers, Source.open(path))
+    found = _first(recognisers, Source.open(path, hints))
     unknown: list[Path] = []
     if not found and path.is_dir():
         for file in sorted(each for each in path.iterdir() if each.suffix in (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)):
-            parts = _first(recognisers, Source.open(file))
+            parts = _first(recognisers, Source.open(file, hints))
             found += parts
             unknown += [] if parts else [file]
     if not found:

@@ -16,10 +16,10 @@ from typing import Any
 from dalle2_jax.models.decoder import DecoderConfig
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.models.unet import UNetConfig
-from dalle2_jax.text import glide_tokenizer
+from dalle2_jax.text import Tokenizer, glide_tokenizer
 from dalle2_jax.types import UserError
 from dalle2_jax.weights.component import Component, Source
-from dalle2_jax.weights.guided import HEAD_CHANNELS, UPSCALED, learned_range, unet_rules, unet_sizes
+from dalle2_jax.weights.guided import HEAD_CHANNELS, UPSCALED, heads_of, learned_range, unet_rules, unet_sizes
 from dalle2_jax.weights.rules import Rule, dense, leaf, merged_heads, norm, projections, stacked, under
 from dalle2_jax.weights.tensors import Tensor
 
@@ -35,6 +35,8 @@ _KINDS = {
 def recognise(source: Source) -> list[Component]:
     """Returns the stage that a file of GLIDE's holds; [] where it is something else.
 
+    A smaller vocabulary than the released one is taken for the first of its merges.
+
     Raises:
       UserError: it is one, but not of this shape.
     """
@@ -45,8 +47,7 @@ def recognise(source: Source) -> list[Component]:
     if channels not in _KINDS:
         raise UserError(f"{where} is a GLIDE network that reads {channels} channels: none of the released ones does")
     family, stage, inpaint = _KINDS[channels]
-    model = read_sizes(tensors, where)
-    tokenizer = glide_tokenizer()
+    model = read_sizes(tensors, where, source.hints.head_channels or HEAD_CHANNELS, source.hints.image_size)
     return [
         Component(
             stage=stage,
@@ -55,10 +56,16 @@ def recognise(source: Source) -> list[Component]:
             config=_sections(model, stage, inpaint),
             tensors=tensors,
             params=glide_rules(model),
-            tokenizer=tokenizer if tokenizer.vocab_size == model.text.vocab_size else None,
-            needs="" if tokenizer.vocab_size == model.text.vocab_size else "its own tokenizer",
+            tokenizer=_tokenizer(model.text.vocab_size),
         )
     ]
+
+
+def _tokenizer(vocab_size: int) -> Tokenizer | None:
+    try:
+        return glide_tokenizer(vocab_size)
+    except UserError:  # too few for the bytes: no text can be read so
+        return None
 
 
 def read_sizes(
@@ -84,7 +91,7 @@ def read_sizes(
         activation="gelu",
         mlp_ratio=tensors["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
     )
-    unet = UNetConfig(**unet_sizes(tensors, image_size, where), head_channels=head_channels, dropout=0.1)
+    unet = UNetConfig(**unet_sizes(tensors, image_size, where), **heads_of(tensors, head_channels, where), dropout=0.1)
     return DecoderConfig(unet, image_emb_dim=None, text_input="tokens", text=text)
 
 

@@ -172,6 +172,22 @@ def unet_sizes(
     }
 
 
+def heads_of(tensors: Mapping[str, Tensor], head_channels: int, where: str) -> dict[str, int]:
+    """Returns the field of ``UNetConfig`` that says how many heads each attention has.
+
+    Raises:
+      UserError: heads of that width do not fit the network.
+    """
+    widths = {each.shape[0] // 3 for key, each in tensors.items() if key.endswith(".qkv.weight") and "blocks" in key}
+    unfit = sorted(width for width in widths if width % head_channels)
+    if unfit:
+        raise UserError(
+            f"{where} has attention of {unfit[0]} channels, which heads of {head_channels} do not divide, and heads "
+            "leave no trace in such a file: say how wide they are by --head_channels"
+        )
+    return {"head_channels": head_channels}
+
+
 def _blocks(tensors: Mapping[str, Tensor], name: str) -> list[str]:
     """Names of the numbered blocks."""
     return sorted({".".join(key.split(".")[:2]) for key in tensors if key.startswith(f"{name}.")})
@@ -199,15 +215,17 @@ def recognise(source: Source) -> list[Component]:
     theirs = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.", "label_emb.")
     if "output_blocks.0.0.in_layers.0.weight" not in tensors or not all(key.startswith(theirs) for key in tensors):
         return []
-    sizes = unet_sizes(tensors, where=where)
+    sizes = unet_sizes(tensors, source.hints.image_size, where)
     side, channels = sizes["image_size"], sizes["in_channels"]
     if channels not in (3, 6):
         raise UserError(f"{where} reads {channels} channels: ADM's networks read 3, or 6 to enlarge a picture")
-    heads = {"num_heads": 4} if (side, channels) in _FOUR_HEADS else {"head_channels": HEAD_CHANNELS}
+    width = source.hints.head_channels
+    four = width is None and (side, channels) in _FOUR_HEADS
+    heads = {"num_heads": 4} if four else heads_of(tensors, width or HEAD_CHANNELS, where)
     classes = tensors["label_emb.weight"].shape[0] if "label_emb.weight" in tensors else None
-    order = "new" if (side, channels) == (64, 3) and classes else "legacy"
+    order = source.hints.attention_order or ("new" if (side, channels) == (64, 3) and classes else "legacy")
     model = adm_model(UNetConfig(**sizes, **heads, dropout=0.1 if side == 64 else 0.0), classes)
-    assumed = "4 heads" if "num_heads" in heads else f"heads of {HEAD_CHANNELS} channels"
+    assumed = "4 heads" if "num_heads" in heads else f"heads of {heads['head_channels']} channels"
     return [
         Component(
             stage="decoder" if channels == 3 else "upsampler_1",

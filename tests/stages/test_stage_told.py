@@ -113,6 +113,21 @@ def test_captions_are_dropped_at_their_rate():
         assert (float(one) == float(two)) == ignored
 
 
+@pytest.mark.parametrize("make", [upsampler, decoder])
+def test_bits_per_dimension_of_stages_without_clip(make):
+    """Of inpainting networks, too: the bound is of the picture, told what of it is known."""
+    stage = make("label", inpaint=True)
+    stage = dataclasses.replace(stage, diffusion=dataclasses.replace(stage.diffusion, schedule="cosine", num_steps=3))
+
+    @jax.jit
+    def measure(params, batch):
+        x_0, condition = stage.example({}, rng.root(0), batch)
+        return stage.bits_per_dim(params, keys(), x_0, condition)
+
+    bits = measure(testing.tiny_variables(stage).params, batch("label"))
+    assert bits["total"].shape == (SIZE,) and np.isfinite(bits["total"]).all()
+
+
 def test_a_told_upsampler_has_guidance():
     stage = upsampler("tokens")
     guided = dataclasses.replace(stage.sampling, guidance=3.0)

@@ -10,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.models.decoder import DecoderNetwork
+from dalle2_jax import build
+from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
+from dalle2_jax.models.transformer import TextConfig
+from dalle2_jax.models.unet import UNetConfig
 from dalle2_jax.stages import DecoderStage, DiffusionConfig, SamplingConfig, UpsamplerStage
+from dalle2_jax.training.sharding import MeshConfig, make_mesh
 from dalle2_jax.types import UserError
-from dalle2_jax.weights import empty, fill
+from dalle2_jax.weights import empty, fill, write_safetensors
 from dalle2_jax.weights.component import Source
 from dalle2_jax.weights.glide import glide_rules, read_sizes, recognise
+from dalle2_jax.weights.landing import read, write_stage
+from dalle2_jax.workdir import StageFolder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -138,20 +144,39 @@ def test_other_files_are_not_taken_for_glides(tmp_path):
     assert recognise(files.source({})) == [] == recognise(Source(tmp_path))
 
 
-def test_a_vocabulary_of_its_own_needs_a_tokenizer():
-    (component,) = recognise(files.source(wide("glide_text2im_tiny")))
-    assert component.tokenizer is None and component.needs == "its own tokenizer"
+SMALL_UNET = UNetConfig(8, 3, 6, 64, (1,), 1, (8,), context_dim=64, dropout=0.1)
+SMALL = DecoderConfig(SMALL_UNET, None, text_input="tokens", text=TextConfig(300, 4, 64, 1, 1, "gelu"))
 
 
-def wide(name):
-    """A tiny file with channels that heads of 64 divide."""
-    model = read_sizes(files.source(files.shapes(name)).tensors, "tiny", head_channels=16)
-    unet = dataclasses.replace(model.unet, channels=64, head_channels=64)
-    model = dataclasses.replace(model, unet=unet, text=dataclasses.replace(model.text, heads=1))
-    args = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1, jnp.int32), None, None, jnp.zeros((1, 16), jnp.int32)
-    params = jax.eval_shape(DecoderNetwork(model).init, jax.random.key(0), *args)["params"]
-    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
-    return {key: value.shape for key, value in empty(glide_rules(model), hollow)}
+@pytest.mark.parametrize("channels", [3, 6, 7, 10])
+def test_a_smaller_network_goes_through_a_file_into_a_system(channels, tmp_path):
+    """Its vocabulary is the first of GLIDE's; and the stage of the system draws."""
+    model = dataclasses.replace(SMALL, unet=dataclasses.replace(SMALL_UNET, in_channels=channels))
+    tensors = files.drawn(glide_rules(model), model)
+    path = tmp_path / "glide.safetensors"
+    write_safetensors(path, {key: value.shape for key, value in tensors.items()}, tensors.items())
+
+    (component,) = recognise(Source.open(path))
+    stage = files.stage_of(component)
+    assert stage.model == model
+    folder = StageFolder(tmp_path / "system", component.stage)
+    write_stage(folder, component, read(component, files.abstract(stage)))
+    member = build.load_member(folder.root, component.stage, make_mesh(MeshConfig()))
+    assert member.stage == stage and member.context_length == 4 and member.tokenizer == component.tokenizer
+    for key, value in empty(glide_rules(model), member.variables.params):
+        np.testing.assert_array_equal(value, tensors[key])
+    if channels == 7:
+        drawn = draw(member)
+        assert drawn.shape == (2, 8, 8, 3) and np.isfinite(drawn).all() and drawn.std() > 0.1
+
+
+def draw(member):
+    """A picture of a caption and one of none, by two guided steps."""
+    captions = dict(zip(("tokens", "mask"), member.tokenizer.encode(["a sea", ""], 4), strict=True))
+    config, stage = dataclasses.replace(member.stage.sampling, steps=2), member.stage
+    keys = jax.random.split(jax.random.key(0), 2)
+    run = jax.jit(lambda variables, captions: stage.draw(variables, keys, stage.condition(captions), config, {}))
+    return run(member.variables, captions)
 
 
 # --- damage -----------------------------------------------------------------------------------
