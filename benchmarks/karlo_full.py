@@ -1,4 +1,4 @@
-"""Karlo at its real size, with random weights: written as diffusers has it, imported, drawn from, and held to diffusers.
+"""Karlo at its real size, with random weights: written as diffusers has it, imported, drawn from, held to diffusers.
 
     python benchmarks/karlo_full.py --folder /tmp/karlo --peer path/to/python
 
