@@ -133,7 +133,7 @@ def read_unet_config(config: Mapping[str, Any], where: str, image_size: int | No
     """Returns the fields of ``UNetConfig`` that a config file describes.
 
     Args:
-      config: of a UNet2DConditionModel or a UNet2DModel; what it leaves out is diffusers' default.
+      config: of a UNet2DConditionModel or a UNet2DModel; a field that only one value fits may be left out.
       where: the file's name, for errors.
       image_size: of the pictures, where the file does not say (Karlo's second super-resolution network).
 
@@ -157,15 +157,15 @@ def read_unet_config(config: Mapping[str, Any], where: str, image_size: int | No
     if len(heads) > 1:  # diffusers gives the way up the levels' numbers in the order of the way down
         raise UserError(f"{where}: heads of another width on each level (attention_head_dim) are not supported")
     time_dim = config.get("time_embedding_dim")
-    return {
+    fields = {
         "image_size": side,
-        "in_channels": config["in_channels"],
-        "out_channels": config["out_channels"],
+        "in_channels": _wholes(config, "in_channels", where)[0],
+        "out_channels": _wholes(config, "out_channels", where)[0],
         "channels": widths[0],
         "channel_mult": tuple(width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths),
         "num_res_blocks": depths[0],
         "attention_resolutions": tuple(side // 2**level for level in down),
-        "context_dim": config["cross_attention_dim"] if conditioned else None,
+        "context_dim": _wholes(config, "cross_attention_dim", where)[0] if conditioned else None,
         "scale_shift": shift == "scale_shift",
         "dropout": float(config.get("dropout", 0.0)),
         "middle_attention": conditioned,
@@ -173,6 +173,11 @@ def read_unet_config(config: Mapping[str, Any], where: str, image_size: int | No
         "norm_groups": config.get("norm_num_groups", 32),
         **({"head_channels": heads.pop()} if conditioned else {}),
     }
+    try:
+        UNetConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return fields
 
 
 def _wholes(config: Mapping[str, Any], name: str, where: str) -> list[int]:

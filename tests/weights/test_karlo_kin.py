@@ -294,6 +294,8 @@ UNREADABLE = {
         ({"sample_size": [16, 24]}, "not square"),
         ({"block_out_channels": None}, "block_out_channels must be whole numbers"),
         ({"attention_head_dim": [8, 4, 8, 8]}, "heads of another width on each level"),
+        ({"in_channels": "3"}, "in_channels must be whole numbers above 0, not '3'"),
+        ({"norm_num_groups": 7}, "8 channels on level 0 are not divisible by norm_groups 7"),
         ({"cross_attention_dim": 44}, "cross_attention_dim 40 is not the U-Net's, 44"),
     ],
     "super_res_first/config.json": [
