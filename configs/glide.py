@@ -113,7 +113,7 @@ def upsampler_1() -> ConfigDict:
         "inpaint": False,
     }
     config.diffusion = diffusion("linear")
-    config.sampling = {"name": "ddim", "steps": "fast27"}
+    config.sampling = {"name": "ddim", "steps": "fast27", "temperature": 0.997}
     return config
 
 

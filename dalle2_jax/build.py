@@ -27,7 +27,6 @@ from dalle2_jax.networks import (
 from dalle2_jax.sections import expand, expand_kind
 from dalle2_jax.stages import ClipStage, EmbeddingContract, LoraConfig, LoraStage, Stage, Variables
 from dalle2_jax.stages.base import fingerprint
-from dalle2_jax.stages.lora import merge
 from dalle2_jax.training.loop import RunConfig
 from dalle2_jax.training.sharding import tree_shardings, with_shardings
 from dalle2_jax.types import UsageError, UserError, choose
@@ -138,28 +137,28 @@ def load_member(root: pathlib.Path, name: str, mesh: jax.sharding.Mesh, clip: Cl
     contract = folder.read_json("contract.json")
     if step < total or (name == "clip" and contract is None):
         raise UserError(f"stage {name} in {root} is unfinished ({step} of {total} steps): {_how_to_train(root, name)}")
-    tokenizer = text.load_tokenizer(folder.path / "tokenizer") if reads_text(config) else None
-    stage = build_stage(config, tokenizer and tokenizer.vocab_size, clip)
+    tokenizer = _load_tokenizer(folder) if reads_text(config) else None
+    stage = build_stage(config, tokenizer.vocab_size if tokenizer else _vocab_size(config), clip)
     trained = trained_stage(stage, config)
     abstract = jax.eval_shape(trained.init, jax.random.key(0))
     shapes = with_shardings(abstract, tree_shardings(abstract, mesh))
     restored = Checkpoints(folder).restore({"ema": shapes.params, "stats": shapes.stats})
     for message in restored.skipped:
         print(f"warning: {message}; step {restored.step} is used", file=sys.stderr)
-    params = restored.trees["ema"]
-    if trained is not stage:
-        params = merge(load_base(folder, config, mesh, clip).params, params, trained.config)
+    variables = Variables(restored.trees["ema"], restored.trees["stats"])
+    if isinstance(trained, LoraStage):
+        variables = trained.whole(trained.borrowed(load_base(folder, config, mesh, clip)), variables)
     measured = folder.read_json("moments.json")
     if measured is not None and measured["step"] == restored.step:
         moments = NoiseMoments(tuple(measured["eps"]), measured["x_0"])
         stage = dataclasses.replace(stage, moments=moments)
     return Member(
         stage=stage,
-        variables=Variables(params, restored.trees["stats"]),
+        variables=variables,
         step=restored.step,
         contract=contract and expand(EmbeddingContract, contract, f"{folder.path}/contract.json"),
         tokenizer=tokenizer,
-        context_length=text_config(config).context_length if tokenizer else 0,
+        context_length=text_config(config).context_length if reads_text(config) else 0,
     )
 
 
@@ -176,6 +175,16 @@ def load_base(
     variables = load_member(base.root, base.stage, mesh, clip).variables
     finetune.check_fingerprint(folder, base, fingerprint(variables.params))
     return variables
+
+
+def _load_tokenizer(folder: StageFolder) -> text.Tokenizer | None:
+    """Returns a stage's tokenizer; None for an imported one that came without."""
+    path = folder.path / "tokenizer"
+    return None if folder.read_json("source.json") and not path.exists() else text.load_tokenizer(path)
+
+
+def _vocab_size(config: Mapping[str, Any]) -> int | None:
+    return text_config(config).vocab_size if reads_text(config) else None
 
 
 def load_system(root: pathlib.Path, mesh: jax.sharding.Mesh, names: tuple[str, ...] = ()) -> dict[str, Member]:

@@ -113,15 +113,15 @@ def _tuned(job: Job, base: StageFolder, config: Mapping[str, Any], clip: ClipSta
         identity = fingerprint(start.params)
     if stage is job.stage:
         return dataclasses.replace(job, start=start), identity
-    weights = start.params or build.load_base(job.folder, config, job.mesh, clip).params
+    borrowed = stage.borrowed(start if identity else build.load_base(job.folder, config, job.mesh, clip))
 
     def preview(variables: Variables, step: int) -> None:
-        job.preview(variables._replace(params=merge(weights, variables.params, stage.config)), step)
+        job.preview(stage.whole(borrowed, variables), step)
 
     lora = dataclasses.replace(
         job,
         stage=stage,
-        frozen={**job.frozen, stage.name: Variables(weights, {})},
+        frozen={**job.frozen, stage.name: borrowed},
         start=start._replace(params=None),
         preview=job.preview and preview,
     )

@@ -44,7 +44,7 @@ class Batch(TypedDict, total=False):
     null_text_emb: Array  # float32[B, E], of the empty caption, the same in every row, likewise
     null_text_seq: Array  # float32[B, L, D], likewise
     null_mask: Array  # bool[B, L], likewise
-    base: Params  # the weights under a LoRA, which Stage.prepare hands to Stage.loss
+    base: Any  # what is borrowed under a LoRA, which Stage.prepare hands to Stage.loss
 
 
 class UserError(Exception):

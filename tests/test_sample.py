@@ -36,6 +36,7 @@ WORDS = {
     "clip": ("2", {"clip": 2.0}),
     "threshold": ("dynamic", {"threshold": "dynamic"}),
     "quantile": ("0.9", {"quantile": 0.9}),
+    "temperature": ("0.997", {"temperature": 0.997}),
     "guidance": ("-1.5", {"guidance": -1.5}),
     "image_guidance": ("0", {"image_guidance": 0.0}),
     "text_guidance": ("7", {"text_guidance": 7.0}),

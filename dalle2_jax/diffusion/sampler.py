@@ -55,11 +55,10 @@ class SamplerConfig:
         name: one of `SAMPLERS`.
         steps: a respacing, see ``respacing.respace``.
         eta: DDIM's noise, 0 (none) to 1 (as much as DDPM).
-        variance: DDPM's noise: "auto" (the network's own where it predicts one, else "fixed_small"), "fixed_small",
-            "fixed_large" or "analytic".
+        variance: DDPM's: "auto" (the network's own, else "fixed_small"), "fixed_small", "fixed_large", "analytic".
         clip: bound on |x_0| at each step: 1 for pixels, larger or None for embeddings.
         threshold: how x_0 is brought within it: "static" or "dynamic".
-        quantile: of "dynamic".
+        quantile: of "dynamic". ``temperature``: deviation of x_T; GLIDE's upsampler takes 0.997.
 
     Raises:
         UserError: an unknown name, a number out of range, or eta or a variance for a sampler without it.
@@ -72,6 +71,7 @@ class SamplerConfig:
     clip: float | None = 1.0
     threshold: str = "static"
     quantile: float = 0.995
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         choose("sampler", self.name, dict.fromkeys(SAMPLERS))
@@ -266,7 +266,7 @@ def sample(
         steps,
         predictor(prediction_type, denoiser, mend, variance_type),
         noise_keys,
-        rng.normal(x_T_keys, tuple(shape)) if x_T is None else x_T,
+        config.temperature * rng.normal(x_T_keys, tuple(shape)) if x_T is None else x_T,
         itinerary=resampling(steps.num_steps, *resample) if resample else None,
         inpainting=inpainting,
         trajectory=trajectory,

@@ -34,7 +34,7 @@ from dalle2_jax.stages import (
     images,
 )
 from dalle2_jax.stages.diffusion import Condition
-from dalle2_jax.types import Batch, Params
+from dalle2_jax.types import Batch, Params, UserError
 
 PRIORS = {"diffusion": "prior", "ar": "ar_prior"}
 """A prior's kind -> the stage that turns a caption into an image embedding. A system has one or both; the first is
@@ -336,7 +336,7 @@ class Cascade:
         self, keys: jax.Array, requests: Sequence[Request], picture: jax.Array, known: Known | None = None
     ) -> Float[Array, "B H W 3"]:
         for name in (name for name in UPSAMPLERS if name in self._members):
-            batch, absent = self._captions(name, requests) if self._members[name].tokenizer else (None, None)
+            batch, absent = self._captions(name, requests) if self._members[name].context_length else (None, None)
             picture = enlarge(
                 *self._static(name), self._members[name].variables, self._stream(keys, name),
                 picture, batch, absent, self._scalars(name), known and known[name],
@@ -347,8 +347,15 @@ class Cascade:
         """Returns the tokens of a stage, and which prompts are empty (drawn unconditionally)."""
         member = self._members[name]
         prompts = [request.prompt for request in requests]
-        tokens, mask = member.tokenizer.encode(prompts, member.context_length)
-        tokens, mask, absent = self._put(tokens, mask, np.asarray([not prompt.strip() for prompt in prompts]))
+        absent = np.asarray([not prompt.strip() for prompt in prompts])
+        if member.tokenizer is not None:
+            tokens, mask = member.tokenizer.encode(prompts, member.context_length)
+        elif absent.all():
+            shape = (len(prompts), member.context_length)
+            tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        else:
+            raise UserError(f"stage {name} came without a tokenizer: import it again with --tokenizer FOLDER")
+        tokens, mask, absent = self._put(tokens, mask, absent)
         return {"tokens": tokens, "mask": mask}, absent
 
     def _static(self, name: str) -> tuple:

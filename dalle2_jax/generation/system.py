@@ -16,8 +16,8 @@ class Member:
     variables: Variables
     step: int
     contract: EmbeddingContract | None  # None for a stage that knows no embedding
-    tokenizer: Tokenizer | None  # None for a stage that reads no text
-    context_length: int
+    tokenizer: Tokenizer | None  # None for a stage that reads no text, or that was imported without
+    context_length: int  # 0 for a stage that reads no text
 
 
 def check_agreement(members: Mapping[str, Member], where: str) -> None:

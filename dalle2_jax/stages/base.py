@@ -35,6 +35,7 @@ class Stage(Protocol):
 
     name: str
     borrows: tuple[str, ...]
+    # and, where it has any, constant_stats: tuple[str, ...], names of statistics that no training changes
 
     def init(self, key: jax.Array) -> Variables:
         """Returns fresh variables."""
@@ -76,21 +77,21 @@ class EmbeddingContract:
     scale: float = 17.2
 
 
+@jax.jit
+def _checksum(leaf: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
+    # Each value is hashed with its place (MurmurHash3's finaliser), so that exchanged values and
+    # flipped signs change the sum, which wraps at 2^32 and may be taken in any order.
+    mixed = bits ^ jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2_654_435_761)
+    for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13), (1, 16)):
+        mixed = (mixed ^ (mixed >> jnp.uint32(shift))) * jnp.uint32(multiplier)
+    return jnp.sum(mixed, dtype=jnp.uint32)
+
+
 def fingerprint(params: Params) -> str:
     """Returns a short name of these exact float32 weights, the same however they are sharded."""
-
-    @jax.jit
-    def checksum(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
-        # Each value is hashed with its place (MurmurHash3's finaliser), so that exchanged values and
-        # flipped signs change the sum, which wraps at 2^32 and may be taken in any order.
-        mixed = bits ^ jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2_654_435_761)
-        for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13), (1, 16)):
-            mixed = (mixed ^ (mixed >> jnp.uint32(shift))) * jnp.uint32(multiplier)
-        return jnp.sum(mixed, dtype=jnp.uint32)
-
     code = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        entry = f"{jax.tree_util.keystr(path)}:{leaf.shape}:{int(checksum(leaf))}"
+        entry = f"{jax.tree_util.keystr(path)}:{leaf.shape}:{int(_checksum(leaf))}"
         code = zlib.crc32(entry.encode(), code)
     return f"{code:08x}"

@@ -24,7 +24,7 @@ from dalle2_jax.stages.base import Outputs, Stage, Variables
 from dalle2_jax.types import Batch, Params, UserError
 
 TARGETS = (
-    r"(^|/)attn/(qkv|context_kv|out)/kernel$",  # attention, of transformers and of the U-Net
+    r"(^|/)attn/(qkv|q|kv|context_kv|out)/kernel$",  # attention, of transformers and of the U-Net
     r"(^|/)blocks/(fc|proj)/kernel$",  # the transformers' MLPs
     r"(^|/)pool/(query|key|value|out)/kernel$",  # the attention that ends CLIP's ResNet
     r"(^|/)(context_kv|caption_context_proj|text_seq_proj|image_token_proj)/kernel$",  # what attention is told
@@ -37,7 +37,7 @@ CONVOLUTIONS = r"/conv_\d/kernel$"
 STACKED = r"(^|/)blocks/"
 """Kernels with a leading axis of layers."""
 
-SPREADING = r"(^|/)(qkv|context_kv|query|key|value|image_token_proj)/kernel$"
+SPREADING = r"(^|/)(qkv|q|kv|context_kv|query|key|value|fc|image_token_proj)/kernel$"
 """Kernels of one input axis and several output axes; others have one output axis: [N, K, D], [H, W, C, D], [D, E]."""
 
 
@@ -71,8 +71,8 @@ class LoraConfig:
 class LoraStage:
     """A stage whose parameters are the factors of another's kernels: {.., "lora_a": A, "lora_b": B} for "kernel".
 
-    The base's weights are borrowed, under the stage's own name: ``prepare`` hands them to ``loss`` in the batch, as
-    "base". Statistics are the inner stage's, and go on changing.
+    The base's weights are borrowed, under the stage's own name, and those of its statistics that no training changes:
+    ``prepare`` hands them to ``loss`` in the batch, as "base". All other statistics are this stage's own.
     """
 
     inner: Stage
@@ -89,7 +89,7 @@ class LoraStage:
         return (*self.inner.borrows, self.name)
 
     def init(self, key: Key[Array, ""]) -> Variables:
-        """Returns fresh factors, and the inner stage's fresh statistics.
+        """Returns fresh factors, and fresh statistics.
 
         Raises:
           UserError: a target that fits no kernel of the stage.
@@ -103,16 +103,32 @@ class LoraStage:
                 f"config.lora.targets: no kernel of stage {self.name} fits {', '.join(map(repr, given or lost))}; "
                 f"its kernels are {', '.join(paths[:4])}, ..; {CONVOLUTIONS!r} fits a U-Net's convolutions"
             )
-        return Variables(_fresh(rng.stream(key, "lora"), inner.params, self.config), inner.stats)
+        return Variables(_fresh(rng.stream(key, "lora"), inner.params, self.config), self._own(inner.stats))
+
+    def borrowed(self, base: Variables) -> Variables:
+        """Returns what is borrowed of the base's variables."""
+        return Variables(base.params, {name: base.stats[name] for name in self._constant})
+
+    def whole(self, borrowed: Variables, own: Variables) -> Variables:
+        """Returns the inner stage's variables: the factors merged, and all statistics."""
+        return Variables(merge(borrowed.params, own.params, self.config), {**own.stats, **borrowed.stats})
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
-        """Adds what the inner stage adds, and the base's weights."""
-        return {**self.inner.prepare(frozen, batch), "base": frozen[self.name].params}
+        """Adds what the inner stage adds, and what is borrowed of the base."""
+        return {**self.inner.prepare(frozen, batch), "base": frozen[self.name]}
 
     def loss(self, params: Params, stats: Params, key: Key[Array, ""], batch: Batch) -> tuple[jax.Array, Outputs]:
         """The inner stage's loss with the factors merged; the base is a constant."""
         rest = {name: value for name, value in batch.items() if name != "base"}
-        return self.inner.loss(merge(batch["base"], params, self.config), stats, key, rest)
+        loss, outputs = self.inner.loss(*self.whole(batch["base"], Variables(params, stats)), key, rest)
+        return loss, Outputs(outputs.metrics, self._own(outputs.stats))
+
+    @property
+    def _constant(self) -> tuple[str, ...]:
+        return getattr(self.inner, "constant_stats", ())
+
+    def _own(self, stats: Params) -> Params:
+        return {name: value for name, value in stats.items() if name not in self._constant}
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -98,6 +98,11 @@ class UpsamplerStage(DiffusionStage):
         return {"text": self.drop_text} if self.is_told else {}
 
     @property
+    def constant_stats(self) -> tuple[str, ...]:
+        """The last network is not trained with the first."""
+        return ("last",) if self.last_network else ()
+
+    @property
     def network(self) -> UNet | DecoderNetwork:
         return DecoderNetwork(self.model) if self.is_told else UNet(self.model)
 

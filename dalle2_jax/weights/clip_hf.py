@@ -22,7 +22,7 @@ from dalle2_jax.weights.clip_hf_config import (
     read_text_config,
     read_vision_config,
 )
-from dalle2_jax.weights.clip_towers import INITIAL_LOG_SCALE, patch_layout, released_tokenizer, sections
+from dalle2_jax.weights.clip_towers import INITIAL_LOG_SCALE, normalisation, patch_layout, released_tokenizer, sections
 from dalle2_jax.weights.component import Component, Source
 from dalle2_jax.weights.landing import Trees, write_json
 from dalle2_jax.weights.rules import (
@@ -45,6 +45,7 @@ IGNORED = (r"(text_model|vision_model)\.embeddings\.position_ids",)
 
 _STEMS = ("model", "pytorch_model")
 _TOWERS = ("text_model.", "vision_model.")
+_PROCESSOR = "preprocessor_config.json"
 
 
 # --- tables ---------------------------------------------------------------------------------
@@ -161,11 +162,15 @@ def _nested(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section if isinstance(section, Mapping) else {}
 
 
-def _normalisation(source: Source) -> tuple[Sequence[float], Sequence[float]]:
+def _normalisation(folder: Source) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and deviation of the pictures, from the folder's processor or the one beside it; else OpenAI's."""
-    beside = Source(source.path.parent / "feature_extractor")
-    content = source.json("preprocessor_config.json") or beside.json("preprocessor_config.json") or {}
-    return content.get("image_mean", CLIP_IMAGE_MEAN), content.get("image_std", CLIP_IMAGE_STD)
+    for place in (folder.path, folder.path.parent / "feature_extractor"):
+        content = Source(place).json(_PROCESSOR)
+        if content is not None and not content.get("do_normalize", True):
+            return (0.0,) * 3, (1.0,) * 3
+        if content is not None:
+            return normalisation(content, ("image_mean", "image_std"), str(place / _PROCESSOR))
+    return CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 
 
 def _tokenizer(folder: Source, vocab_size: int) -> Tokenizer | None:
@@ -220,7 +225,7 @@ def export_hf(
             "vision_config": hf_vision_config(vision, config.embed_dim),
         }
         pictures = hf_image_processor(vision.image_size, config.image_mean, config.image_std)
-        write_json(folder / "preprocessor_config.json", pictures)
+        write_json(folder / _PROCESSOR, pictures)
     write_json(folder / "config.json", whole)
     if tokenizer is not None:
         write_clip_tokenizer(folder, tokenizer, text.context_length)

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dalle2_jax.models.clip import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, ClipConfig
+from dalle2_jax.models.clip import ClipConfig
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.types import UserError
 from dalle2_jax.weights.clip_openai import HEAD_WIDTH, bare, component, read_sizes, write_state_dict
+from dalle2_jax.weights.clip_towers import normalisation
 from dalle2_jax.weights.component import Component, Source
 from dalle2_jax.weights.landing import Trees, write_json
 
@@ -56,15 +57,17 @@ def _configured(sizes: ClipConfig, content: Mapping[str, Any], where: str) -> Cl
     vision, text = (_section(model, name, where) for name in ("vision_cfg", "text_cfg"))
     for name, section in (("vision_cfg", vision), ("text_cfg", text)):
         _check(section, name, where)
+    mean, std = normalisation(pictures, ("mean", "std"), where)
     activation = {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
     resnet = isinstance(sizes.vision, ResNetConfig)
-    heads = sizes.vision.width * (32 if resnet else 1) // vision.get("head_width", HEAD_WIDTH)
+    head_width = _count(vision, "head_width", HEAD_WIDTH, where)
+    heads = max(1, sizes.vision.width * (32 if resnet else 1) // head_width)
     return dataclasses.replace(
         sizes,
         vision=dataclasses.replace(sizes.vision, heads=heads, **({} if resnet else activation)),
-        text=dataclasses.replace(sizes.text, heads=text.get("heads", 8), **activation),
-        image_mean=tuple(pictures.get("mean", CLIP_IMAGE_MEAN)),
-        image_std=tuple(pictures.get("std", CLIP_IMAGE_STD)),
+        text=dataclasses.replace(sizes.text, heads=_count(text, "heads", 8, where), **activation),
+        image_mean=mean,
+        image_std=std,
     )
 
 
@@ -73,6 +76,13 @@ def _section(content: Mapping[str, Any], name: str, where: str) -> Mapping[str, 
     if not isinstance(section, Mapping):
         raise UserError(f"{where}: {name} is not a section")
     return section
+
+
+def _count(section: Mapping[str, Any], key: str, usual: int, where: str) -> int:
+    value = section.get(key, usual)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where}: {key} must be a whole number of 1 or more, not {value!r}")
+    return value
 
 
 def _check(section: Mapping[str, Any], name: str, where: str) -> None:

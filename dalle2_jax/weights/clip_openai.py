@@ -159,9 +159,11 @@ def read_sizes(tensors: Mapping[str, Tensor], where: str, kind: str = "auto") ->
         UserError: a tensor that says a size is missing.
     """
 
-    def shape(key: str) -> tuple[int, ...]:
+    def shape(key: str, axes: int = 2) -> tuple[int, ...]:
         if key not in tensors:
             raise UserError(f"{where} lacks tensor {key}: it is cut short or of another family")
+        if len(tensors[key].shape) != axes or 0 in tensors[key].shape:
+            raise UserError(f"{where}: {key} {list(tensors[key].shape)} is not CLIP's: it has {axes} axes there")
         return tensors[key].shape
 
     def layers(prefix: str) -> int:
@@ -173,10 +175,10 @@ def read_sizes(tensors: Mapping[str, Tensor], where: str, kind: str = "auto") ->
 
     text = text_prefix(tensors)
     vocab_size, text_width = shape(f"{text}token_embedding.weight")
-    channels = shape("visual.conv1.weight")[0]
+    channels = shape("visual.conv1.weight", 4)[0]
     head_width, activation = _unsaid(channels, kind)
     if "visual.class_embedding" in tensors:
-        patch = shape("visual.conv1.weight")[-1]
+        patch = shape("visual.conv1.weight", 4)[-1]
         vision = VisionConfig(
             image_size=patch * _side(shape("visual.positional_embedding")),
             patch_size=patch,
@@ -187,7 +189,7 @@ def read_sizes(tensors: Mapping[str, Tensor], where: str, kind: str = "auto") ->
             mlp_ratio=ratio("visual.", channels),
         )
     else:
-        width = shape("visual.layer1.0.conv1.weight")[0]
+        width = shape("visual.layer1.0.conv1.weight", 4)[0]
         stages = tuple(layers(f"visual.layer{i}.") for i in (1, 2, 3, 4))
         side = 32 * _side(shape("visual.attnpool.positional_embedding"))
         vision = ResNetConfig(stages, width, max(1, width * 32 // HEAD_WIDTH), side)

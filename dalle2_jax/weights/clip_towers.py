@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dalle2_jax.models.clip import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, TextConfig, VisionConfig
@@ -37,6 +37,29 @@ def sections(
         model["vision"] = {"kind": kind, **dataclasses.asdict(vision)}
         model |= {"image_mean": list(mean), "image_std": list(std)}
     return config
+
+
+def normalisation(
+    content: Mapping[str, Any], names: tuple[str, str], where: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns how a checkpoint normalises pictures in [0, 1]: mean and deviation by channel, OpenAI's by default.
+
+    Args:
+        content: of a config file.
+        names: what the file calls the two.
+        where: the file, for errors.
+
+    Raises:
+        UserError: one of them is not three numbers, or a deviation is 0.
+    """
+    usual = zip(names, (CLIP_IMAGE_MEAN, CLIP_IMAGE_STD), strict=True)
+    found = [content.get(name, values) for name, values in usual]
+    for name, values in zip(names, found, strict=True):
+        numbers = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
+        if not numbers or len(values) != 3 or (name == names[1] and min(values) <= 0):
+            raise UserError(f"{where}: {name} must be three numbers, deviations above 0, not {values!r}")
+    mean, std = (tuple(map(float, values)) for values in found)
+    return mean, std
 
 
 def released_tokenizer(vocab_size: int) -> Tokenizer | None:

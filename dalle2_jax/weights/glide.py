@@ -128,7 +128,7 @@ def _sections(model: DecoderConfig, stage: str, inpaint: bool) -> dict[str, Any]
     conditioning = {"drop_text": 0.2, "inpaint": inpaint}
     if upsamples:
         conditioning |= UPSCALED | {"low_size": model.unet.image_size // 4}
-        sampling = {"name": "ddpm" if inpaint else "ddim", "steps": "fast27"}
+        sampling = {"name": "ddpm" if inpaint else "ddim", "steps": "fast27", "temperature": 0.997}
     else:
         sampling = {"name": "ddpm", "steps": 100, "guidance": 5.0 if inpaint else 3.0}
     return {

@@ -151,7 +151,7 @@ def _component(folder: Source, pipeline: Source, scheduler: str, family: str, vo
     whiten = model.time_token
     defaults = {"prediction_type": "sample", "clip_sample_range": 5.0}
     said = read_scheduler(pipeline, scheduler, **defaults) if whiten else _one_step()
-    if said["diffusion"]["loss"] != "mse":
+    if said["diffusion"].get("variance") == "learned_range":
         raise UserError(f"{pipeline.path / scheduler}: a prior of variance 'learned_range' is not known here")
     if whiten:
         said["sampling"] |= {"steps": STEPS, "guidance": GUIDANCE}

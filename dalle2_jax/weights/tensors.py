@@ -43,6 +43,7 @@ _DAMAGE = (
 """What readers of pickles and archives raise at one that is cut short or no such thing at all."""
 
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
+_NUMPY_DTYPES = {theirs: ours for ours, theirs in _SAFETENSORS_DTYPES.items()}
 
 
 class Tensor(NamedTuple):
@@ -103,7 +104,8 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     def tensor(file: Any, key: str) -> Tensor:
         view = file.get_slice(key)
         # Opened anew for each tensor: the pages of those read before are given back.
-        return Tensor(tuple(view.get_shape()), view.get_dtype(), path, lambda: _plain(_safetensor(path, key)))
+        dtype = _NUMPY_DTYPES.get(view.get_dtype(), view.get_dtype())
+        return Tensor(tuple(view.get_shape()), dtype, path, lambda: _plain(_safetensor(path, key)))
 
     try:
         with safe_open(path, "np") as file:

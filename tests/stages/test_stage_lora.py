@@ -61,6 +61,9 @@ KERNELS = {
     "transformer/blocks/attn/qkv": ((2, 6, 3, 2, 5), (2, 6, 30)),
     "transformer/blocks/attn/out": ((2, 3, 2, 5), (2, 6, 5)),
     "transformer/blocks/fc": ((2, 6, 20), (2, 6, 20)),
+    "blocks/attn/q": ((2, 6, 2, 5), (2, 6, 10)),  # of heads that share their keys, and a gated MLP
+    "blocks/attn/kv": ((2, 6, 2, 5), (2, 6, 10)),
+    "gated/blocks/fc": ((2, 6, 2, 20), (2, 6, 40)),
     "mid_attn/attn/qkv": ((6, 3, 2, 5), (1, 6, 30)),
     "mid_attn/attn/context_kv": ((6, 2, 2, 5), (1, 6, 20)),
     "mid_attn/attn/out": ((2, 3, 5), (1, 6, 5)),
@@ -181,6 +184,23 @@ def test_trained_factors_lose_as_their_merged_weights(lora):
     before, after = named(base), named(merged)
     changed = {name for name, leaf in after.items() if (np.asarray(leaf) != before[name]).any()}
     assert changed == {f"{name.rpartition('/')[0]}/kernel" for name in named(factors)}
+
+
+def test_statistics_that_no_training_changes_are_borrowed():
+    """A second network beside an upsampler's is not saved with each LoRA of the first."""
+    plain = lora_of("upsampler")
+    stage = dataclasses.replace(plain, inner=dataclasses.replace(plain.inner, last_network=True))
+    base = testing.tiny_variables(stage.inner)
+    assert jax.eval_shape(stage.init, jax.random.key(0)).stats == {} and base.stats.keys() == {"last"}
+    factors, borrowed = trained(stage), stage.borrowed(base)
+    assert stage.whole(borrowed, Variables(factors, {})).stats["last"] is base.stats["last"]
+    frozen, key = {stage.name: borrowed}, jax.random.key(7)
+    losses = [
+        jax.jit(lambda one=one, frozen=frozen: one.loss(factors, {}, key, one.prepare(frozen, BATCH)))()
+        for one, frozen in ((stage, frozen), (plain, {plain.name: Variables(base.params, {})}))
+    ]
+    assert losses[0][1].stats == {}
+    np.testing.assert_array_equal(losses[0][0], losses[1][0])
 
 
 def test_default_targets():

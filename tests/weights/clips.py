@@ -95,3 +95,9 @@ def assert_same(one, other):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+def said(capsys, what, **errors):
+    """Prints measured errors, in every run."""
+    with capsys.disabled():
+        print(f"\n{what}: " + ", ".join(f"{name} {value:.1e}" for name, value in errors.items()))

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax import build
+from dalle2_jax.models.decoder import DecoderNetwork
+from dalle2_jax.models.unet import UNet, UNetConfig
 from dalle2_jax.weights.component import Source
 from dalle2_jax.weights.landing import Trees, read
-from dalle2_jax.weights.rules import check
+from dalle2_jax.weights.rules import check, empty
 from dalle2_jax.weights.tensors import Tensor
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -45,6 +47,19 @@ def weight(key, shape, seed):
 def tiny(name):
     """A recorded checkpoint's tensors."""
     return {key: weight(key, shape, SEEDS[name]) for key, shape in shapes(name).items()}
+
+
+def drawn(rules, model, seed=7):
+    """Random tensors for a network of this shape."""
+    if isinstance(model, UNetConfig):
+        network, unet, told = UNet(model), model, ()
+    else:
+        network, unet = DecoderNetwork(model), model.unet
+        told = (None, None, model.text_length and jnp.zeros((1, model.text_length), jnp.int32))
+    x = jnp.zeros((1, unet.image_size, unet.image_size, unet.in_channels))
+    params = jax.eval_shape(network.init, jax.random.key(0), x, jnp.zeros(1, jnp.int32), *told)["params"]
+    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
+    return {key: weight(key, value.shape, seed) for key, value in empty(rules, hollow)}
 
 
 def source(tensors, name="file.pt"):

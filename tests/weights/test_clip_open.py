@@ -76,6 +76,8 @@ OTHERS = {
     "vision_cfg.pool_type 'avg' is not known here": ("vision_cfg", {"pool_type": "avg"}),
     "text_cfg.no_causal_mask True is not known here": ("text_cfg", {"no_causal_mask": True}),
     "text_cfg.norm_kwargs {'eps': 1e-06} is not known here": ("text_cfg", {"norm_kwargs": {"eps": 1e-6}}),
+    "head_width must be a whole number of 1 or more, not '80'": ("vision_cfg", {"head_width": "80"}),
+    "heads must be a whole number of 1 or more, not 0": ("text_cfg", {"heads": 0}),
     "vision_cfg.ls_init_value 0.1 is not known here": ("vision_cfg", {"ls_init_value": 0.1}),
 }
 

@@ -152,10 +152,7 @@ SMALL = DecoderConfig(SMALL_UNET, None, text_input="tokens", text=TextConfig(300
 def test_a_smaller_network_goes_through_a_file_into_a_system(channels, tmp_path):
     """Its vocabulary is the first of GLIDE's; and the stage of the system draws."""
     model = dataclasses.replace(SMALL, unet=dataclasses.replace(SMALL_UNET, in_channels=channels))
-    x = jnp.zeros((1, 8, 8, channels)), jnp.zeros(1, jnp.int32), None, None, jnp.zeros((1, 4), jnp.int32)
-    abstract = jax.eval_shape(DecoderNetwork(model).init, jax.random.key(0), *x)["params"]
-    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
-    tensors = {key: files.weight(key, value.shape, 7) for key, value in empty(glide_rules(model), hollow)}
+    tensors = files.drawn(glide_rules(model), model)
     path = tmp_path / "glide.safetensors"
     write_safetensors(path, {key: value.shape for key, value in tensors.items()}, tensors.items())
 

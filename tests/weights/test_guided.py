@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle2_jax import build
 from dalle2_jax.models.decoder import DecoderNetwork
 from dalle2_jax.models.unet import UNet, UNetConfig
 from dalle2_jax.stages import DecoderStage, UpsamplerStage
+from dalle2_jax.training.sharding import MeshConfig, make_mesh
 from dalle2_jax.types import UserError
-from dalle2_jax.weights import empty, fill
+from dalle2_jax.weights import empty, fill, write_safetensors
 from dalle2_jax.weights.component import Source
 from dalle2_jax.weights.guided import adm_model, adm_rules, recognise, unet_rules, unet_sizes
+from dalle2_jax.weights.landing import read, write_stage
+from dalle2_jax.workdir import StageFolder
 
 TINY = "guided_adm_unet_tiny"
 UNET = UNetConfig(
@@ -108,6 +112,35 @@ def test_a_network_that_is_told_nothing():
     stage = files.stage_of(component)
     assert isinstance(stage, UpsamplerStage) and not stage.is_told and component.tokenizer is None
     assert files.fits(component, stage) == 311_795_910 - 1000 * 768
+
+
+SMALL = UNetConfig(8, 3, 6, 64, (1,), 1, (8,))
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(3, 5), (3, None), (6, 5), (6, None)])
+def test_a_smaller_network_goes_through_a_file_into_a_system(channels, classes, tmp_path):
+    """And the stage of the system draws."""
+    unet = dataclasses.replace(SMALL, in_channels=channels)
+    tensors = files.drawn(adm_rules(adm_model(unet, classes)), adm_model(unet, classes))
+    path = tmp_path / "adm.safetensors"
+    write_safetensors(path, {key: value.shape for key, value in tensors.items()}, tensors.items())
+    (component,) = recognise(Source.open(path))
+    stage = files.stage_of(component)
+    folder = StageFolder(tmp_path / "system", component.stage)
+    write_stage(folder, component, read(component, files.abstract(stage)))
+    member = build.load_member(folder.root, component.stage, make_mesh(MeshConfig()))
+    assert member.stage == stage and member.tokenizer == component.tokenizer
+    for key, value in empty(component.params, member.variables.params):
+        np.testing.assert_array_equal(value, tensors[key])
+    told = {}
+    if member.tokenizer:
+        told = dict(zip(("tokens", "mask"), member.tokenizer.encode(["3", "a sea"], 1), strict=True))
+    small = jnp.zeros((2, 2, 2, 3))
+    condition = stage.condition(small, told or None) if channels == 6 else stage.condition(told)
+    config = dataclasses.replace(stage.sampling, steps=2)
+    keys = jax.random.split(jax.random.key(0), 2)
+    drawn = jax.jit(lambda variables: stage.draw(variables, keys, condition, config, {}))(member.variables)
+    assert drawn.shape == (2, 8, 8, 3) and np.isfinite(drawn).all() and drawn.std() > 0.1
 
 
 def test_other_files_are_not_taken_for_adms(tmp_path):

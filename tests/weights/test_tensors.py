@@ -43,6 +43,7 @@ ARRAYS = {"b": np.arange(6.0).reshape(2, 3), "a": np.array(0.5), "empty": np.zer
 def test_what_is_written_is_read_as_float32(tmp_path, dtype):
     tensors = open_tensors(written(tmp_path / "x.safetensors", ARRAYS, dtype))
     assert {key: tensor.shape for key, tensor in tensors.items()} == {"a": (), "b": (2, 3), "empty": (0, 4)}
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(dtype).name}
     for key, tensor in tensors.items():
         assert tensor.read().dtype == np.float32
         np.testing.assert_array_equal(tensor.read(), ARRAYS[key])  # each is exact in half precision
