@@ -24,6 +24,7 @@ from dalle2_jax.training.sharding import MeshConfig, make_mesh
 from dalle2_jax.types import UserError
 from dalle2_jax.weights import families
 from dalle2_jax.weights.clip import export_hf, export_open_clip, export_openai
+from dalle2_jax.weights.clip_towers import EMBEDDING
 from dalle2_jax.weights.component import Component, Hints, merged
 from dalle2_jax.weights.karlo_export import Trained, export_diffusers
 from dalle2_jax.weights.landing import Trees, read, shapes_of, staging, stored_config, write_files, write_stage
@@ -60,16 +61,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_hints(command: argparse.ArgumentParser) -> None:
-    """Adds what state dicts of GLIDE and ADM leave open."""
+    """Adds what state dicts leave open."""
     group = command.add_argument_group("of a GLIDE or ADM network other than the released ones")
     group.add_argument("--head_channels", type=entry.positive, help="width of an attention head (released: 64)")
     group.add_argument("--image_size", type=entry.positive, help="side of its pictures (released: 4 x 2^levels)")
     group.add_argument("--attention_order", choices=("legacy", "new"), help="of ADM (released: new at 64 pixels alone)")
+    group = command.add_argument_group("of a prior of DALLE2-pytorch")
+    group.add_argument(
+        "--attention", choices=("relaxed", "cosine"), help="by version: before 1.4.3 (LAION's), or from then on to 1.8.4"
+    )
 
 
 def find(options: argparse.Namespace) -> list[Component]:
     """Returns what the sources hold; files of nothing known are said on standard error."""
-    hints = Hints(options.head_channels, options.image_size, options.attention_order)
+    hints = Hints(options.head_channels, options.image_size, options.attention_order, options.attention)
     found = [families.recognise(path, options.kind, hints) for path in options.source]
     for path in (path for each in found for path in each.unknown):
         print(f"warning: {path} is left out: it is none of the families known here", file=sys.stderr)
@@ -92,13 +97,17 @@ def inspect(options: argparse.Namespace) -> None:
 
 def joins(component: Component) -> str:
     """Says which systems a component belongs to: the embedding contract, in words."""
-    width, embedding = families.embedding_width(component), component.config.get("embedding", {})
+    width = families.embedding_width(component)
     if component.stage == "clip":
-        how = f"{embedding.get('normalisation', 'raw')} x {embedding.get('scale', 1.0)}"
-        return f"makes embeddings of {width} dimensions ({how})"
+        return f"makes embeddings of {width} dimensions ({in_words(component.config.get('embedding', EMBEDDING))})"
     if width is None:
         return "takes no embedding: it joins any system" if component.stage != "decoder" else "needs no CLIP or prior"
-    return f"joins a CLIP of {width} dimensions"
+    return f"joins a CLIP of {width} dimensions ({in_words(component.embedding or EMBEDDING)})"
+
+
+def in_words(embedding: Mapping[str, Any]) -> str:
+    """Says how a contract hands embeddings on."""
+    return f"{embedding['normalisation']} x {embedding['scale']:.6g}"
 
 
 # --- import ---------------------------------------------------------------------------------
@@ -106,15 +115,16 @@ def joins(component: Component) -> str:
 
 def import_system(options: argparse.Namespace) -> None:
     """Writes each stage that the sources hold: all of them, or none."""
-    components = merged(find(options))
+    components = under_contract(merged(find(options)))
     names = [name for name in build.STAGES if name in components]
     with staging(options.system, names) as temporary:
         clip: ClipStage | None = None
         for name in names:
             component, clip_root = components[name], temporary if "clip" in names else options.system
             component = with_tokenizer(component, options, clip_root)
-            if name != "clip" and clip is None and borrows_clip(stored_config(component)):
-                clip = clip_beside(clip_root, component)
+            if name != "clip" and borrows_clip(stored_config(component)):
+                clip = clip or clip_beside(clip_root, component)
+                check_contract(component, clip)
             stage = build.build_stage(stored_config(component), vocab_size(component), clip)
             trees = read_stage(stage, component, DTYPES[options.dtype])
             folder = StageFolder(temporary, name)
@@ -130,6 +140,25 @@ def import_system(options: argparse.Namespace) -> None:
     for name in names:
         count = families.parameters(components[name])
         print(f"{options.system / name}: {components[name].family}, {count:,} parameters")
+
+
+def under_contract(components: Mapping[str, Component]) -> dict[str, Component]:
+    """Returns the components, a CLIP among them handing its embeddings on as those beside it were trained with."""
+    asked = [component.embedding for component in components.values() if component.embedding]
+    if "clip" not in components or not asked:
+        return dict(components)
+    clip = components["clip"]
+    return {**components, "clip": dataclasses.replace(clip, config={**clip.config, "embedding": asked[0]})}
+
+
+def check_contract(component: Component, clip: ClipStage) -> None:
+    """Raises UserError unless a component was trained with embeddings as its CLIP hands them on."""
+    asked, given = component.embedding or EMBEDDING, dataclasses.asdict(clip.embedding)
+    if asked != given:
+        raise UserError(
+            f"{component.where} ({component.family}) was trained with CLIP embeddings {in_words(asked)}, and the clip "
+            f"beside it hands on {in_words(given)}: import it to another folder, together with its CLIP"
+        )
 
 
 def with_tokenizer(component: Component, options: argparse.Namespace, clip_root: Path) -> Component:
