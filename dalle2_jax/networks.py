@@ -10,11 +10,12 @@ from typing import Any
 from dalle2_jax.models.ar_prior import ArPriorConfig
 from dalle2_jax.models.clip import ClipConfig
 from dalle2_jax.models.decoder import DecoderConfig
+from dalle2_jax.models.laion_prior import LaionPriorConfig
 from dalle2_jax.models.prior import PriorConfig
 from dalle2_jax.models.transformer import TextConfig as TransformerTextConfig
 from dalle2_jax.models.unet import UNetConfig
 from dalle2_jax.sections import expand
-from dalle2_jax.types import UsageError
+from dalle2_jax.types import UsageError, choose
 
 READS_TEXT = ("clip", "prior", "ar_prior", "decoder")
 
@@ -64,28 +65,57 @@ def _tower(config: Mapping[str, Any], vocab_size: int) -> TransformerTextConfig:
     return expand(TransformerTextConfig, tower, "model.text", vocab_size=vocab_size, context_length=length)
 
 
-def _check_length(config: Mapping[str, Any], clip: ClipConfig | None) -> None:
+def _check_length(config: Mapping[str, Any], text_input: str | None, clip: ClipConfig | None) -> None:
     """A stage that reads CLIP's text states has as many of them as CLIP; one that reads a class has one token."""
-    wanted, text_input = text_config(config).context_length, config["model"].get("text_input")
+    wanted = text_config(config).context_length
     if text_input == "clip" and wanted != (length := clip.text.context_length):
         raise UsageError(f"config.text.context_length must be clip's {length}, not {wanted}: it reads clip's states")
     if text_input == "label" and wanted != 1:
         raise UsageError(f"config.text.context_length must be 1, not {wanted}: a class is one token")
 
 
-def prior_model(config: Mapping[str, Any], vocab_size: int, clip: ClipConfig) -> PriorConfig:
-    """Returns the diffusion prior's shape."""
-    tokens = config["model"].get("text_input", "tokens") == "tokens"
-    _check_length(config, clip)
+def prior_model(config: Mapping[str, Any], vocab_size: int, clip: ClipConfig) -> PriorConfig | LaionPriorConfig:
+    """Returns the diffusion prior's shape, of the ``kind`` that its section names: the paper's where it names none."""
+    kind = config["model"].get("kind", "unclip")
+    return choose("config.model.kind", kind, PRIORS)(config, _without(config["model"], "kind"), vocab_size, clip)
+
+
+def _unclip_prior(
+    config: Mapping[str, Any], section: Mapping[str, Any], vocab_size: int, clip: ClipConfig
+) -> PriorConfig:
+    text_input = section.get("text_input", "tokens")
+    tokens = text_input == "tokens"
+    _check_length(config, text_input, clip)
     return expand(
         PriorConfig,
-        config["model"],
+        section,
         "model",
         embed_dim=clip.embed_dim,
         context_length=text_config(config).context_length,
         vocab_size=vocab_size if tokens else None,
         text_width=None if tokens else clip.text.width,
     )
+
+
+def _laion_prior(
+    config: Mapping[str, Any], section: Mapping[str, Any], vocab_size: int, clip: ClipConfig
+) -> LaionPriorConfig:
+    """It reads no tokens; captions may be shorter than the network has places for."""
+    _check_length(config, LaionPriorConfig.text_input, clip)
+    if clip.text.width != clip.embed_dim:
+        raise UsageError(
+            f"config.model.kind 'laion' takes CLIP's text states as they are: they must be as wide as its embeddings, "
+            f"{clip.embed_dim}, not {clip.text.width}"
+        )
+    length = clip.text.context_length
+    model = expand(LaionPriorConfig, {"context_length": length, **section}, "model", width=clip.embed_dim)
+    if model.context_length < length:
+        raise UsageError(f"config.model.context_length must be clip's {length} or more, not {model.context_length}")
+    return model
+
+
+PRIORS = {"unclip": _unclip_prior, "laion": _laion_prior}
+"""Kinds of the diffusion prior's network."""
 
 
 def ar_prior_model(config: Mapping[str, Any], vocab_size: int, clip: ClipConfig) -> ArPriorConfig:
@@ -98,7 +128,7 @@ def decoder_model(config: Mapping[str, Any], vocab_size: int, clip: ClipConfig |
     """Returns a decoder's shape."""
     text_input = config["model"].get("text_input")
     text = None if config["model"].get("text") is None else _tower(config, vocab_size)
-    _check_length(config, clip)
+    _check_length(config, text_input, clip)
     told_image = clip is not None and config["model"].get("image_emb_dim", 0) is not None
     return expand(
         DecoderConfig,

@@ -20,6 +20,7 @@ What stands in for absent text depends on the library's version that trained the
 
 import math
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -72,17 +73,25 @@ class LaionPriorConfig:
         """Returns the transformer's own config."""
         return MultiQueryConfig(**{field.name: getattr(self, field.name) for field in fields(MultiQueryConfig)})
 
-    # What PriorConfig has as fields.
+    # What the stage asks of any prior's config.
+
+    text_input: ClassVar[str] = "clip"  # the network reads CLIP's final text states
+    hidden_token: ClassVar[int | None] = 0  # taken for padding, though in CLIP's vocabulary it is "!"
+
+    @property
+    def drops(self) -> tuple[str, ...]:
+        """Parts that may be absent."""
+        return {"learned": ("image", "text"), "padding": (), "hidden": ("text",)}[self.nulls]
+
+    @property
+    def embed_length(self) -> float:
+        """Length of the image embeddings that are noised."""
+        return math.sqrt(self.width)
 
     @property
     def embed_dim(self) -> int:
         """Width of CLIP's embeddings."""
         return self.width
-
-    @property
-    def text_input(self) -> str:
-        """The network reads CLIP's final text states."""
-        return "clip"
 
     @property
     def text_width(self) -> int:
@@ -91,7 +100,7 @@ class LaionPriorConfig:
 
     @property
     def learned_null(self) -> bool:
-        """Whether the network itself can go without text; otherwise the caller encodes the empty caption."""
+        """Whether the network itself can go without text."""
         return self.nulls != "padding"
 
 

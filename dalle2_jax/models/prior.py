@@ -18,7 +18,7 @@ computes its keys and values once (``encode_prefix``) and then runs three tokens
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -53,6 +53,13 @@ class PriorConfig:
     time_token: bool = True
     remat: bool = False
     dtype: str = "float32"
+
+    # What the stage asks of any prior's config, beside embed_dim, context_length, text_input, text_width, learned_null.
+
+    drops: ClassVar[tuple[str, ...]] = ("text",)  # parts that may be absent, each a drop_* of the network
+    embed_length: ClassVar[float | None] = None  # of the embeddings it is made for; None: as the contract has them
+    hidden_token: ClassVar[int | None] = None  # a token that is hidden wherever it stands
+    timesteps: ClassVar[int | None] = None  # how many it tells apart; None: any
 
     def __post_init__(self) -> None:
         if self.text_input not in ("tokens", "clip"):

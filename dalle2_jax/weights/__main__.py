@@ -24,6 +24,7 @@ from dalle2_jax.training.sharding import MeshConfig, make_mesh
 from dalle2_jax.types import UsageError, UserError
 from dalle2_jax.weights import families
 from dalle2_jax.weights.clip import export_hf, export_open_clip, export_openai
+from dalle2_jax.weights.clip_towers import EMBEDDING
 from dalle2_jax.weights.component import Component, Hints, merged
 from dalle2_jax.weights.karlo_export import Trained, export_diffusers
 from dalle2_jax.weights.landing import Trees, read, shapes_of, staging, stored_config, write_files, write_stage
@@ -60,16 +61,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_hints(command: argparse.ArgumentParser) -> None:
-    """Adds what state dicts of GLIDE and ADM leave open."""
+    """Adds what state dicts leave open."""
     group = command.add_argument_group("of a GLIDE or ADM network other than the released ones")
     group.add_argument("--head_channels", type=entry.positive, help="width of an attention head (released: 64)")
     group.add_argument("--image_size", type=entry.positive, help="side of its pictures (released: 4 x 2^levels)")
     group.add_argument("--attention_order", choices=("legacy", "new"), help="of ADM (released: new at 64 pixels alone)")
+    group = command.add_argument_group("of a prior of DALLE2-pytorch")
+    group.add_argument(
+        "--attention", choices=("relaxed", "cosine"), help="by version: before 1.4.3 (LAION's), or from then on to 1.8.4"
+    )
 
 
 def find(options: argparse.Namespace) -> list[Component]:
     """Returns what the sources hold; files of nothing known are said on standard error."""
-    hints = Hints(options.head_channels, options.image_size, options.attention_order)
+    hints = Hints(options.head_channels, options.image_size, options.attention_order, options.attention)
     found = [families.recognise(path, options.kind, hints) for path in options.source]
     for path in (path for each in found for path in each.unknown):
         print(f"warning: {path} is left out: it is none of the families known here", file=sys.stderr)
@@ -92,13 +97,17 @@ def inspect(options: argparse.Namespace) -> None:
 
 def joins(component: Component) -> str:
     """Says which systems a component belongs to: the embedding contract, in words."""
-    width, embedding = families.embedding_width(component), component.config.get("embedding", {})
+    width = families.embedding_width(component)
     if component.stage == "clip":
-        how = f"{embedding.get('normalisation', 'raw')} x {embedding.get('scale', 1.0)}"
-        return f"makes embeddings of {width} dimensions ({how})"
+        return f"makes embeddings of {width} dimensions ({in_words(component.config.get('embedding', EMBEDDING))})"
     if width is None:
         return "takes no embedding: it joins any system" if component.stage != "decoder" else "needs no CLIP or prior"
-    return f"joins a CLIP of {width} dimensions"
+    return f"joins a CLIP of {width} dimensions ({in_words(component.embedding or EMBEDDING)})"
+
+
+def in_words(embedding: Mapping[str, Any]) -> str:
+    """Says how a contract hands embeddings on."""
+    return f"{embedding['normalisation']} x {embedding['scale']:.6g}"
 
 
 # --- import ---------------------------------------------------------------------------------
@@ -106,7 +115,7 @@ def joins(component: Component) -> str:
 
 def import_system(options: argparse.Namespace) -> None:
     """Writes each stage that the sources hold: all of them, or none."""
-    components = merged(find(options))
+    components = under_contract(merged(find(options)))
     names = [name for name in build.STAGES if name in components]
     for component in components.values():
         check_whole(component)
@@ -117,12 +126,11 @@ def import_system(options: argparse.Namespace) -> None:
         clip: ClipStage | None = None
         for name in names:
             borrows = borrows_clip(stored_config(components[name]))
-            if borrows and clip is None:
-                clip = clip_beside(clip_root, components[name])
+            if borrows:
+                clip = clip or clip_beside(clip_root, components[name])
+                check_contract(components[name], clip)
             component = with_tokenizer(components[name], options.tokenizer, clip_root)
             stage = build.build_stage(stored_config(component), vocab_size(component), clip)
-            if borrows:
-                check_width(component, clip)
             trees = read_stage(stage, component, DTYPES[options.dtype])
             folder = StageFolder(temporary, name)
             write_stage(folder, component, trees)
@@ -146,13 +154,28 @@ def check_whole(component: Component) -> None:
         raise UserError(f"{what}: give {component.needs} too")
 
 
-def check_width(component: Component, clip: ClipStage) -> None:
-    """Raises UserError for a stage that was trained with a wider or narrower CLIP."""
+def under_contract(components: Mapping[str, Component]) -> dict[str, Component]:
+    """Returns the components, a CLIP among them handing its embeddings on as those beside it were trained with."""
+    asked = [component.embedding for component in components.values() if component.embedding]
+    if "clip" not in components or not asked:
+        return dict(components)
+    clip = components["clip"]
+    return {**components, "clip": dataclasses.replace(clip, config={**clip.config, "embedding": asked[0]})}
+
+
+def check_contract(component: Component, clip: ClipStage) -> None:
+    """Raises UserError unless a component was trained with embeddings as its CLIP hands them on, and as wide."""
     width, ours = families.embedding_width(component), clip.model.embed_dim
     if width is not None and width != ours:
         raise UserError(
-            f"{component.where} ({component.family}) joins a CLIP of {width} dimensions, and this one has {ours}: "
-            "give the CLIP it was trained with"
+            f"{component.where} ({component.family}) does not fit a CLIP of {ours} dimensions: give the one it was "
+            f"trained with, of {width}"
+        )
+    asked, given = component.embedding or EMBEDDING, dataclasses.asdict(clip.embedding)
+    if asked != given:
+        raise UserError(
+            f"{component.where} ({component.family}) was trained with CLIP embeddings {in_words(asked)}, and the clip "
+            f"beside it hands on {in_words(given)}: import it to another folder, together with its CLIP"
         )
 
 

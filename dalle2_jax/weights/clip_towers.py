@@ -12,7 +12,7 @@ from dalle2_jax.types import UserError
 from dalle2_jax.weights.rules import Layout, one
 
 EMBEDDING = {"normalisation": "raw", "scale": 1.0}
-"""How an imported CLIP hands its embeddings on, unless the user says otherwise: as Karlo takes them."""
+"""How an imported CLIP hands its embeddings on, unless what comes with it was trained otherwise: as Karlo's are."""
 
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
 """The temperature that training starts from (Radford et al. 2021, section 2.5), for towers published without theirs."""

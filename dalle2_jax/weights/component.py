@@ -20,11 +20,13 @@ class Hints:
         head_channels: of each attention, of GLIDE's and ADM's networks.
         image_size: side of the pictures they were trained on.
         attention_order: of ADM's, "legacy" (a head's q, k, v together) or "new".
+        attention: of LAION's prior, "relaxed" or "cosine".
     """
 
     head_channels: int | None = None
     image_size: int | None = None
     attention_order: str | None = None
+    attention: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Component:
         stats: and of its statistics.
         ignored: regular expressions of keys that are left out deliberately.
         tokenizer: what the checkpoint brings, if it does.
+        embedding: the contract that it was trained under, where that is not ``clip_towers.EMBEDDING``.
         needs: what completes a part, for errors: "the image encoder".
     """
 
@@ -100,6 +103,7 @@ class Component:
     stats: Sequence[Rule] = ()
     ignored: Sequence[str] = ()
     tokenizer: Tokenizer | None = None
+    embedding: Mapping[str, Any] | None = None
     needs: str = ""
 
 
@@ -144,6 +148,7 @@ def _joined(one: Component, other: Component) -> Component:
         stats=(*one.stats, *other.stats),
         ignored=(*one.ignored, *other.ignored),
         tokenizer=one.tokenizer or other.tokenizer,
+        embedding=one.embedding or other.embedding,
         needs=one.needs and other.needs,
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dalle2_jax.types import UserError, choose
-from dalle2_jax.weights import clip, glide, guided, karlo, karlo_files, priors
+from dalle2_jax.weights import clip, glide, guided, karlo, karlo_files, laion, priors
 from dalle2_jax.weights.component import Component, Hints, Source
 from dalle2_jax.weights.rules import Rule
 from dalle2_jax.weights.tensors import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
@@ -17,6 +17,7 @@ KINDS: Mapping[str, tuple[Recogniser, ...]] = {
     "karlo": (karlo.recognise, karlo_files.recognise),
     "kandinsky": (priors.recognise,),
     "eclipse": (priors.recognise,),
+    "laion": (laion.recognise,),
     "glide": (glide.recognise,),
     "adm": (guided.recognise,),
     **{kind: (partial(clip.recognise, kind=kind),) for kind in clip.KINDS},
@@ -77,8 +78,8 @@ def _size(component: Component, rule: Rule) -> int:
     return count
 
 
-_EMBEDDED = ("out_proj/bias", "null_image_emb")
-"""Leaves that have the image embedding's width: of a prior, of a decoder."""
+_EMBEDDED = ("out_proj/bias", "null_image_emb", "transformer/blocks/attn/ln_out/scale")
+"""Leaves that have the image embedding's width: of a prior, of a decoder, of LAION's prior."""
 
 
 def embedding_width(component: Component) -> int | None:

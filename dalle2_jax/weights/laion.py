@@ -11,17 +11,22 @@ In between, every norm divided by its largest element and the position bias coun
 days are refused. Attention by cosine came with 1.4.3 and left no trace in the names (``models.multi_query``).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from dalle2_jax.models.laion_prior import LaionPriorConfig
 from dalle2_jax.types import UserError
+from dalle2_jax.weights.component import Component, Source
 from dalle2_jax.weights.rules import DENSE, Layout, Rule, dense, leading, leaf, merged_heads, one, stacked, under
 from dalle2_jax.weights.tensors import Tensor, within
 
 _PREFIXES = ("ema_model.net.", "net.", "online_model.net.", "")
 _QUERY = "learned_query"
 _LAYERS = "causal_transformer.layers"
+_BETAS = "noise_scheduler.betas"
 _TIME_TABLE, _TIME_MLP = "to_time_embeds.0.weight", "to_time_embeds.0.1.net"
 
 IGNORED = (
@@ -34,6 +39,70 @@ IGNORED = (
 """Keys that are left out deliberately, as regular expressions; of copies, see ``chosen``."""
 
 
+_CONTEXT, _VOCAB_SIZE = 77, 49_408
+"""Of the CLIPs of OpenAI and OpenCLIP, by which such priors are told captions."""
+
+STEPS = 64
+"""How many LAION samples with."""
+
+
+def recognise(source: Source) -> list[Component]:
+    """Returns the prior that a file of DALLE2-pytorch's holds; [] where it is something else.
+
+    Its CLIP comes from elsewhere: what some files hold of it has the precision of half floats.
+
+    Raises:
+      UserError: it is one, but damaged, of a generation that is not read, or of another noise schedule.
+    """
+    if _prefix(source.tensors) is None:
+        return []
+    where = str(source.path)
+    tensors = chosen(source.tensors, where)
+    sizes = laion_sizes(tensors, where, source.hints.attention)
+    model = LaionPriorConfig(**sizes)
+    return [
+        Component(
+            stage="prior",
+            family="LAION prior",
+            where=where,
+            config=_sections(sizes, _num_steps(tensors, where)),
+            tensors=tensors,
+            params=laion_rules(model),
+            ignored=IGNORED,
+            embedding={"normalisation": "unit", "scale": model.embed_length},
+        )
+    ]
+
+
+def _sections(sizes: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
+    """The stage's config. The width is CLIP's, and captions are no longer than CLIP's."""
+    length = min(_CONTEXT, sizes.get("context_length", _CONTEXT))
+    return {
+        "model": {"kind": "laion", **{name: value for name, value in sizes.items() if name != "width"}},
+        "text": {"context_length": length, "vocab_size": _VOCAB_SIZE},
+        "conditioning": {"drop_image": 0.1, "drop_text": 0.1},
+        "diffusion": {"schedule": "cosine", "num_steps": num_steps, "prediction": "x0"},
+        "sampling": {"name": "ddpm", "steps": min(STEPS, num_steps), "clip": None, "guidance": 1.0},
+    }
+
+
+def _num_steps(tensors: Mapping[str, Tensor], where: str) -> int:
+    """Reads the length of the noise schedule, which has to be the cosine one. Bare networks bring none."""
+    table = next((tensor for key, tensor in tensors.items() if key.endswith(_BETAS)), None)
+    if table is None:
+        return tensors[_TIME_TABLE].shape[0] if _TIME_TABLE in tensors else 1000
+    betas = np.asarray(table.read(), np.float64)
+    levels = np.cos((np.linspace(0, 1, len(betas) + 1) + 0.008) / 1.008 * math.pi / 2) ** 2
+    if not np.allclose(betas, np.minimum(1 - levels[1:] / levels[:-1], 0.999), rtol=0, atol=0.01):
+        raise UserError(f"{where} was trained by another noise schedule than cosine: no such prior is known here")
+    return len(betas)
+
+
+def _prefix(tensors: Mapping[str, Tensor]) -> str | None:
+    """Returns what stands before the network's own names, None where there is no such network."""
+    return next((prefix for prefix in _PREFIXES if f"{prefix}{_QUERY}" in tensors), None)
+
+
 def chosen(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Returns the network's tensors by their own names and all that is no copy of it: the average before the rest.
 
@@ -44,7 +113,7 @@ def chosen(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     Raises:
       UserError: there is no such network in it.
     """
-    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}{_QUERY}" in tensors), None)
+    prefix = _prefix(tensors)
     if prefix is None:
         raise UserError(f"{where} is no prior of DALLE2-pytorch: it has no net.{_QUERY}")
     copies = [other for other in _PREFIXES if other and f"{other}{_QUERY}" in tensors]

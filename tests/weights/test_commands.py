@@ -39,9 +39,8 @@ def folders(place, five):
 
 @pytest.fixture(scope="module")
 def karlo(place):
-    """Karlo-tiny, of the folders of both pipelines."""
-    second = checkpoints.karlo_variations(place / "second")
-    return (KARLO, second), take(place / "karlo", KARLO, second)
+    """The system of Karlo-tiny, of the folders of both pipelines."""
+    return take(place / "karlo", KARLO, checkpoints.karlo_variations(place / "second"))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +106,6 @@ FAMILIES = {
     "kandinsky": {"prior": "Kandinsky 2.2 prior"},
     "eclipse": {"prior": "ECLIPSE prior"},
 }
-FAMILIES["karlo"] = FAMILIES["folders"]
 
 
 def components(sources):
@@ -209,11 +207,11 @@ def test_other_priors_draw_for_karlo_s_decoder(name, steps, request, tmp_path):
     assert picture.shape == (32, 32, 3) and settings["prior"]["steps"] == steps
 
 
-def test_systems_that_embed_no_picture_say_so(glide, karlo, given, tmp_path):
+def test_systems_that_embed_no_picture_say_so(glide, folders, given, tmp_path):
     words = ("--out", tmp_path / "out", *given[0])
     done = run(sample, "variations", "--system", glide[1], *words)
     assert_refused(done, "told no picture's embedding", "text2image or inpaint")
-    blind = take(tmp_path / "blind", KARLO)
+    blind = take(tmp_path / "blind", folders[0])
     assert_refused(run(sample, "variations", "--system", blind, *words), "no image tower", "import its image encoder")
     assert not (tmp_path / "out").exists()
 
@@ -238,17 +236,19 @@ def test_clip_goes_out_and_comes_in_bit_for_bit(form, five, tmp_path):
     good(weights, "import", kind, tmp_path / "out", tmp_path / "again")
     before, after = loaded(five[1])["clip"], loaded(tmp_path / "again")["clip"]
     assert_same({"clip": before.variables}, {"clip": after.variables})
-    assert (before.stage, before.contract, before.tokenizer) == (after.stage, after.contract, after.tokenizer)
+    assert (before.stage, before.contract) == (after.stage, after.contract)
+    (tokens, mask), (again, _) = (each.tokenizer.encode(["a red panda!", ""], 77) for each in (before, after))
+    np.testing.assert_array_equal(np.where(mask, tokens, 0), np.where(mask, again, 0))  # Hugging Face pads otherwise
 
 
 def test_karlo_goes_out_and_comes_in_bit_for_bit(karlo, tmp_path):
-    good(weights, "export", "diffusers", karlo[1], tmp_path / "out")
+    good(weights, "export", "diffusers", karlo, tmp_path / "out")
     again = take(tmp_path / "again", tmp_path / "out", tmp_path / "out" / "image_variations")
-    assert_same(trees(karlo[1]), trees(again))
+    assert_same(trees(karlo), trees(again))
     for name in ("clip", "prior", "decoder", "upsampler_1"):
-        one, other = (json.loads((root / name / "config.json").read_text()) for root in (karlo[1], again))
+        one, other = (json.loads((root / name / "config.json").read_text()) for root in (karlo, again))
         assert one == other
-    done = run(weights, "export", "diffusers", karlo[1], tmp_path / "out")
+    done = run(weights, "export", "diffusers", karlo, tmp_path / "out")
     assert_refused(done, tmp_path / "out", "is there already")
 
 

@@ -101,7 +101,7 @@ ALONE = {
     ),
     "a prior of another CLIP": lambda five, to: (
         [part(five, "ViT-L-14."), KARLO / "prior"],
-        ["karlo_tiny/prior (prior (PriorTransformer)) joins a CLIP of 48 dimensions, and this one has 64"],
+        ["karlo_tiny/prior (prior (PriorTransformer)) does not fit a CLIP of 64 dimensions", "of 48"],
     ),
     "two CLIPs": lambda five, to: (
         [KARLO / "text_encoder", part(five, "ViT-L-14.")],
@@ -131,7 +131,7 @@ BESIDE = {
     "a stage that is there": lambda five, to: ([part(five, "ViT-L-14.")], ["clip is there already: remove it"]),
     "the second stage of two": lambda five, to: (
         [part(five, "decoder"), KARLO / "prior"],
-        ["joins a CLIP of 48 dimensions"],
+        ["does not fit a CLIP of 64 dimensions"],
     ),
     "no statistics": lambda five, to: ([part(five, "prior")], ["says nothing of parameters stats/mean, stats/std"]),
 }
