@@ -37,7 +37,7 @@ from dalle2_jax.types import UserError
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs each array, and the traceback of what it raises
 
 GRACE = 0.5
-"""Seconds given to the threads that still read a checkpoint found to be damaged."""
+"""Seconds given to the threads that still read a checkpoint found to be damaged, or write one that cannot be."""
 
 MAY_CHANGE = ("total_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints", "mesh", "workers")
 """Config fields in which a resumed run may differ from the run that made the folder."""
@@ -180,9 +180,14 @@ class Checkpoints:
         context = ocp.Context()
         context.memory.deepcopy_host_arrays = False
         context.array.saving.use_compression = False
-        with context:
-            self.save(step, trees, {})
-            self.wait()
+        with context, _hushed():
+            try:
+                self.save(step, trees, {})
+                self.wait()
+            except UserError:
+                time.sleep(GRACE)  # the threads that still write are hushed too
+                gc.collect()
+                raise
 
     def wait(self) -> None:
         """Returns when every started checkpoint is on disk. UserError when one could not be written."""
@@ -199,7 +204,7 @@ class Checkpoints:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"a checkpoint cannot be written to {self._folder.path} ({reason}): "
-                "make room or change permissions; the same command continues from the last one"
+                "make room or change permissions, and give the same command again"
             ) from error
 
     def restore(self, abstract: Mapping[str, Any]) -> Restored | None:
@@ -265,7 +270,7 @@ def _read(path: pathlib.Path, wanted: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Sends standard error nowhere: the threads of orbax write a traceback there for each array they cannot read."""
+    """Sends standard error nowhere: the threads of orbax write a traceback there for each array that fails."""
     sys.stderr.flush()
     with open(os.devnull, "w") as nowhere:
         kept = os.dup(2)

@@ -150,7 +150,8 @@ def tensors(**arrays):
 
 def test_parts_become_one_stage():
     weights = component(tensors=tensors(w=np.zeros((2, 3))), params=dense("out", "w")[:1], needs="statistics")
-    stats = component(config={"conditioning": {"whiten": True}}, stats=leaf("mean", "0"), where="other", needs="weights")
+    said = {"config": {"conditioning": {"whiten": True}}, "where": "other", "needs": "weights"}
+    stats = component(stats=leaf("mean", "0"), **said)
     whole = merged([weights, stats])["prior"]
     assert whole.config == {"model": {}, "conditioning": {"whiten": True}} and whole.where == "file and other"
     assert (*whole.params, *whole.stats) == (*weights.params, *stats.stats)
