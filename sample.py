@@ -229,6 +229,13 @@ def begin(
     return Cascade(members, settings, batch_sharding(mesh), mesh.size), settings, requests
 
 
+def embedded_side(members: dict[str, Member]) -> int:
+    """Returns the side of the pictures that CLIP embeds. UserError if it cannot, or the decoder is not told."""
+    if members["decoder"].stage.model.image_emb_dim is None:
+        raise UserError("this system's decoder is told no picture's embedding: draw by text2image or inpaint")
+    return members["clip"].stage.model.tower.image_size
+
+
 def text2image(options: argparse.Namespace) -> None:
     """Draws captions."""
     prompts = read_prompts(options)
@@ -238,13 +245,16 @@ def text2image(options: argparse.Namespace) -> None:
 
 
 def inpaint(options: argparse.Namespace) -> None:
-    """Draws a part of a picture anew: as the caption says, or without one, as the picture's own embedding does."""
+    """Draws a part of a picture anew: as the caption says, or without one, as the picture's own embedding does.
+
+    A decoder that is told no embedding is told nothing then.
+    """
     members, mesh = load(options, embeds=options.prompt is not None)
     known = known_of(options, members)
     cascade, settings, requests = begin(options, members, mesh, [options.prompt or ""])
     emb = None
-    if options.prompt is None:
-        emb = cascade.embed(square(read_picture(options.image), members["clip"].stage.model.vision.image_size))
+    if options.prompt is None and members["decoder"].stage.model.image_emb_dim is not None:
+        emb = cascade.embed(square(read_picture(options.image), embedded_side(members)))
     drawn = cascade.inpaint(requests, options.batch_size, known, options.resample, emb)
     finish(options, members, settings, cascade, requests, drawn)
 
@@ -261,7 +271,7 @@ def variations(options: argparse.Namespace) -> None:
                 raise UsageError(f"--decoder.{option} is {value} here: leave it out")
             setattr(options, f"decoder.{option}", value if given is None else given)
     files = [read_picture(path) for path in options.image]
-    sides = {"clip": members["clip"].stage.model.vision.image_size, "decoder": picture_side(members["decoder"].stage)}
+    sides = {"clip": embedded_side(members), "decoder": picture_side(members["decoder"].stage)}
     pictures = {name: np.concatenate([square(file, side) for file in files]) for name, side in sides.items()}
     cascade, settings, requests = begin(options, members, mesh, [options.prompt or ""] * len(files))
     drawn = cascade.redraw(requests, options.batch_size, pictures, inverted, not options.whole_inversion)

@@ -20,8 +20,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from common import emit
 from ml_collections import ConfigDict
 
-from dalle2_jax import entry
+from dalle2_jax import build, entry
+from dalle2_jax.training.sharding import MeshConfig, make_mesh
+from dalle2_jax.training.step import parameter_count
 from dalle2_jax.types import UserError
+from dalle2_jax.workdir import StageFolder
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = ("tests/fixtures/karlo_tiny", "tests/fixtures/karlo_tiny_iv/image_encoder")
@@ -34,6 +37,10 @@ RUNS = {
     "decoder": ("decoder", ()),
     "decoder_lora": ("decoder", ("--config.lora={'rank': 1}", "--config.optim.lr=1e-2")),
 }
+
+
+FEW_STEPS = [word for stage in ("prior", "decoder", "upsampler_1") for word in (f"--{stage}.steps", 3)]
+"""Of what is drawn with the result."""
 
 
 def get_config(which: str) -> ConfigDict:
@@ -76,33 +83,36 @@ def losses(folder: pathlib.Path) -> tuple[float, float]:
     return sum(logged[:COMPARED]) / COMPARED, sum(logged[-COMPARED:]) / COMPARED
 
 
-def size(folder: pathlib.Path) -> int:
-    """Returns the bytes of a folder's files."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def factors(system: pathlib.Path, stage: str) -> float:
+    """Returns how many parameters a LoRA has, as a part of its base's."""
+    config = StageFolder(system, stage).read_json("config.json")
+    clip = build.load_member(system, "clip", make_mesh(MeshConfig()))
+    inner = build.build_stage(config, clip.tokenizer.vocab_size, clip.stage)
+    return parameter_count(build.trained_stage(inner, config)) / parameter_count(inner)
 
 
 def main() -> None:
     """Runs the command line."""
-    entry.parser("python benchmarks/finetune_karlo.py", "Fine-tunes a tiny Karlo.", "python benchmarks/finetune_karlo.py").parse_args()
+    example = "python benchmarks/finetune_karlo.py"
+    entry.parser(example, "Fine-tunes a tiny Karlo.", example).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         imported = root / "karlo"
         command("-m", "dalle2_jax.weights", "import", "auto", *SOURCES, imported)
         for name, (stage, words) in RUNS.items():
             system = root / name
-            trained = ["train.py", "--config", f"{pathlib.Path(__file__)}:{stage}", "--workdir", system]
-            seconds = command(*trained, f"--config.init_from={imported}", *words)
+            where = ("--config", f"benchmarks/{pathlib.Path(__file__).name}:{stage}", "--workdir", system)
+            seconds = command("train.py", *where, f"--config.init_from={imported}", *words)
             before, after = losses(system / stage)
-            drawn = command("sample.py", "text2image", "--system", system, "--prompt", "a red circle", "--num", 2,
-                            "--upsampler_1.steps", 2, "--prior.steps", 5, "--decoder.steps", 5, "--out", root / f"{name}_out")
+            drawn = ("--prompt", "a large red circle", "--num", 2, "--out", root / "out" / name)
+            command("sample.py", "text2image", "--system", system, *drawn, *FEW_STEPS)
             emit(
                 benchmark="finetune_karlo",
                 run=name,
                 loss_of_the_first_steps=before,
                 loss_of_the_last_steps=after,
+                trained_part=factors(system, stage) if "lora" in name else 1.0,
                 seconds=seconds,
-                sampling_seconds=drawn,
-                size_of_the_stage=size(system / stage / "checkpoints") / size(imported / stage / "checkpoints"),
             )
 
 

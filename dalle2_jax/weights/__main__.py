@@ -21,7 +21,7 @@ from dalle2_jax.networks import borrows_clip, reads_text
 from dalle2_jax.stages import ClipStage, EmbeddingContract
 from dalle2_jax.stages.base import fingerprint
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
-from dalle2_jax.types import UserError
+from dalle2_jax.types import UsageError, UserError
 from dalle2_jax.weights import families
 from dalle2_jax.weights.clip import export_hf, export_open_clip, export_openai
 from dalle2_jax.weights.clip_towers import EMBEDDING
@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("source", nargs="+", type=Path, help="files and folders; of parts that come twice, the first")
     command.add_argument("system", type=Path, help="the system's folder, as in runs/karlo")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 halves the disk")
-    tokenizer = "folder of the tokenizer, where the source brings none"
+    tokenizer = "folder of CLIP's tokenizer, in place of the one that comes with it"
     command.add_argument("--tokenizer", type=Path, help=tokenizer)
     _add_hints(command)
     command = commands.add_parser("inspect", help="says what a file or folder is, and what it can join")
@@ -117,14 +117,19 @@ def import_system(options: argparse.Namespace) -> None:
     """Writes each stage that the sources hold: all of them, or none."""
     components = under_contract(merged(find(options)))
     names = [name for name in build.STAGES if name in components]
+    for component in components.values():
+        check_whole(component)
+    if options.tokenizer is not None and "clip" not in names:
+        raise UsageError("--tokenizer is CLIP's, and there is no CLIP among the sources")
     with staging(options.system, names) as temporary:
+        clip_root = temporary if "clip" in names else options.system
         clip: ClipStage | None = None
         for name in names:
-            component, clip_root = components[name], temporary if "clip" in names else options.system
-            component = with_tokenizer(component, options, clip_root)
-            if name != "clip" and borrows_clip(stored_config(component)):
-                clip = clip or clip_beside(clip_root, component)
-                check_contract(component, clip)
+            borrows = borrows_clip(stored_config(components[name]))
+            if borrows:
+                clip = clip or clip_beside(clip_root, components[name])
+                check_contract(components[name], clip)
+            component = with_tokenizer(components[name], options.tokenizer, clip_root)
             stage = build.build_stage(stored_config(component), vocab_size(component), clip)
             trees = read_stage(stage, component, DTYPES[options.dtype])
             folder = StageFolder(temporary, name)
@@ -134,12 +139,19 @@ def import_system(options: argparse.Namespace) -> None:
                 kind, scale = stage.embedding.normalisation, stage.embedding.scale
                 contract = EmbeddingContract(fingerprint(trees.params), stage.model.embed_dim, kind, scale)
                 folder.write_json("contract.json", dataclasses.asdict(contract))
-            elif borrows_clip(stored_config(component)):
+            elif borrows:
                 folder.write_json("contract.json", StageFolder(clip_root, "clip").read_json("contract.json"))
             del trees
     for name in names:
         count = families.parameters(components[name])
         print(f"{options.system / name}: {components[name].family}, {count:,} parameters")
+
+
+def check_whole(component: Component) -> None:
+    """Raises UserError for a part that says too little of its stage to build it: an image tower, statistics."""
+    if "model" not in component.config or (component.stage == "clip" and "text" not in component.config):
+        what = f"{component.where} ({component.family}) is no whole {component.stage}"
+        raise UserError(f"{what}: give {component.needs} too")
 
 
 def under_contract(components: Mapping[str, Component]) -> dict[str, Component]:
@@ -152,7 +164,13 @@ def under_contract(components: Mapping[str, Component]) -> dict[str, Component]:
 
 
 def check_contract(component: Component, clip: ClipStage) -> None:
-    """Raises UserError unless a component was trained with embeddings as its CLIP hands them on."""
+    """Raises UserError unless a component was trained with embeddings as its CLIP hands them on, and as wide."""
+    width, ours = families.embedding_width(component), clip.model.embed_dim
+    if width is not None and width != ours:
+        raise UserError(
+            f"{component.where} ({component.family}) does not fit a CLIP of {ours} dimensions: give the one it was "
+            f"trained with, of {width}"
+        )
     asked, given = component.embedding or EMBEDDING, dataclasses.asdict(clip.embedding)
     if asked != given:
         raise UserError(
@@ -161,21 +179,26 @@ def check_contract(component: Component, clip: ClipStage) -> None:
         )
 
 
-def with_tokenizer(component: Component, options: argparse.Namespace, clip_root: Path) -> Component:
-    """Returns the component with a tokenizer: its own, the one given, or that of the CLIP beside it."""
-    if component.tokenizer is not None or not reads_text(stored_config(component)):
-        return component
-    if options.tokenizer is not None:
-        given = text.read_clip_tokenizer(options.tokenizer)
-        if component.stage == "clip" and given.vocab_size != vocab_size(component):
+def with_tokenizer(component: Component, given: Path | None, clip_root: Path) -> Component:
+    """Returns the component with its tokenizer: ``given`` for CLIP, and CLIP's for those that CLIP reads for.
+
+    Raises:
+      UserError: the given one has another vocabulary.
+    """
+    config, beside = stored_config(component), clip_root / "clip" / "tokenizer"
+    if component.stage == "clip" and given is not None:
+        tokenizer, known = text.read_clip_tokenizer(given), component.config["text"]["vocab_size"]
+        if tokenizer.vocab_size != known:
             raise UserError(
-                f"the tokenizer in {options.tokenizer} has {given.vocab_size} tokens, "
-                f"and {component.where} knows {vocab_size(component)}: give the one it was trained with"
+                f"the tokenizer in {given} has {tokenizer.vocab_size} tokens, and {component.where} knows {known}: "
+                "give the one it was trained with"
             )
-        return dataclasses.replace(component, tokenizer=given)
-    if component.stage != "clip" and (clip_root / "clip" / "tokenizer").is_dir():
-        return dataclasses.replace(component, tokenizer=text.load_tokenizer(clip_root / "clip" / "tokenizer"))
-    hint = "give --tokenizer FOLDER to draw from captions"
+        return dataclasses.replace(component, tokenizer=tokenizer)
+    if component.tokenizer is not None or not reads_text(config):
+        return component
+    if borrows_clip(config):
+        return dataclasses.replace(component, tokenizer=text.load_tokenizer(beside)) if beside.is_dir() else component
+    hint = "give --tokenizer FOLDER to draw from captions" if component.stage == "clip" else "it draws without captions"
     print(f"warning: {component.where} brings no tokenizer: {hint}", file=sys.stderr)
     return component
 
@@ -188,14 +211,15 @@ def vocab_size(component: Component) -> int | None:
 
 
 def clip_beside(root: Path, component: Component) -> ClipStage:
-    """Returns the CLIP of a system, without its weights. UserError if there is none."""
-    config = StageFolder(root, "clip").read_json("config.json")
-    if config is None:
+    """Returns the CLIP of a system, without its weights. UserError if there is none, or it is not trained yet."""
+    folder = StageFolder(root, "clip")
+    config = folder.read_json("config.json")
+    if config is None or folder.read_json("contract.json") is None:
         raise UserError(
             f"{component.where} ({component.family}) needs the CLIP it was trained with: give that too, as in "
             f"`import auto CLIP {component.where} {root}`, or import it to {root} first"
         )
-    tokenizer = root / "clip" / "tokenizer"
+    tokenizer = folder.path / "tokenizer"
     known = text.load_tokenizer(tokenizer).vocab_size if tokenizer.is_dir() else config["text"]["vocab_size"]
     return build.build_stage(config, known, None)
 

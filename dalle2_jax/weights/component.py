@@ -108,17 +108,20 @@ class Component:
 
 
 def merged(components: Sequence[Component]) -> dict[str, Component]:
-    """Joins the parts of each stage. Of a part that comes twice (folders of a family repeat some) the first counts.
+    """Joins the parts of each stage.
+
+    Of a part that comes twice (folders of a family repeat some) the first counts, and of a stage that two families
+    have: ECLIPSE's prior, and Karlo's.
 
     Raises:
-        UserError: two parts that say different things, or fill some of the same parameters.
+        UserError: two parts that say different things, or two CLIPs, of which the second has a tower more.
     """
     stages: dict[str, Component] = {}
     for part in components:
         before = stages.get(part.stage)
         if before is None:
             stages[part.stage] = part
-        elif not _paths(part) <= _paths(before):
+        elif not _paths(part) & _paths(before) or (part.stage == "clip" and not _paths(part) <= _paths(before)):
             stages[part.stage] = _joined(before, part)
     return stages
 

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from dalle2_jax.workdir import Checkpoints, StageFolder
 
 STEP = 0
 """An imported stage has made no step here."""
+
+_STAGING = ".importing-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,33 +64,74 @@ def write_stage(folder: StageFolder, component: Component, trees: Trees) -> None
 
 
 @contextlib.contextmanager
-def staging(root: Path, names: Iterator[str] | list[str]) -> Iterator[Path]:
+def staging(root: Path, names: Sequence[str]) -> Iterator[Path]:
     """Gives an empty folder beside a system's stages, and moves the stages made in it into place at the end.
 
-    After an error, or a kill, the system is as it was.
+    After an error, or a kill, the system is as it was. What a killed import left is removed by the next one.
 
     Raises:
         UserError: one of the stages is there already, or the folder cannot be made.
     """
     for name in names:
-        if (root / name).exists():
+        if os.path.lexists(root / name):
             raise UserError(f"{root / name} is there already: remove it, or import to another folder")
     created = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".importing-", dir=root))
+        _sweep(root)
+        temporary = Path(tempfile.mkdtemp(prefix=_STAGING, dir=root))
     except OSError as error:
         raise UserError(f"{root} cannot be written ({error.strerror}): choose another folder") from error
+    with _locked(temporary):
+        try:
+            yield temporary
+            _move(temporary, root, names)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{root} cannot be written ({reason}): make room and import again") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if created and not any(root.iterdir()):
+                root.rmdir()
+
+
+def _move(temporary: Path, root: Path, names: Sequence[str]) -> None:
+    """Moves all stages into place, or none."""
+    moved: list[str] = []
     try:
-        yield temporary
         for name in names:
-            os.replace(temporary / name, root / name)
-    except OSError as error:
-        raise UserError(f"{root} cannot be written ({error.strerror or error}): make room and import again") from error
+            os.rename(temporary / name, root / name)
+            moved.append(name)
+    except OSError:
+        for name in moved:
+            os.rename(root / name, temporary / name)
+        raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Takes a folder until the end, or that of the process.
+
+    Gives False where another process has it, and on disks that know no locks: nothing is swept there.
+    """
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = True
+        except OSError:
+            taken = False
+        yield taken
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if created and not any(root.iterdir()):
-            root.rmdir()
+        os.close(number)
+
+
+def _sweep(root: Path) -> None:
+    """Removes what killed imports left: folders that no process has taken."""
+    for left in root.glob(f"{_STAGING}*"):
+        with contextlib.suppress(FileNotFoundError), _locked(left) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def write_files(target: Path, write: Callable[[Path], None]) -> None:
