@@ -169,6 +169,21 @@ class Checkpoints:
                 step, present, force=True, overwrite=True, custom_metadata={"data_state": dict(data_state)}
             )
 
+    def save_lean(self, step: int, trees: Mapping[str, Any]) -> None:
+        """Writes a checkpoint of numpy arrays as they lie in memory, and returns when it is on disk.
+
+        The arrays are neither copied nor compressed: either takes as much memory again as they do.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        context = ocp.Context()
+        context.memory.deepcopy_host_arrays = False
+        context.array.saving.use_compression = False
+        with context:
+            self.save(step, trees, {})
+            self.wait()
+
     def wait(self) -> None:
         """Returns when every started checkpoint is on disk. UserError when one could not be written."""
         writer, self._writer = self._writer, None

@@ -51,8 +51,8 @@ class LoraConfig:
       UserError: a rank below 1, no targets, or one that is no regular expression.
     """
 
-    rank: int = 8
-    alpha: float = 8.0
+    rank: int = 4
+    alpha: float = 4.0
     targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self) -> None:

@@ -17,7 +17,8 @@ from dalle2_jax.weights.rules import Rule, conv, dense, merged_heads, norm, proj
 
 _ATTENDS = {"down": "SimpleCrossAttnDownBlock2D", "up": "SimpleCrossAttnUpBlock2D"}
 _PLAIN = {"down": "ResnetDownsampleBlock2D", "up": "ResnetUpsampleBlock2D"}
-_MIDDLES = {"UNetMidBlock2DSimpleCrossAttn": True, "UNetMidBlock2D": False}
+_MIDDLES = {True: "UNetMidBlock2DSimpleCrossAttn", False: "UNetMidBlock2D"}
+"""By whether there is a context. (With one, UNetMidBlock2D has a single residual block, where ours has two.)"""
 
 _KNOWN = {
     "act_fn": "silu",
@@ -132,7 +133,7 @@ def read_unet_config(config: Mapping[str, Any], where: str, image_size: int | No
     """Returns the fields of ``UNetConfig`` that a config file describes.
 
     Args:
-      config: of a UNet2DConditionModel or a UNet2DModel; what it leaves out is diffusers' default.
+      config: of a UNet2DConditionModel or a UNet2DModel; a field that only one value fits may be left out.
       where: the file's name, for errors.
       image_size: of the pictures, where the file does not say (Karlo's second super-resolution network).
 
@@ -147,29 +148,36 @@ def read_unet_config(config: Mapping[str, Any], where: str, image_size: int | No
     if not isinstance(side, int) or len(set(depths)) > 1:
         raise UserError(f"{where}: pictures that are not square, or levels of different depth, are not supported")
     down, up = (_attending(config, way, len(widths), where) for way in ("down", "up"))
-    if down != up:
+    if down != up or (down and not conditioned):
         raise UserError(f"{where}: attention on levels {down} on the way down but {up} on the way up is not supported")
     shift = config.get("resnet_time_scale_shift", "default")
     choose(f"resnet_time_scale_shift in {where}", shift, dict.fromkeys(("default", "scale_shift")))
-    middle = choose(f"mid_block_type in {where}", config.get("mid_block_type", "UNetMidBlock2D"), _MIDDLES)
-    attends = bool(down) or middle
+    choose(f"mid_block_type in {where}", config.get("mid_block_type", "UNetMidBlock2D"), {_MIDDLES[conditioned]: None})
+    heads = set(_wholes(config, "attention_head_dim", where)) if conditioned else set()  # channels of a head
+    if len(heads) > 1:  # diffusers gives the way up the levels' numbers in the order of the way down
+        raise UserError(f"{where}: heads of another width on each level (attention_head_dim) are not supported")
     time_dim = config.get("time_embedding_dim")
-    return {
+    fields = {
         "image_size": side,
-        "in_channels": config["in_channels"],
-        "out_channels": config["out_channels"],
+        "in_channels": _wholes(config, "in_channels", where)[0],
+        "out_channels": _wholes(config, "out_channels", where)[0],
         "channels": widths[0],
         "channel_mult": tuple(width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths),
         "num_res_blocks": depths[0],
         "attention_resolutions": tuple(side // 2**level for level in down),
-        "context_dim": config["cross_attention_dim"] if attends else None,
+        "context_dim": _wholes(config, "cross_attention_dim", where)[0] if conditioned else None,
         "scale_shift": shift == "scale_shift",
         "dropout": float(config.get("dropout", 0.0)),
-        "middle_attention": middle,
+        "middle_attention": conditioned,
         "emb_dim": None if time_dim == 4 * widths[0] else time_dim,
         "norm_groups": config.get("norm_num_groups", 32),
-        **(_heads(config, widths, where) if attends else {}),
+        **({"head_channels": heads.pop()} if conditioned else {}),
     }
+    try:
+        UNetConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return fields
 
 
 def _wholes(config: Mapping[str, Any], name: str, where: str) -> list[int]:
@@ -191,17 +199,6 @@ def _attending(config: Mapping[str, Any], way: str, levels: int, where: str) -> 
     return [level for level in range(levels) if attends[level if way == "down" else levels - 1 - level]]
 
 
-def _heads(config: Mapping[str, Any], widths: list[int], where: str) -> dict[str, Any]:
-    """Their attention_head_dim is the channels of a head, for all levels or for each."""
-    dims = _wholes(config, "attention_head_dim", where)
-    if len(set(dims)) == 1:
-        return {"head_channels": dims[0]}
-    counts = {width // dim for width, dim in zip(widths, dims, strict=False)}
-    if len(dims) != len(widths) or len(counts) > 1:
-        raise UserError(f"{where}: attention_head_dim {dims} gives neither equal heads nor equal numbers of them")
-    return {"num_heads": counts.pop()}
-
-
 def unet_config_file(unet: UNetConfig, where: str) -> dict[str, Any]:
     """Returns the config file of a U-Net: UNet2DConditionModel where it attends, else UNet2DModel.
 
@@ -214,9 +211,9 @@ def unet_config_file(unet: UNetConfig, where: str) -> dict[str, Any]:
     levels = range(len(unet.channel_mult))
     widths = [unet.level_channels(level) for level in levels]
     attends = [unet.attends(level) for level in levels]
-    if (any(attends) or unet.middle_attention) and unet.context_dim is None:
-        raise UserError(f"{where}: attention without a context is not in the layout of unCLIP's U-Nets")
     conditioned = unet.context_dim is not None
+    if unet.middle_attention != conditioned or (any(attends) and not conditioned):
+        raise UserError(f"{where}: unCLIP's U-Nets have attention in the middle if and only if there is a context")
     types = {way: [(_ATTENDS if attends[level] else _PLAIN)[way] for level in levels] for way in ("down", "up")}
     config = {
         "_class_name": "UNet2DConditionModel" if conditioned else "UNet2DModel",
@@ -232,11 +229,13 @@ def unet_config_file(unet: UNetConfig, where: str) -> dict[str, Any]:
         "resnet_time_scale_shift": "scale_shift" if unet.scale_shift else "default",
         "time_embedding_dim": unet.emb_dim,
         "dropout": unet.dropout,
-        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn" if unet.middle_attention else "UNetMidBlock2D",
+        "mid_block_type": _MIDDLES[conditioned],
     }
     if not conditioned:
         return config | _KNOWN_PLAIN
-    heads = [width // unet.heads(width) for width in widths]
-    same = len(set(heads)) == 1
-    dims = {"attention_head_dim": heads[0] if same else heads, "cross_attention_dim": unet.context_dim}
+    attends[-1] = True  # in the middle
+    heads = {width // unet.heads(width) for width, attending in zip(widths, attends, strict=True) if attending}
+    if len(heads) > 1:
+        raise UserError(f"{where}: diffusers' U-Nets have heads of one width, not {unet.num_heads} on every level")
+    dims = {"attention_head_dim": heads.pop(), "cross_attention_dim": unet.context_dim}
     return config | _KNOWN_CONDITIONED | dims | {"class_embed_type": "identity"}

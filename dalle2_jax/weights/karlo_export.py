@@ -228,7 +228,7 @@ def _check_clip(clip: Trained) -> dict[str, Any]:
 def _check_prior(prior: Trained) -> dict[str, Any]:
     model = prior.model
     if not isinstance(model, PriorConfig):
-        return {"its network is LAION's": True}
+        return {"it is a prior of another architecture": True}
     return {
         "it reads tokens, not CLIP's states": model.text_input != "clip",
         "an absent caption is a learned embedding, not the empty caption": model.learned_null,

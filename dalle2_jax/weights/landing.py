@@ -53,9 +53,7 @@ def read(component: Component, abstract: Trees, dtype: Any = np.float32) -> Tree
 
 def write_stage(folder: StageFolder, component: Component, trees: Trees) -> None:
     """Writes a stage's folder as training would, at step 0; only the averaged weights are there."""
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(STEP, {"ema": trees.params, "stats": trees.stats}, {})
-    checkpoints.wait()
+    Checkpoints(folder).save_lean(STEP, {"ema": trees.params, "stats": trees.stats})
     folder.write_json("config.json", stored_config(component))
     folder.write_json("source.json", {"family": component.family, "files": component.where})
     if component.tokenizer is not None:

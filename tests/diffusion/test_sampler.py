@@ -359,10 +359,10 @@ def test_impossible_runs_say_what_to_do(config, schedule, arguments, says):
 
 def test_temperature_is_the_deviation_of_the_start():
     """One DDIM step of a network that sees no noise only scales x_T."""
-    schedule, keys = diffusion.make_schedule("cosine", 10), rng.per_image(rng.root(0), jnp.arange(2))
+    schedule, keys = make_schedule("cosine", 10), rng.per_image(rng.root(0), jnp.arange(2))
 
     def end(temperature):
-        config = diffusion.SamplerConfig("ddim", steps="t:5", clip=None, temperature=temperature)
-        return diffusion.sample(schedule, config, "eps", lambda x, t: jnp.zeros_like(x), keys, (3,))
+        config = SamplerConfig("ddim", steps="t:5", clip=None, temperature=temperature)
+        return sample(schedule, config, "eps", lambda x, t: jnp.zeros_like(x), keys, (3,))
 
     np.testing.assert_allclose(end(0.5), 0.5 * end(1.0), rtol=1e-6)

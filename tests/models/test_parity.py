@@ -1,7 +1,7 @@
-"""Forward passes equal the public implementations', on tiny random checkpoints in their own layouts.
+"""CLIP's forward pass equals the public implementation's, on a tiny random checkpoint in its own layout.
 
-Arrays recorded from openai/CLIP and diffusers (Karlo's classes) in float32 on CPU. The renames
-here are the shortest that will do; every source key must be consumed and every leaf filled.
+Arrays recorded from openai/CLIP in float32 on CPU. The renames here are the shortest that will do; every source key
+must be consumed and every leaf filled. (tests/weights has the other networks.)
 """
 
 import json
@@ -12,12 +12,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from dalle2_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
-from dalle2_jax.models.decoder import Condition, DecoderConfig, DecoderNetwork
-from dalle2_jax.models.prior import PriorConfig, PriorNetwork
-from dalle2_jax.models.unet import UNet, UNetConfig
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "models"
 
@@ -47,16 +43,6 @@ class Source:
 
     def dense(self, key):
         return {"kernel": self.take(f"{key}.weight").T, "bias": self.take(f"{key}.bias")}
-
-    def conv(self, key):
-        return {"kernel": self.take(f"{key}.weight").transpose(2, 3, 1, 0), "bias": self.take(f"{key}.bias")}
-
-    def heads_in(self, keys, heads):
-        """[(N K), D] each -> kernel [D, len(keys), N, K]."""
-        kernels = [self.take(f"{key}.weight") for key in keys]
-        biases = [self.take(f"{key}.bias") for key in keys]
-        kernel = np.stack([k.reshape(heads, -1, k.shape[-1]) for k in kernels]).transpose(3, 0, 1, 2)
-        return {"kernel": kernel, "bias": np.stack([b.reshape(heads, -1) for b in biases])}
 
     def heads_out(self, key, heads):
         kernel = self.take(f"{key}.weight").T
@@ -113,100 +99,6 @@ def openai_text(source, config):
     }
 
 
-def karlo_prior(source, config):
-    def block(p):
-        attention = [f"{p}.attn1.to_{name}" for name in "qkv"]
-        return {
-            "ln_1": source.norm(f"{p}.norm1"),
-            "attn": {
-                "qkv": source.heads_in(attention, config.heads),
-                "out": source.heads_out(f"{p}.attn1.to_out.0", config.heads),
-            },
-            "ln_2": source.norm(f"{p}.norm3"),
-            "fc": source.dense(f"{p}.ff.net.0.proj"),
-            "proj": source.dense(f"{p}.ff.net.2"),
-        }
-
-    source.take("clip_mean"), source.take("clip_std")  # the stage's embedding contract
-    return {
-        "time_mlp": {f"fc_{i}": source.dense(f"time_embedding.linear_{i}") for i in (1, 2)},
-        "image_emb_proj": source.dense("proj_in"),
-        "text_emb_proj": source.dense("embedding_proj"),
-        "text_seq_proj": source.dense("encoder_hidden_states_proj"),
-        "positional_embedding": source.take("positional_embedding")[0],
-        "query": source.take("prd_embedding")[0, 0],
-        "transformer": {"blocks": stack([block(f"transformer_blocks.{i}") for i in range(config.layers)])},
-        "ln_final": source.norm("norm_out"),
-        "out_proj": source.dense("proj_to_clip_embeddings"),
-    }
-
-
-def diffusers_unet(source, config):
-    def res(p):
-        out = {
-            "norm_1": source.norm(f"{p}.norm1"),
-            "conv_1": source.conv(f"{p}.conv1"),
-            "emb_proj": source.dense(f"{p}.time_emb_proj"),
-            "norm_2": source.norm(f"{p}.norm2"),
-            "conv_2": source.conv(f"{p}.conv2"),
-        }
-        if f"{p}.conv_shortcut.weight" in source.left:
-            out["skip"] = source.conv(f"{p}.conv_shortcut")
-        return out
-
-    def attention(p):
-        heads = source.left[f"{p}.to_q.weight"].shape[0] // config.head_channels
-        return {
-            "norm": source.norm(f"{p}.group_norm"),
-            "attn": {
-                "qkv": source.heads_in([f"{p}.to_{name}" for name in "qkv"], heads),
-                "context_kv": source.heads_in([f"{p}.add_{name}_proj" for name in "kv"], heads),
-                "out": source.heads_out(f"{p}.to_out.0", heads),
-            },
-        }
-
-    params = {
-        "conv_in": source.conv("conv_in"),
-        "time_mlp": {f"fc_{i}": source.dense(f"time_embedding.linear_{i}") for i in (1, 2)},
-        "mid_0": res("mid_block.resnets.0"),
-        "mid_1": res("mid_block.resnets.1"),
-        "norm_out": source.norm("conv_norm_out"),
-        "conv_out": source.conv("conv_out"),
-    }
-    if config.middle_attention:
-        params["mid_attn"] = attention("mid_block.attentions.0")
-    last = len(config.channel_mult) - 1
-    for level in range(last + 1):
-        for way, theirs, count in (("down", level, 0), ("up", last - level, 1)):
-            block = f"{way}_blocks.{theirs}"
-            for i in range(config.num_res_blocks + count):
-                params[f"{way}_{level}_{i}"] = res(f"{block}.resnets.{i}")
-                if config.attends(level):
-                    params[f"{way}_{level}_{i}_attn"] = attention(f"{block}.attentions.{i}")
-        if level < last:
-            params[f"down_{level}_sample"] = res(f"down_blocks.{level}.downsamplers.0")
-        if level:
-            params[f"up_{level}_sample"] = res(f"up_blocks.{last - level}.upsamplers.0")
-    return params
-
-
-def karlo_text_proj(source, config):
-    dense = source.dense
-    tokens = dense("clip_extra_context_tokens_proj")
-    count, width = config.image_tokens, config.unet.context_dim
-    return {
-        "null_image_emb": source.take("learned_classifier_free_guidance_embeddings"),
-        "text_emb_proj": dense("embedding_proj"),
-        "image_emb_proj": dense("clip_image_embeddings_project_to_time_embeddings"),
-        "image_token_proj": {  # theirs is [channel, token], ours [token, channel]
-            "kernel": tokens["kernel"].reshape(-1, width, count).transpose(0, 2, 1),
-            "bias": tokens["bias"].reshape(width, count).T,
-        },
-        "text_seq_proj": dense("encoder_hidden_states_proj"),
-        "text_seq_norm": source.norm("text_encoder_hidden_states_norm"),
-    }
-
-
 def checked(module, source, params, *args, **kwargs):
     """The bijection: nothing left over, nothing missing, every shape equal."""
     assert not source.left
@@ -245,59 +137,3 @@ def test_openai_clip_vit():
     close(states, recorded["text_ln_final_all_positions"])
     unit = [e / jnp.linalg.norm(e, axis=-1, keepdims=True) for e in (image_emb, text_emb)]
     np.testing.assert_allclose(scale * unit[0] @ unit[1].T, recorded["logits_per_image"], atol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def karlo():
-    return load("karlo")
-
-
-def both(karlo, name):
-    return jnp.concatenate([karlo[f"text/uncond_{name}"], karlo[f"text/{name}"]])
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_karlo_prior(karlo, cached):
-    config = PriorConfig(64, 3, 4, 48, 77, "clip", text_width=48, learned_null=False)
-    x, t = karlo["prior_fwd/x"], karlo["prior_fwd/t"].astype(jnp.int32)
-    text = both(karlo, "text_embeds"), both(karlo, "last_hidden_state"), both(karlo, "attention_mask") > 0
-    source, model = Source(read_safetensors("karlo_prior")), PriorNetwork(config)
-    params = checked(model, source, karlo_prior(source, config), x, t, *text)
-    if cached:
-        cache = jax.jit(partial(model.apply, method=PriorNetwork.encode_prefix))(params, *text)
-        out = jax.jit(partial(model.apply, method=PriorNetwork.denoise))(params, cache, x, t)
-    else:
-        out = jax.jit(model.apply)(params, x, t, *text)
-    close(out, karlo["prior_fwd/out"])
-
-
-def test_karlo_decoder(karlo):
-    unet = UNetConfig(16, 3, 6, 8, (1, 2, 3, 4), 3, (8, 4, 2), 8, context_dim=40, norm_groups=4)
-    config = DecoderConfig(unet, 48, 4, "clip", text_width=48, text_emb_proj=True)
-    x, t = nhwc(karlo["decoder_fwd/x"]), karlo["decoder_fwd/t"].astype(jnp.int32)
-    image_emb = jnp.tile(karlo["prior/image_embeds"], (2, 1))
-    text = both(karlo, "text_embeds"), both(karlo, "last_hidden_state"), both(karlo, "attention_mask") > 0
-    source, projections = Source(read_safetensors("karlo_decoder")), Source(read_safetensors("karlo_text_proj"))
-    params = {"unet": diffusers_unet(source, unet)} | karlo_text_proj(projections, config)
-    source.left |= projections.left
-    model = DecoderNetwork(config)
-    params = checked(model, source, params, x, t, image_emb, *text)
-    null = jnp.array([True, True, False, False])
-    encode = jax.jit(partial(model.apply, method=DecoderNetwork.encode_condition))
-    condition = encode(params, image_emb, *text, null)
-    close(condition.context, karlo["text_proj/ctx"])
-    close(condition.emb, karlo["text_proj/class_labels"])
-    np.testing.assert_array_equal(condition.mask, karlo["decoder_fwd/mask"].astype(bool))
-    condition = Condition(karlo["text_proj/class_labels"], karlo["text_proj/ctx"], condition.mask)
-    denoise = jax.jit(partial(model.apply, method=DecoderNetwork.denoise))
-    close(denoise(params, x, t, condition), nhwc(karlo["decoder_fwd/out"]))
-
-
-def test_karlo_super_resolution(karlo):
-    config = UNetConfig(
-        64, 6, 3, 4, (1, 2, 3, 4), 3, (), scale_shift=False, middle_attention=False, norm_groups=2
-    )
-    x, t = nhwc(karlo["sr_fwd/x"]), karlo["sr_fwd/t"].astype(jnp.int32)
-    source, model = Source(read_safetensors("karlo_super_res_first")), UNet(config)
-    params = checked(model, source, diffusers_unet(source, config), x, t)
-    close(jax.jit(model.apply)(params, x, t), nhwc(karlo["sr_fwd/out"]))

@@ -124,7 +124,8 @@ class Run:
         self._stage = stage
         self._params = Networks(params, stats["last"]) if getattr(stage, "last_network", False) else params
 
-        @jax.jit
+        # The networks are tiny: it takes longer to compile them well than to run them.
+        @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
         def step(params, condition, x_t, row, noise):
             denoiser = stage._guided(params, condition, config, None, {})
             predict = predictor(stage.diffusion.prediction, denoiser, bound, stage.diffusion.variance)

@@ -180,11 +180,10 @@ OTHER = {
                 "channels": 4,
                 "channel_mult": [1, 1.5, 3],
                 "num_res_blocks": 1,
-                "attention_resolutions": [12, 3],
-                "num_heads": 2,
+                "attention_resolutions": [12],
+                "head_channels": 2,
                 "context_dim": 10,
                 "scale_shift": False,
-                "middle_attention": False,
                 "norm_groups": 2,
                 "emb_dim": 14,
             },
@@ -250,9 +249,8 @@ def test_other_sizes_go_out_and_in(tmp_path):
         temperature = {"logit_scale": variables.params["logit_scale"]} if name == "clip" else {}  # which no file has
         theirs = stages[name].model
         jax.tree.map(np.testing.assert_array_equal, variables.params, stages[name].trees.params | temperature)
-        assert stage.model == (dataclasses.replace(theirs, unet=stage.model.unet) if name == "decoder" else theirs)
-    # the same heads, in their words; an embedding that was white stays as it is
-    assert again["decoder"].stage.model.unet.num_heads == 2
+        assert stage.model == theirs
+    # an embedding that was white stays as it is
     assert {again[name].stage.diffusion.num_steps for name in ("prior", "decoder", "upsampler_1")} == {50, 70, 60}
     assert again["prior"].stage.diffusion.prediction == "eps" and again["prior"].stage.sampling.clip is None
     np.testing.assert_array_equal(again["prior"].variables.stats["std"], 1.0)
@@ -281,13 +279,15 @@ def test_half_the_size(tmp_path):
         ({"prior.diffusion.prediction": "v"}, "stage prior: UnCLIPScheduler predicts no 'v'"),
         ({"decoder.conditioning.empty_caption": False}, "stage decoder .* hidden, not the empty caption"),
         ({"decoder.model.text_emb_proj": False}, r"stage decoder .* \(text_emb_proj\)"),
+        ({"decoder.model.unet.num_heads": 2}, "stage decoder: .* heads of one width, not 2 on every level"),
         ({"upsampler_1.model.patch_size": 2}, "stage upsampler_1: diffusers' U-Nets have no patch_size 2"),
         ({"upsampler_1.model.input_skip": True}, "stage upsampler_1: diffusers' U-Nets have no input_skip True"),
         ({"upsampler_1.model.resblock_updown": False}, "stage upsampler_1: .* no resblock_updown False"),
         (
             {"upsampler_1.model.attention_resolutions": [12], "upsampler_1.model.num_heads": 2},
-            "stage upsampler_1: attention without a context",
+            "stage upsampler_1: .* attention in the middle if and only if there is a context",
         ),
+        ({"decoder.model.unet.middle_attention": False}, "stage decoder: .* attention in the middle if and only if"),
         ({"upsampler_1.conditioning.upscale": "linear"}, "stage upsampler_1 .* enlarged linearly"),
         ({"upsampler_1.conditioning.low_size": 6}, "stage upsampler_1 .* other pictures than the decoder's, 12 wide"),
     ],

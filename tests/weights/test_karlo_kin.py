@@ -287,12 +287,15 @@ UNREADABLE = {
     "decoder/config.json": [
         ({"act_fn": "gelu"}, "act_fn 'gelu' is not supported: only 'silu' is"),
         ({"encoder_hid_dim": 1280}, "encoder_hid_dim 1280"),
+        ({"mid_block_type": "UNetMidBlock2D"}, "unknown mid_block_type in .*'UNetMidBlock2D'"),
         ({"down_block_types": ["DownBlock2D"] * 4}, "unknown down_block_types in .*'DownBlock2D'"),
         ({"up_block_types": ["ResnetUpsampleBlock2D"] * 4}, r"on levels \[1, 2, 3\] on the way down but \[\]"),
         ({"layers_per_block": [1, 2, 3, 4]}, "levels of different depth"),
         ({"sample_size": [16, 24]}, "not square"),
         ({"block_out_channels": None}, "block_out_channels must be whole numbers"),
-        ({"attention_head_dim": [8, 4, 8, 8]}, "neither equal heads nor equal numbers"),
+        ({"attention_head_dim": [8, 4, 8, 8]}, "heads of another width on each level"),
+        ({"in_channels": "3"}, "in_channels must be whole numbers above 0, not '3'"),
+        ({"norm_num_groups": 7}, "8 channels on level 0 are not divisible by norm_groups 7"),
         ({"cross_attention_dim": 44}, "cross_attention_dim 40 is not the U-Net's, 44"),
     ],
     "super_res_first/config.json": [
