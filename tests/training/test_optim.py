@@ -59,7 +59,8 @@ def stages():
     yield "prior of clip's text", dataclasses.replace(
         prior, model=dataclasses.replace(prior.model, vocab_size=None, **clip_text)
     )
-    laion = LaionPriorConfig(testing.EMBED_DIM, 1, 2, 6, 12, timesteps=None, text_tokens=2, image_tokens=2, norm_in=True)
+    sizes = {"timesteps": None, "text_tokens": 2, "image_tokens": 2, "norm_in": True}
+    laion = LaionPriorConfig(testing.EMBED_DIM, 1, 2, 6, 12, **sizes)
     yield "prior of LAION's", dataclasses.replace(prior, model=laion)
 
 
