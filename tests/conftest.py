@@ -8,6 +8,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 
+from dalle2_jax import entry
+
+entry.enable_compilation_cache()  # as the commands do: a second run of the suite takes a fraction of the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)

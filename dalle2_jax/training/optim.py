@@ -17,7 +17,7 @@ from dalle2_jax.types import Params, UsageError
 DECAY_RULES = (
     # Matrices that multiply activations are decayed; tables, gains, offsets and temperatures are not.
     (r"(^|/)(kernel|lora_a|lora_b)$", True),
-    (r"(^|/)(bias|scale|embedding|logit_scale)$", False),
+    (r"(^|/)(bias|position_bias|scale|embedding|logit_scale)$", False),
     (r"(^|/)\w*(embedding|query|token|null|cls)\w*$", False),
 )
 """(pattern over the parameter's path, decayed?), first match wins."""

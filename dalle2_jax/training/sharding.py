@@ -23,7 +23,7 @@ SIZE_FLOOR = 2**14
 
 TENSOR_RULES = (
     # (pattern over the path, axis from the right that `tensor` splits; a LoRA's factor has it at the same place)
-    (r"(^|/)(qkv|context_kv)/(kernel|lora_b)$", -2),  # [D, 3, N, K]: heads
+    (r"(^|/)(qkv|q|context_kv)/(kernel|lora_b)$", -2),  # [D, 3, N, K]: heads
     (r"attn\w*/out/(kernel|lora_a)$", -3),  # [N, K, D]: heads
     (r"(^|/)fc/(kernel|lora_b)$", -1),  # [D, 4D]: hidden units
     (r"blocks/proj/(kernel|lora_a)$", -2),  # [4D, D]: hidden units

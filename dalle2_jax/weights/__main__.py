@@ -68,7 +68,7 @@ def _add_hints(command: argparse.ArgumentParser) -> None:
     group.add_argument("--attention_order", choices=("legacy", "new"), help="of ADM (released: new at 64 pixels alone)")
     group = command.add_argument_group("of a prior of DALLE2-pytorch")
     group.add_argument(
-        "--attention", choices=("relaxed", "cosine"), help="by version: before 1.4.3 (LAION's), or from there to 1.8.4"
+        "--attention", choices=("relaxed", "cosine"), help="by version: before 1.4.3 (as LAION's), or 1.4.3 to 1.8.4"
     )
 
 

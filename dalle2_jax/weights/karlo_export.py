@@ -205,7 +205,7 @@ def _check(stages: Mapping[str, Trained]) -> None:
     _refuse("upsampler_1", _check_upsampler(stages["upsampler_1"], stages["decoder"].model.unet.image_size))
     unknown = sorted(set(stages) - {"clip", "prior", "decoder", "upsampler_1"})
     if unknown:
-        raise UserError(f"unCLIP's pipelines have no stage {', '.join(unknown)}: export the others")
+        raise UserError(f"unCLIP's pipelines have no stage {', '.join(unknown)}: export a system without it")
 
 
 def _refuse(name: str, wrongs: Mapping[str, Any]) -> None:

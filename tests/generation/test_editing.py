@@ -50,7 +50,7 @@ def known_of(picture, where=lambda side: side // 2):
 
 
 def test_known_pixels_stay_and_the_others_are_drawn(members, picture):
-    drawn = collected(cascade_of(members).inpaint(REQUESTS, 2, known_of(picture)))
+    drawn = collected(cascade_of(members).inpaint(REQUESTS, 1, known_of(picture)))
     assert list(drawn) == [(0, j) for j in range(3)]
     for one in drawn.values():
         assert np.abs(one[:, :8].astype(int) - picture[0][:, :8]).max() <= 1
@@ -69,10 +69,10 @@ def test_what_is_known_reaches_the_decoder(members, picture):
 def test_resampling_and_the_batch_size(members, picture):
     """Jumps draw other pictures; how many at a time draws the same."""
     cascade, known = cascade_of(members), known_of(picture)
-    plain = collected(cascade.inpaint(REQUESTS, 3, known))
-    jumping = collected(cascade.inpaint(REQUESTS, 3, known, (1, 2)))
+    plain = collected(cascade.inpaint(REQUESTS, 1, known))
+    jumping = collected(cascade.inpaint(REQUESTS, 1, known, (1, 2)))
     assert differ(plain[0, 0][:, 8:], jumping[0, 0][:, 8:])
-    assert_same(collected(cascade.inpaint(REQUESTS, 1, known, (1, 2))), jumping)
+    assert_same(collected(cascade.inpaint(REQUESTS, 3, known)), plain)
 
 
 def test_an_embedding_takes_the_place_of_the_prior(members, picture):
@@ -81,7 +81,7 @@ def test_an_embedding_takes_the_place_of_the_prior(members, picture):
     without = cascade_of({name: one for name, one in members.items() if name != "prior"})
     emb = without.embed(picture[0][None])
     assert emb.shape == (1, members["clip"].stage.model.embed_dim) and without.candidates is None
-    one, prior = (collected(c.inpaint(REQUESTS, 3, known, None, e)) for c, e in ((without, emb), (cascade, None)))
+    one, prior = (collected(c.inpaint(REQUESTS, 1, known, None, e)) for c, e in ((without, emb), (cascade, None)))
     assert differ(one[0, 0], prior[0, 0])
 
 
@@ -99,36 +99,38 @@ def calm(member):
     return dataclasses.replace(member, variables=variables)
 
 
-def test_inverted_noise_draws_the_picture_again(members, at_sizes):
+FINE = {"name": "ddim", "steps": 20, "guidance": 1.0, "clip": None}
+
+
+@pytest.fixture(scope="module")
+def small(members):
+    """CLIP and a calm decoder: one program for each way to begin."""
+    return {"clip": members["clip"], "decoder": calm(members["decoder"])}
+
+
+def test_inverted_noise_draws_the_picture_again(small, at_sizes):
     """Without guidance and eta; each from its own. With eta another, and from fresh noise another again."""
-    small = {"clip": members["clip"], "decoder": calm(members["decoder"])}
-    fine = {"name": "ddim", "steps": 50, "guidance": 1.0, "clip": None}
     requests = [Request("", i, 0) for i in range(2)]
-    again = collected(cascade_of(small, decoder=fine).redraw(requests, 2, at_sizes, True))
+    again = collected(cascade_of(small, decoder=FINE).redraw(requests, 2, at_sizes, True))
     for i in range(2):
         far = np.abs(again[i, 0].astype(int) - at_sizes["decoder"][i]).mean()
         assert far < 12, far
         assert np.abs(again[i, 0].astype(int) - at_sizes["decoder"][1 - i]).mean() > 2 * far
-    eta = collected(cascade_of(small, decoder={**fine, "eta": 1.0}).redraw(requests, 2, at_sizes, True))
-    fresh = collected(cascade_of(small, decoder=fine).redraw(requests, 2, at_sizes, False))
-    assert differ(eta[0, 0], again[0, 0]) and differ(fresh[0, 0], again[0, 0]) and differ(fresh[0, 0], eta[0, 0])
-
-
-def test_the_last_step_of_the_inversion_counts(members, at_sizes):
-    requests = [Request("", 0, 0)]
-    cascade = cascade_of(members, decoder={"name": "ddim", "steps": 5, "guidance": 1.0})
-    one, whole = (collected(cascade.redraw(requests, 1, at_sizes, True, skip)) for skip in (True, False))
-    assert differ(one[0, 0], whole[0, 0])
+    whole = collected(cascade_of(small, decoder=FINE).redraw(requests, 2, at_sizes, True, False))
+    eta = collected(cascade_of(small, decoder={**FINE, "eta": 1.0}).redraw(requests, 2, at_sizes, True))
+    fresh = collected(cascade_of(small, decoder=FINE).redraw(requests, 2, at_sizes, False))
+    pictures = [drawn[0, 0] for drawn in (again, whole, eta, fresh)]
+    assert all(differ(one, other) for k, one in enumerate(pictures) for other in pictures[:k])
 
 
 def test_variations_of_each_picture(members, at_sizes):
-    """From its own embedding and key: the order and the batch size change nothing."""
-    cascade = cascade_of(members)
+    """From its own embedding and key: the order changes nothing."""
+    cascade = cascade_of({name: members[name] for name in ("clip", "decoder")}, decoder=FINE)
     requests = [Request("", i, j) for i in range(2) for j in range(2)]
-    drawn = collected(cascade.redraw(requests, 4, at_sizes, False))
-    assert_same(collected(cascade.redraw(requests[::-1], 1, at_sizes, False)), drawn)
+    drawn = collected(cascade.redraw(requests, 2, at_sizes, False))
+    assert_same(collected(cascade.redraw(requests[::-1], 2, at_sizes, False)), drawn)
     swapped = {name: pictures[::-1] for name, pictures in at_sizes.items()}
-    assert differ(collected(cascade.redraw(requests, 4, swapped, False))[0, 0], drawn[0, 0])
+    assert differ(collected(cascade.redraw(requests, 2, swapped, False))[0, 0], drawn[0, 0])
 
 
 def test_picture_side(members):

@@ -177,7 +177,7 @@ def test_token_zero_is_hidden():
 
 def test_a_table_of_timesteps_is_as_long_as_the_schedule():
     long = dataclasses.replace(PAPER.diffusion, num_steps=101)
-    with pytest.raises(UserError, match=r"a table of 100 timesteps \(model.timesteps\), so diffusion.num_steps may not be 101"):
+    with pytest.raises(UserError, match="a table of 100 timesteps .*, so diffusion.num_steps may not be 101"):
         stage_of(diffusion=long)
     any_time = dataclasses.replace(TINY, timesteps=None)
     assert dataclasses.replace(stage_of(), model=any_time, diffusion=long).schedule

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax import testing
+from dalle2_jax.models.laion_prior import LaionPriorConfig
 from dalle2_jax.training.optim import OptimConfig, decay_mask, ema_update, learning_rate, make_optimizer, path_name
 from dalle2_jax.types import UserError
 
@@ -58,6 +59,9 @@ def stages():
     yield "prior of clip's text", dataclasses.replace(
         prior, model=dataclasses.replace(prior.model, vocab_size=None, **clip_text)
     )
+    sizes = {"timesteps": None, "text_tokens": 2, "image_tokens": 2, "norm_in": True}
+    laion = LaionPriorConfig(testing.EMBED_DIM, 1, 2, 6, 12, **sizes)
+    yield "prior of LAION's", dataclasses.replace(prior, model=laion)
 
 
 STAGES = dict(stages())

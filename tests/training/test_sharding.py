@@ -47,6 +47,7 @@ RULES = [
     # Heads and hidden units over tensor, of a scanned layer [layers, ...] as of a single one
     (TENSOR, "blocks/attn/qkv/kernel", (4, 64, 3, 8, 16), P(None, None, None, "tensor", None)),
     (TENSOR, "mid_attn/attn/qkv/kernel", (256, 3, 4, 64), P(None, None, "tensor", None)),
+    (TENSOR, "blocks/attn/q/kernel", (4, 64, 8, 16), P(None, None, "tensor", None)),
     (TENSOR, "mid_attn/attn/context_kv/kernel", (256, 2, 4, 64), P(None, None, "tensor", None)),
     (TENSOR, "mid_attn/attn/out/kernel", (4, 64, 256), P("tensor", None, None)),
     (TENSOR, "blocks/attn/out/kernel", (4, 8, 16, 128), P(None, "tensor", None, None)),

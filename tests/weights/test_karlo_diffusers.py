@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from karlo_recordings import FOLDER, VARIATIONS, apart, error, karlo
 from test_karlo import other, trained
-from test_karlo_cascade import MEAN, NETWORK, PROMPTS, WHOLE, within
+from test_karlo_cascade import MEAN, NETWORK, PROMPTS, WHOLE
 
 from dalle2_jax.models.decoder import DecoderNetwork
 from dalle2_jax.models.prior import PriorNetwork
@@ -63,19 +63,19 @@ def fed(monkeypatch, pipeline, recorded, stages):
     return pipeline
 
 
-def hold(name, pictures, theirs):
+def hold(within, name, pictures, theirs):
     most, mean = apart(pictures, theirs)
     within(f"{name} of the exported folder, pictures", most, WHOLE)
     within(f"{name} of the exported folder, on average", mean, MEAN)
 
 
-def test_text_to_image_is_as_recorded(monkeypatch, diffusers, folder):
+def test_text_to_image_is_as_recorded(monkeypatch, diffusers, folder, within):
     recorded = np.load(FOLDER / "parity.npz")
     pipeline = fed(monkeypatch, diffusers.UnCLIPPipeline.from_pretrained(folder), recorded, ("prior", "decoder", "sr"))
-    hold("UnCLIPPipeline", pipeline(PROMPTS, output_type="np").images, recorded["pipeline/images_nhwc01"])
+    hold(within, "UnCLIPPipeline", pipeline(PROMPTS, output_type="np").images, recorded["pipeline/images_nhwc01"])
 
 
-def test_image_variations_are_as_recorded(monkeypatch, diffusers, folder):
+def test_image_variations_are_as_recorded(monkeypatch, diffusers, folder, within):
     from PIL import Image
 
     recorded = np.load(VARIATIONS / "parity_iv.npz")
@@ -83,7 +83,7 @@ def test_image_variations_are_as_recorded(monkeypatch, diffusers, folder):
     pipeline = fed(monkeypatch, pipeline, recorded, ("decoder", "sr"))
     picture = Image.fromarray(recorded["image_u8"])
     drawn = pipeline(picture, decoder_num_inference_steps=10, super_res_num_inference_steps=7, output_type="np").images
-    hold("UnCLIPImageVariationPipeline", drawn, recorded["images_nhwc01"])
+    hold(within, "UnCLIPImageVariationPipeline", drawn, recorded["images_nhwc01"])
 
 
 # --- other sizes ----------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def theirs(network, *inputs, **named):
     return tuple(jnp.asarray(value.numpy()) for value in out)
 
 
-def test_another_prior(both):
+def test_another_prior(both, within):
     stages, pipeline = both
     prior = stages["prior"]
     x, emb, text = normal(2, 12), normal(2, 12) + 1, normal(2, 9, 12)
@@ -127,7 +127,7 @@ def test_another_prior(both):
     within("another prior", error(ours, *theirs(pipeline.prior, x, T, **named)), NETWORK)
 
 
-def test_another_decoder(both):
+def test_another_decoder(both, within):
     stages, pipeline = both
     decoder = stages["decoder"]
     network, params = DecoderNetwork(decoder.model), {"params": decoder.trees.params}
@@ -145,7 +145,7 @@ def test_another_decoder(both):
     within("another decoder", error(ours, out.transpose(0, 2, 3, 1)), NETWORK)
 
 
-def test_another_upsampler(both):
+def test_another_upsampler(both, within):
     stages, pipeline = both
     upsampler = stages["upsampler_1"]
     x = normal(2, 24, 24, 6)
