@@ -100,6 +100,8 @@ def joins(component: Component) -> str:
     width = families.embedding_width(component)
     if component.stage == "clip":
         return f"makes embeddings of {width} dimensions ({in_words(component.config.get('embedding', EMBEDDING))})"
+    if "model" not in component.config:
+        return f"is a part of a {component.stage}"
     if width is None:
         return "takes no embedding: it joins any system" if component.stage != "decoder" else "needs no CLIP or prior"
     return f"joins a CLIP of {width} dimensions ({in_words(component.embedding or EMBEDDING)})"

@@ -121,7 +121,7 @@ def glide(folder, inpaint=False):
     more = 4 if inpaint else 0
     sizes = {
         "base": {"in_channels": 3 + more},
-        "upsampler": {"in_channels": 6 + more, "image_size": 32, "channel_mult": (1, 1, 1)},
+        "upsampler": {"in_channels": 6 + more, "image_size": 32, "channel_mult": (1,) if inpaint else (1, 1, 1)},
     }
     tokens = jnp.zeros((1, 12), jnp.int32)
     for name, fields in sizes.items():

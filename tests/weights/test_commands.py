@@ -11,6 +11,7 @@ from checkpoints import FIXTURES, KARLO, assert_refused, good, run, take
 from PIL import Image
 
 from dalle2_jax import build
+from dalle2_jax.text import read_clip_tokenizer
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
 from dalle2_jax.weights import __main__ as weights
 from dalle2_jax.weights import families, merged
@@ -38,19 +39,16 @@ def folders(place, five):
 
 
 @pytest.fixture(scope="module")
-def karlo(place):
-    """The system of Karlo-tiny, of the folders of both pipelines."""
-    return take(place / "karlo", KARLO, checkpoints.karlo_variations(place / "second"))
-
-
-@pytest.fixture(scope="module")
 def glide(place):
     return checkpoints.glide(place / "glide_files"), take(place / "glide", place / "glide_files")
 
 
 @pytest.fixture(scope="module")
 def glide_inpaint(place):
-    return checkpoints.glide(place / "inpaint_files", True), take(place / "inpaint", place / "inpaint_files")
+    """Its upsampler has a single level, which is no network of 32 x 32 pixels unless somebody says so."""
+    source = checkpoints.glide(place / "inpaint_files", inpaint=True)
+    system = take(place / "inpaint", source / "base.safetensors")
+    return source, take(system, source / "upsampler.safetensors", "--image_size", 32)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +98,6 @@ FAMILIES = {
         "upsampler_1": "Karlo super-resolution",
     },
     "glide": {"decoder": "GLIDE base", "upsampler_1": "GLIDE upsampler"},
-    "glide_inpaint": {"decoder": "GLIDE base, inpainting", "upsampler_1": "GLIDE upsampler, inpainting"},
     "adm": {"decoder": "ADM 8 (heads of 64 channels, new attention order)"},
     "adm_upsampler": {"upsampler_1": "ADM upsampler 32 (heads of 64 channels, legacy attention order)"},
     "kandinsky": {"prior": "Kandinsky 2.2 prior"},
@@ -207,11 +204,12 @@ def test_other_priors_draw_for_karlo_s_decoder(name, steps, request, tmp_path):
     assert picture.shape == (32, 32, 3) and settings["prior"]["steps"] == steps
 
 
-def test_systems_that_embed_no_picture_say_so(glide, folders, given, tmp_path):
+def test_systems_that_embed_no_picture_say_so(glide, five, folders, given, tmp_path):
     words = ("--out", tmp_path / "out", *given[0])
     done = run(sample, "variations", "--system", glide[1], *words)
     assert_refused(done, "told no picture's embedding", "text2image or inpaint")
-    blind = take(tmp_path / "blind", folders[0])
+    decoder = [path for path in five[0].iterdir() if path.name.startswith("decoder")]
+    blind = take(tmp_path / "blind", folders[0] / "text_encoder", *decoder)
     assert_refused(run(sample, "variations", "--system", blind, *words), "no image tower", "import its image encoder")
     assert not (tmp_path / "out").exists()
 
@@ -241,15 +239,27 @@ def test_clip_goes_out_and_comes_in_bit_for_bit(form, five, tmp_path):
     np.testing.assert_array_equal(np.where(mask, tokens, 0), np.where(mask, again, 0))  # Hugging Face pads otherwise
 
 
-def test_karlo_goes_out_and_comes_in_bit_for_bit(karlo, tmp_path):
-    good(weights, "export", "diffusers", karlo, tmp_path / "out")
-    again = take(tmp_path / "again", tmp_path / "out", tmp_path / "out" / "image_variations")
-    assert_same(trees(karlo), trees(again))
-    for name in ("clip", "prior", "decoder", "upsampler_1"):
-        one, other = (json.loads((root / name / "config.json").read_text()) for root in (karlo, again))
-        assert one == other
-    done = run(weights, "export", "diffusers", karlo, tmp_path / "out")
-    assert_refused(done, tmp_path / "out", "is there already")
+def test_karlo_goes_out_and_comes_in_bit_for_bit(five, folders, tmp_path):
+    """From the files it was published in to diffusers' folders, and from these to the same folders."""
+    assert_same(trees(five[1]), trees(folders[1]))
+    good(weights, "export", "diffusers", folders[1], tmp_path / "again")
+    one, other = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (folders[0], tmp_path / "again")
+    )
+    assert one.keys() == other.keys() and len(one) > 20
+    assert [name for name in one if one[name] != other[name]] == []
+    done = run(weights, "export", "diffusers", five[1], tmp_path / "again")
+    assert_refused(done, tmp_path / "again", "is there already")
+
+
+def test_both_pipelines_of_karlo_are_one_system(place):
+    """Karlo-tiny's: what they share is taken once."""
+    system = take(place / "karlo", KARLO, checkpoints.karlo_variations(place / "second"))
+    members = loaded(system)
+    assert members.keys() == {"clip", "prior", "decoder", "upsampler_1"} and members["upsampler_1"].stage.last_network
+    assert members["clip"].stage.model.vision.image_size == 32 and members["decoder"].stage.model.unet.image_size == 16
+    assert members["decoder"].tokenizer == read_clip_tokenizer(KARLO / "tokenizer")
 
 
 def test_half_the_size(five, tmp_path):
@@ -286,7 +296,7 @@ def test_clip_reads_with_the_tokenizer_it_is_given(five, tmp_path):
 # --- inspect --------------------------------------------------------------------------------
 
 SAYS = {
-    "five": ["CLIP (OpenAI)", "makes embeddings of 64 dimensions (raw x 1.0)", "ViT-L-14_stats.th completes it"],
+    "five": ["CLIP (OpenAI)", "makes embeddings of 64 dimensions (raw x 1)", "is a part of a prior", "ViT-L-14_stats.th completes it"],
     "folders": ["Karlo prior", "joins a CLIP of 64 dimensions", "the text encoder completes it"],
     "glide": ["GLIDE base", "stage decoder", "needs no CLIP or prior", "takes no embedding: it joins any system"],
     "adm": ["ADM 8 (heads of 64 channels, legacy attention order)", "needs no CLIP or prior"],
