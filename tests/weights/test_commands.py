@@ -241,14 +241,20 @@ def test_clip_goes_out_and_comes_in_bit_for_bit(form, five, tmp_path):
 
 def test_karlo_goes_out_and_comes_in_bit_for_bit(five, folders, tmp_path):
     """From the files it was published in to diffusers' folders, and from these to the same folders."""
-    assert_same(trees(five[1]), trees(folders[1]))
+    before, after = trees(five[1]), trees(folders[1])
+    for clip in (before["clip"], after["clip"]):
+        del clip.params["logit_scale"]  # of which diffusers' folders have none
+    assert_same(before, after)
     good(weights, "export", "diffusers", folders[1], tmp_path / "again")
     one, other = (
         {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
         for root in (folders[0], tmp_path / "again")
     )
     assert one.keys() == other.keys() and len(one) > 20
-    assert [name for name in one if one[name] != other[name]] == []
+    differing = [name for name in one if one[name] != other[name]]
+    assert {str(name.name) for name in differing} <= {"config.json"} and {name.parent.name for name in differing} <= {
+        "text_encoder"  # OpenAI pads with "!", and Hugging Face, where that is a word, with the end token
+    }
     done = run(weights, "export", "diffusers", five[1], tmp_path / "again")
     assert_refused(done, tmp_path / "again", "is there already")
 
