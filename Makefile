@@ -35,7 +35,7 @@ digits: .venv/installed
 	$(BIN)/python -m dalle2_jax.evaluation digits --system $(DEMO)-digits --out $(DEMO)-digits/accuracy
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf .venv runs

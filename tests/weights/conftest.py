@@ -1,15 +1,9 @@
 """What is measured against a public implementation is held to its bound, and printed in a table at the end."""
 
-from typing import NamedTuple
-
 import pytest
 
-
-class Measured(NamedTuple):
-    """An error, and the most that it may be."""
-
-    error: float
-    bound: float
+PARITY = "parity: "
+"""Before the name of what was measured, among a test's properties: plain numbers, that workers can send."""
 
 
 @pytest.fixture
@@ -17,7 +11,7 @@ def within(record_property):
     """Holds an error to its bound, and has it printed: ``within("prior", error, 1e-5)``."""
 
     def hold(what, error, bound):
-        record_property(what, Measured(error, bound))
+        record_property(f"{PARITY}{what}", (float(error), float(bound)))
         assert error <= bound
 
     return hold
@@ -27,10 +21,10 @@ def pytest_terminal_summary(terminalreporter):
     """Prints what was measured, a line each."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
     lines = [
-        f"{what:<66}{measured.error:10.1e}{measured.bound:10.0e}"
+        f"{name.removeprefix(PARITY):<66}{measured[0]:10.1e}{measured[1]:10.0e}"
         for report in reports
-        for what, measured in report.user_properties
-        if isinstance(measured, Measured) and report.when == "call"
+        for name, measured in report.user_properties
+        if name.startswith(PARITY) and report.when == "call"
     ]
     if lines:
         terminalreporter.section("parity")
