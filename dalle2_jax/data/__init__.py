@@ -1,6 +1,9 @@
 """Sources of captioned pictures and the stream of batches made from them; numpy only."""
 
+from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.pictures import PictureSource
+from dalle2_jax.data.records import Record, Records, Rejected
 from dalle2_jax.data.shapes import ShapesSource
 from dalle2_jax.data.sources import (
     KINDS,
@@ -15,8 +18,13 @@ from dalle2_jax.data.stream import fixed_batch, make_stream
 
 __all__ = [
     "KINDS",
+    "Filters",
     "FolderConfig",
     "FolderSource",
+    "PictureSource",
+    "Record",
+    "Records",
+    "Rejected",
     "ShapesConfig",
     "ShapesSource",
     "Source",

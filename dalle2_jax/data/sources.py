@@ -10,7 +10,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
+from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.pictures import MAX_REJECTED
 from dalle2_jax.data.shapes import ShapesSource
 from dalle2_jax.types import UserError
 
@@ -52,6 +54,8 @@ class FolderConfig:
     path: str = ""
     resolution: int = 64
     crop: str = "center"
+    filters: Filters = Filters()
+    max_rejected: float = MAX_REJECTED
 
 
 SourceConfig = ShapesConfig | FolderConfig
@@ -70,7 +74,7 @@ def make_source(config: SourceConfig, split: str) -> Source:
         return ShapesSource(
             split, config.resolution, config.seed, config.max_objects, config.num_examples, config.jitter
         )
-    return FolderSource(config.path, split, config.resolution, config.crop)
+    return FolderSource(config.path, split, config.resolution, config.crop, config.filters, config.max_rejected)
 
 
 def source_named(name: str, split: str, resolution: int) -> Source:
