@@ -246,7 +246,7 @@ def open_source(config: Mapping[str, Any], split: str) -> data.Source:
 
 
 def _source_config(section: Mapping[str, Any], where: str) -> data.SourceConfig:
-    """Expands a section that names a data set; the parts of a mixture have its resolution, unless they say otherwise."""
+    """Expands a section that names a data set; the parts of a mixture have its resolution."""
     if section.get("kind") == "mixture":
         common = {"resolution": section["resolution"]} if "resolution" in section else {}
         parts = section.get("parts", {})

@@ -133,7 +133,7 @@ class PictureSource:
         raise UserError(f"not one picture of {self.records} can be used ({self._causes()})")
 
     def _places(self, index: int) -> Iterator[int]:
-        """Yields an index, the next, and then others far apart: all records of a lost shard have different stand-ins."""
+        """Yields an index, the next, then others far apart: records of a lost shard have different stand-ins."""
         yield index
         count = len(self)
         stride = next(step for step in range(max(1, round(0.618 * count)), count + 2) if math.gcd(step, count) == 1)

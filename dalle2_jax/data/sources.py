@@ -97,7 +97,8 @@ class MixtureConfig:
             if part.resolution != self.resolution:
                 raise UserError(f"part {name} has resolution {part.resolution}, the mixture {self.resolution}")
         if self.weights and [name for name, _ in self.weights] != [name for name, _ in self.parts]:
-            raise UserError(f"weights must name every part and nothing else: {', '.join(name for name, _ in self.parts)}")
+            names = ", ".join(name for name, _ in self.parts)
+            raise UserError(f"weights must name every part and nothing else: {names}")
 
 
 SourceConfig = ShapesConfig | FolderConfig | WebdatasetConfig | MixtureConfig

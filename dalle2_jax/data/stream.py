@@ -4,8 +4,9 @@ The order of examples, their captions and their crops are functions of (seed, po
 alone. Position is the stream's whole state (``{"global_next_index": n}``, the same on every process), so a
 run resumes bit for bit, on another number of processes or with another batch size too.
 
-Each pass over the source has its own order; of a mixture, each pass over a part. A batch is drawn, tokenized and stacked on a host thread while
-the previous one is in use; ``num_workers`` moves that into other processes for sources slow to decode.
+Each pass over the source has its own order; of a mixture, each pass over a part. A batch is drawn, tokenized and
+stacked on a host thread while the previous one is in use; ``num_workers`` moves that into other processes for sources
+slow to decode.
 """
 
 import sys
