@@ -1,26 +1,42 @@
 """Sources of captioned pictures and the stream of batches made from them; numpy only."""
 
+from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.mixture import MixtureSource
+from dalle2_jax.data.pictures import PictureSource
+from dalle2_jax.data.records import Record, Records, Rejected
 from dalle2_jax.data.shapes import ShapesSource
 from dalle2_jax.data.sources import (
     KINDS,
     FolderConfig,
+    MixtureConfig,
     ShapesConfig,
     Source,
     SourceConfig,
+    WebdatasetConfig,
     make_source,
     source_named,
 )
 from dalle2_jax.data.stream import fixed_batch, make_stream
+from dalle2_jax.data.webdataset import WebdatasetRecords
 
 __all__ = [
     "KINDS",
+    "Filters",
     "FolderConfig",
     "FolderSource",
+    "MixtureConfig",
+    "MixtureSource",
+    "PictureSource",
+    "Record",
+    "Records",
+    "Rejected",
     "ShapesConfig",
     "ShapesSource",
     "Source",
     "SourceConfig",
+    "WebdatasetConfig",
+    "WebdatasetRecords",
     "fixed_batch",
     "make_source",
     "make_stream",

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  python -m dalle2_jax.data preview folder:digits --split val --out digits.png",
         formatter_class=raw,
     )
-    preview.add_argument("source", help="shapes or folder:PATH")
+    preview.add_argument("source", help="shapes, folder:PATH or webdataset:PATH")
     preview.add_argument("--out", type=Path, required=True, help="PNG file to write")
     preview.add_argument("--split", default="train", help="split to draw (default %(default)s)")
     preview.add_argument("--num", type=_positive, default=24, help="examples to draw (default %(default)s)")

@@ -22,7 +22,7 @@ def test_every_field_reaches_the_source(tmp_path):
         make_source(FolderConfig(str(tmp_path), crop="x"), "train")
 
 
-@pytest.mark.parametrize("name", ["shape", "folder", "folder:", "coco:x", ""])
+@pytest.mark.parametrize("name", ["shape", "folder", "folder:", "coco:x", "mixture:x", ""])
 def test_unknown_names(name):
-    with pytest.raises(UserError, match="write shapes or folder:PATH"):
+    with pytest.raises(UserError, match="write shapes, folder:PATH or webdataset:PATH"):
         source_named(name, "train", 64)
