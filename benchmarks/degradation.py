@@ -1,4 +1,4 @@
-"""Draws one picture as upsamplers see it in training: blurred, degraded, noised: ``docs/degradation.png``.
+"""Draws one picture as upsamplers are shown it in training: 4 times smaller, blurred, noised or degraded, and enlarged.
 
     python benchmarks/degradation.py --out docs/degradation.png
 """

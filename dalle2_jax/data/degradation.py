@@ -1,7 +1,8 @@
 """Small pictures as the world makes them, for upsamplers to train on: blurred, resized, noisy, compressed.
 
 The pipeline of BSRGAN (Zhang et al. 2021, arXiv 2103.14006, section 3) with the parameters that latent diffusion
-releases for its upsamplers (Rombach et al. 2022), which Ramesh et al. 2022 (section 2.1) take for 256 -> 1024. All but the last step come in random order:
+releases for its upsamplers (Rombach et al. 2022), which Ramesh et al. 2022 (section 2.1) take for 256 -> 1024. All
+but the last step come in random order:
 
     a quarter of the pictures at factor 4 are halved first, by cv2 or by Pillow's antialiased cubics; then
     blur      half isotropic, half anisotropic Gaussians ("bsr" has two, "bsr_light" one of a quarter of the width)

@@ -158,7 +158,8 @@ class UNet(nn.Module):
     ``conv_in``, ``time_mlp``, ``down_{l}_{i}``, ``down_{l}_{i}_attn``, ``down_{l}_sample``,
     ``mid_0``, ``mid_attn``, ``mid_1``, ``up_{l}_{i}``, ``up_{l}_{i}_attn``, ``up_{l}_sample``
     (on level l, to level l - 1), ``norm_out``, ``conv_out``, ``input_skip`` if the config has it,
-    and ``noise_mlp`` if it is made with a ``noise_level``. Dropout draws from the rng collection "dropout" when ``train``.
+    and ``noise_mlp`` if it is made with a ``noise_level``. Dropout draws from
+    the rng collection "dropout" when ``train``.
     """
 
     config: UNetConfig

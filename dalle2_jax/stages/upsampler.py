@@ -152,7 +152,8 @@ class UpsamplerStage(DiffusionStage):
         image, low_res = self._given(batch) if "low_res" in batch else self._blurred(key, batch)
         condition = self.condition(low_res, batch)
         if self.noise_augmentation:
-            level = jax.random.randint(rng.stream(key, "noise_level"), image.shape[:1], 0, self._level(self.noise_augmentation) + 1)
+            most = self._level(self.noise_augmentation)
+            level = jax.random.randint(rng.stream(key, "noise_level"), image.shape[:1], 0, most + 1)
             condition = self._noised(condition, level, jax.random.normal(rng.stream(key, "augmentation"), image.shape))
         if self.inpaint:
             seen = images.visible_region(rng.stream(key, "known"), image.shape[0], self.crop_side)

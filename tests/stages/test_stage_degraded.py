@@ -72,6 +72,7 @@ def test_training_pictures_are_noised_at_every_level_as_the_network_is_told():
 
 def test_the_network_has_an_mlp_for_the_level_and_leans_on_it():
     plain, noised = (jax.eval_shape(stage.init, rng.root(0)).params for stage in (PLAIN, NOISED))
+    assert jax.tree.structure({**noised, "noise_mlp": None}) == jax.tree.structure({**plain, "noise_mlp": None})
     assert noised.keys() - plain.keys() == {"noise_mlp"} and noised["noise_mlp"].keys() == noised["time_mlp"].keys()
     params, x, t = testing.tiny_variables(NOISED).params, jnp.ones((2, 8, 8, 3)), jnp.full(2, 7)
 
@@ -87,7 +88,11 @@ def test_the_network_has_an_mlp_for_the_level_and_leans_on_it():
 def drawn(stage, rows=slice(None)):
     variables = testing.tiny_variables(NOISED)
     keys = told.keys()[rows]
-    draw = jax.jit(lambda variables, keys, small: stage.draw(variables, keys, stage.condition(small), stage.sampling, {}))
+
+    @jax.jit
+    def draw(variables, keys, small):
+        return stage.draw(variables, keys, stage.condition(small), stage.sampling, {})
+
     return np.asarray(draw(variables, keys, told.small()[rows]))
 
 
