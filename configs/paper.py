@@ -157,17 +157,21 @@ def _upsampler(config: ConfigDict, schedule: str, steps: int, low_size: int, **m
 
 
 def upsampler_1() -> ConfigDict:
-    """64 -> 256, after a Gaussian blur of sigma 0.6."""
+    """64 -> 256, after a Gaussian blur, kernel 3, of sigma 0.6."""
     config = common(1_000_000, 1024, 256, {"lr": 1.2e-4, "eps": 1e-8, "ema_decay": 0.9999})
     shape = {"channels": 320, "channel_mult": (1, 2, 3, 4), "num_res_blocks": 3, "dropout": 0.1}
-    return _upsampler(config, "cosine", 27, 64, **shape)
+    config = _upsampler(config, "cosine", 27, 64, **shape)
+    config.conditioning.blur_sigma = 0.6
+    return config
 
 
 def upsampler_2() -> ConfigDict:
-    """256 -> 1024."""
+    """256 -> 1024, after the degradations of BSRGAN as latent diffusion has them (section 2.1)."""
     config = common(1_000_000, 512, 1024, {"lr": 1e-4, "eps": 1e-8, "ema_decay": 0.9999})
     shape = {"channels": 192, "channel_mult": (1, 1, 2, 2, 4, 4), "num_res_blocks": 2}
-    return _upsampler(config, "linear", 15, 256, **shape)
+    config = _upsampler(config, "linear", 15, 256, **shape)
+    config.conditioning.degradation = "bsr"
+    return config
 
 
 def ar_prior() -> ConfigDict:

@@ -18,7 +18,10 @@ OWN = {
     "model": ("dtype", "remat", "dropout"),
     "text": (),
     "embedding": (),
-    "conditioning": ("drop_image", "drop_text", "crop_fraction", "blur_sigma", "blur_rate"),
+    "conditioning": (
+        *("drop_image", "drop_text", "crop_fraction"),
+        *("blur_sigma", "blur_rate", "degradation", "sample_noise"),
+    ),
     "diffusion": ("weighting", "max_weight", "gamma", "k", "timesteps"),
 }
 """All other sections are the run's own: data, optim, mesh, sampling, lora. The loss comes with the variance."""

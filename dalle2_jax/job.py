@@ -15,7 +15,7 @@ from dalle2_jax import build, data, finetune, text
 from dalle2_jax.generation import Member, make_preview
 from dalle2_jax.networks import TextConfig, borrows_clip, reads_text, text_config
 from dalle2_jax.sections import expand
-from dalle2_jax.stages import ClipStage, EmbeddingContract, LoraStage, Variables
+from dalle2_jax.stages import ClipStage, EmbeddingContract, LoraStage, UpsamplerStage, Variables
 from dalle2_jax.stages.base import fingerprint
 from dalle2_jax.stages.lora import merge
 from dalle2_jax.training.loop import Job, RunConfig
@@ -79,6 +79,7 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
         jax.process_index(),
         jax.process_count(),
         num_workers=config.get("workers", 0),
+        degrading=stage.degrading if isinstance(stage, UpsamplerStage) else None,
     )
     frozen = {"clip": clip.variables} if clip else {}
     preview = None

@@ -10,6 +10,7 @@ Axis glossary (one letter an axis, everywhere in this package):
 | E      | CLIP embedding          | T       | diffusion steps               |
 """
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
@@ -36,6 +37,7 @@ class Batch(TypedDict, total=False):
     """What crosses from data to the stages. Every key is optional; a stage asks for its own."""
 
     image: Array  # uint8[B, H, W, C]; normalised on the device
+    low_res: Array  # uint8[B, h, w, C], ``image`` made smaller and worse on the host, where a stage asks for that
     tokens: Array  # int32[B, L]
     mask: Array  # bool[B, L], true on begin, text and end tokens
     image_emb: Array  # float32[B, E], precomputed by CLIP or added by Stage.prepare
@@ -45,6 +47,20 @@ class Batch(TypedDict, total=False):
     null_text_seq: Array  # float32[B, L, D], likewise
     null_mask: Array  # bool[B, L], likewise
     base: Any  # what is borrowed under a LoRA, which Stage.prepare hands to Stage.loss
+
+
+DEGRADATIONS = ("bsr", "bsr_light")
+"""What the host can do to an upsampler's pictures, see ``data.degradation``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Degrading:
+    """What an upsampler asks of its data: crops of ``image``, and each ``factor`` times smaller as ``low_res``."""
+
+    name: str  # of DEGRADATIONS
+    image_size: int  # side of the pictures that crops are cut from
+    crop_side: int
+    factor: int
 
 
 class UserError(Exception):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import tiny_system
 
-from dalle2_jax import build, text
+from dalle2_jax import build, rng, text
 from dalle2_jax.diffusion import Course, make_schedule, shifted, with_zero_terminal_snr
 from dalle2_jax.job import build_job
 from dalle2_jax.models.resnet import ResNetConfig
@@ -262,6 +262,22 @@ def test_only_training_needs_them(section, tmp_path):
     with pytest.raises(UsageError, match=f"config of stage upsampler_1 needs a section {section}"):
         build_job(config, tmp_path / "system", "tests/tiny_system.py:upsampler_1")
     assert not (tmp_path / "system").exists()
+
+
+def test_a_degraded_upsampler_is_fed_crops_and_their_small_pictures(tmp_path):
+    """The stage's config alone decides crop, factor and degradation; the data's resolution has to fit."""
+    config = tiny_system.get_config("upsampler_1")
+    config.conditioning.degradation = "bsr"
+    job = build_job(config, tmp_path / "system", "tests/tiny_system.py:upsampler_1")
+    batch = next(job.stream)
+    size = config.batch_size
+    assert batch["image"].shape == (size, 8, 8, 3) and batch["low_res"].shape == (size, 4, 4, 3)
+    x_0, condition = job.stage.example({}, rng.root(0), batch)
+    assert x_0.shape == condition["low_res"].shape == (size, 8, 8, 3)
+    config.data.resolution = 8
+    with pytest.raises(UserError, match="pictures of 16 pixels, and the data's have 8: set config.data.resolution=16"):
+        build_job(config, tmp_path / "other", "tests/tiny_system.py:upsampler_1")
+    assert not (tmp_path / "other").exists()
 
 
 def test_build_job_leaves_no_trace_of_a_refused_config(tmp_path):

@@ -1,6 +1,6 @@
 """An endless, shuffled, resumable stream of batches from a source.
 
-The order of examples, their captions and their crops are functions of (seed, position in the stream)
+The order of examples, their captions, crops and degradations are functions of (seed, position in the stream)
 alone. Position is the stream's whole state (``{"global_next_index": n}``, the same on every process), so a
 run resumes bit for bit, on another number of processes or with another batch size too.
 
@@ -18,10 +18,11 @@ import grain
 import numpy as np
 from absl import flags
 
+from dalle2_jax.data import degradation
 from dalle2_jax.data.mixture import MixtureSource
 from dalle2_jax.data.sources import Source
 from dalle2_jax.text import Tokenizer
-from dalle2_jax.types import Batch, UserError
+from dalle2_jax.types import Batch, Degrading, UserError
 
 _BATCHES_AHEAD = 4
 
@@ -33,13 +34,15 @@ class _Prepare:
     source: Source
     tokenizer: Tokenizer | None
     context_length: int
+    degrading: Degrading | None
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         image, caption = self.source.draw(index, rng)
+        pictures = degradation.pair(image, self.degrading, rng) if self.degrading else {"image": image}
         if self.tokenizer is None:
-            return {"image": image}
+            return pictures
         tokens, mask = self.tokenizer.encode([caption], self.context_length)
-        return {"image": image, "tokens": tokens[0], "mask": mask[0]}
+        return {**pictures, "tokens": tokens[0], "mask": mask[0]}
 
 
 def make_stream(
@@ -52,6 +55,7 @@ def make_stream(
     process_count: int = 1,
     num_threads: int = 1,
     num_workers: int = 0,
+    degrading: Degrading | None = None,
 ) -> grain.DatasetIterator:
     """Returns an iterator over `Batch`: image uint8[b, H, W, 3], tokens int32[b, L], mask bool[b, L].
 
@@ -64,10 +68,11 @@ def make_stream(
         num_threads: threads that prepare batches ahead; 0 prepares each batch when it is asked for.
         num_workers: processes that prepare batches ahead; 0 for none. They are spawned, so the caller's main
             module must be guarded by ``if __name__ == "__main__"``.
+        degrading: of an upsampler; image is then a crop, uint8[b, s, s, 3], and low_res uint8[b, s / f, s / f, 3].
 
     Raises:
         UserError: when ``batch_size`` is not a positive multiple of ``process_count``, ``seed`` is not a 32-bit
-            number from 0, or the source is empty.
+            number from 0, the source is empty, or its pictures are not of the size that ``degrading`` is of.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size {batch_size} is not a positive multiple of the {process_count} processes")
@@ -75,11 +80,13 @@ def make_stream(
         raise UserError(f"the seed of a stream must be from 0 to 2**32 - 1, not {seed}")
     if len(source) == 0:
         raise UserError(f"{source} has no examples")
+    if degrading:
+        _check_size(source, degrading)
     if isinstance(source, MixtureSource):
         order = source.order(seed)
     else:
         order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    examples = order.random_map(_Prepare(source, tokenizer, context_length))
+    examples = order.random_map(_Prepare(source, tokenizer, context_length, degrading))
     cv2.setNumThreads(0)  # parallelism is over batches; cv2's own threads would fight with it
     workers = None
     if num_workers:
@@ -97,16 +104,40 @@ def make_stream(
     )
 
 
+def _check_size(source: Source, degrading: Degrading) -> None:
+    side, wanted = source[0]["image"].shape[0], degrading.image_size
+    if side != wanted:
+        raise UserError(
+            f"degradation {degrading.name!r} cuts crops from pictures of {wanted} pixels, "
+            f"and the data's have {side}: set config.data.resolution={wanted}"
+        )
+
+
 def fixed_batch(
-    source: Source, tokenizer: Tokenizer | None, context_length: int, indices: Sequence[int]
+    source: Source,
+    tokenizer: Tokenizer | None,
+    context_length: int,
+    indices: Sequence[int],
+    degrading: Degrading | None = None,
 ) -> tuple[Batch, list[str]]:
     """Returns the batch of given examples and their captions, always the same: for evaluations and previews.
 
-    Each example has its fixed picture (a centre crop) and its fixed caption, ``source[i]["caption"]``.
+    Each example has its fixed picture (a centre crop) and its fixed caption, ``source[i]["caption"]``. With
+    ``degrading`` it has a crop of that picture, and its ``low_res``, that depend on its index alone.
+
+    Raises:
+        UserError: when the source's pictures are not of the size that ``degrading`` is of.
     """
     examples = [source[index] for index in indices]
     captions = [example["caption"] for example in examples]
-    batch = Batch(image=np.stack([example["image"] for example in examples]))
+    pictures = [{"image": example["image"]} for example in examples]
+    if degrading:
+        _check_size(source, degrading)
+        pictures = [
+            degradation.pair(example["image"], degrading, np.random.default_rng(index))
+            for index, example in zip(indices, examples, strict=True)
+        ]
+    batch = Batch(**{name: np.stack([picture[name] for picture in pictures]) for name in pictures[0]})
     if tokenizer is not None:
         batch["tokens"], batch["mask"] = tokenizer.encode(captions, context_length)
     return batch, captions

@@ -13,7 +13,7 @@ import tqdm
 
 from dalle2_jax import data, rng
 from dalle2_jax.generation import Member
-from dalle2_jax.stages import DiffusionStage, PriorStage
+from dalle2_jax.stages import DiffusionStage, PriorStage, UpsamplerStage
 from dalle2_jax.types import UserError
 
 
@@ -22,7 +22,8 @@ def examples(
 ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
     """Returns x_0 of examples as stage ``name`` diffuses it, and what it is told of them."""
     member = members[name]
-    batch, _ = data.fixed_batch(source, member.tokenizer, member.context_length or 2, indices)
+    degrading = member.stage.degrading if isinstance(member.stage, UpsamplerStage) else None
+    batch, _ = data.fixed_batch(source, member.tokenizer, member.context_length or 2, indices, degrading)
     frozen = {borrowed: members[borrowed].variables for borrowed in member.stage.borrows}
     return member.stage.example(member.variables.stats, rng.root(seed), member.stage.prepare(frozen, batch))
 

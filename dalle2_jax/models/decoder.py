@@ -220,10 +220,15 @@ class DecoderNetwork(nn.Module):
         return jnp.where(mask[:, :1], known, anyone[None])
 
     def denoise(
-        self, x_t: Float[Array, "B H W Cin"], t: Int[Array, "B"], condition: Condition, train: bool = False
+        self,
+        x_t: Float[Array, "B H W Cin"],
+        t: Int[Array, "B"],
+        condition: Condition,
+        train: bool = False,
+        noise_level: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B H W Cout"]:
         """One evaluation of the U-Net at original timesteps t; float32."""
-        return self.unet(x_t, t, condition.emb, condition.context, condition.mask, train)
+        return self.unet(x_t, t, condition.emb, condition.context, condition.mask, train, noise_level)
 
     def __call__(
         self,
@@ -236,7 +241,8 @@ class DecoderNetwork(nn.Module):
         drop_image: Bool[Array, "B"] | None = None,
         drop_text: Bool[Array, "B"] | None = None,
         train: bool = False,
+        noise_level: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B H W Cout"]:
         """``encode_condition`` then ``denoise``: what training differentiates, and what init calls."""
         condition = self.encode_condition(image_emb, text_emb, text, mask, drop_image, drop_text)
-        return self.denoise(x_t, t, condition, train)
+        return self.denoise(x_t, t, condition, train, noise_level)

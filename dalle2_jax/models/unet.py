@@ -157,8 +157,9 @@ class UNet(nn.Module):
     Params, level l from 0 at full size, block i from 0 in the order in which they run:
     ``conv_in``, ``time_mlp``, ``down_{l}_{i}``, ``down_{l}_{i}_attn``, ``down_{l}_sample``,
     ``mid_0``, ``mid_attn``, ``mid_1``, ``up_{l}_{i}``, ``up_{l}_{i}_attn``, ``up_{l}_sample``
-    (on level l, to level l - 1), ``norm_out``, ``conv_out``, and ``input_skip`` if the config has
-    it. Dropout draws from the rng collection "dropout" when ``train``.
+    (on level l, to level l - 1), ``norm_out``, ``conv_out``, ``input_skip`` if the config has it,
+    and ``noise_mlp`` if it is made with a ``noise_level``. Dropout draws from
+    the rng collection "dropout" when ``train``.
     """
 
     config: UNetConfig
@@ -172,6 +173,7 @@ class UNet(nn.Module):
         context: Float[Array, "B S Dc"] | None = None,
         context_mask: Bool[Array, "B S"] | None = None,
         train: bool = False,
+        noise_level: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B H W Cout"]:
         """Runs the network.
 
@@ -183,6 +185,7 @@ class UNet(nn.Module):
             the config has a context_dim.
           context_mask: true where a context token may be seen; None shows all.
           train: whether dropout is on.
+          noise_level: how noisy a picture beside x is; embedded as t is, by an MLP of its own.
 
         Returns:
           float32[B, H, W, out_channels].
@@ -196,6 +199,8 @@ class UNet(nn.Module):
         step = TimeMLP(config.channels, config.time_dim, config.dtype, name="time_mlp")(t)
         if emb is not None:
             step = step + emb.astype(config.dtype)
+        if noise_level is not None:
+            step = step + TimeMLP(config.channels, config.time_dim, config.dtype, name="noise_mlp")(noise_level)
         step = nn.silu(step)
         if context is not None:
             context = context.astype(config.dtype)

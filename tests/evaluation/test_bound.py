@@ -119,3 +119,13 @@ def test_examples_are_what_the_stage_is_trained_on(kind):
     if kind == "decoder":
         wanted = images.resize(images.to_float(np.stack([source[i]["image"] for i in (2, 0)])), side)
         np.testing.assert_allclose(x_0, wanted, atol=1e-6)
+
+
+def test_a_degraded_upsampler_is_measured_on_degraded_pictures():
+    stage = dataclasses.replace(testing.tiny_stage("upsampler"), degradation="bsr")
+    members = {"upsampler_1": Member(stage, Variables({}, {}), 30, None, None, 0)}
+    source = ShapesSource("val", 16, max_objects=1, num_examples=8)
+    one, other = (bound.examples(members, "upsampler_1", source, [0, 1], seed) for seed in (0, 1))
+    assert one[0].shape == (2, 8, 8, 3)  # crops
+    for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(ours, theirs)  # no blur or crop of the device's, which the seed decides

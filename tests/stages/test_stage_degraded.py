@@ -1,0 +1,140 @@
+"""Upsamplers whose small pictures the host degrades, and upsamplers whose small pictures are noised."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_stage_told as told
+
+from dalle2_jax import rng, testing
+from dalle2_jax.stages import images
+from dalle2_jax.types import DEGRADATIONS, Degrading, UserError
+
+PLAIN = testing.tiny_stage("upsampler")
+NOISED = dataclasses.replace(PLAIN, noise_augmentation=0.5, sample_noise=0.2)
+LEVELS = 50
+"""Half of the tiny schedule's steps."""
+
+
+def pairs(side=8, small=4, count=3):
+    """Crops and small pictures that have nothing to do with each other."""
+    noise = np.random.default_rng(0)
+    shapes = {"image": (count, side, side, 3), "low_res": (count, small, small, 3)}
+    return {name: noise.integers(0, 256, shape, np.uint8) for name, shape in shapes.items()}
+
+
+# --- degraded -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degradation", ["", "bsr"])
+def test_given_pairs_are_taken_as_they_are(degradation):
+    stage, batch = dataclasses.replace(PLAIN, degradation=degradation), pairs()
+    x_0, condition = jax.jit(stage.example)({}, rng.root(0), batch)
+    np.testing.assert_array_equal(images.to_uint8(x_0), batch["image"])
+    wanted = stage.condition(images.to_float(batch["low_res"]))["low_res"]
+    np.testing.assert_allclose(condition["low_res"], wanted, atol=1e-6)
+
+
+def test_pairs_of_other_sizes_are_refused():
+    for side, small in ((16, 4), (8, 8)):
+        wanted = f"upsampler_1 trains on crops of 8 pixels made of 4, not of {side} made of {small}"
+        with pytest.raises(UserError, match=wanted):
+            PLAIN.example({}, rng.root(0), pairs(side, small))
+
+
+def test_the_stage_says_what_it_asks_of_the_data():
+    assert PLAIN.degrading is None
+    for name in DEGRADATIONS:
+        assert dataclasses.replace(PLAIN, degradation=name).degrading == Degrading(name, 16, 8, 2)
+    with pytest.raises(UserError, match="unknown degradation 'bsr_lite': did you mean 'bsr_light'"):
+        dataclasses.replace(PLAIN, degradation="bsr_lite")
+
+
+# --- noised ---------------------------------------------------------------------------------
+
+
+def test_training_pictures_are_noised_at_every_level_as_the_network_is_told():
+    count = 3000
+    batch = {"image": np.full((count, 16, 16, 3), 204, np.uint8)}  # 0.6
+    _, condition = jax.jit(NOISED.example)({}, rng.root(0), batch)
+    levels, shown = np.asarray(condition["noise_level"]), np.asarray(condition["low_res"], np.float64)
+    assert levels.dtype == np.int32 and {*levels.tolist()} == {*range(LEVELS + 1)}
+    assert np.bincount(levels).min() > 25  # of 59 each
+    schedule = NOISED.diffusion.make_schedule()
+    for level in (0, 1, 20, LEVELS):
+        of_level = shown[levels == level]
+        alpha_bar = 1.0 if level == 0 else schedule.alpha_bar[level - 1]
+        assert abs(of_level.mean() - 0.6 * alpha_bar**0.5) < 5 * ((1 - alpha_bar) / of_level.size) ** 0.5 + 1e-6
+        np.testing.assert_allclose(of_level.std(), (1 - alpha_bar) ** 0.5, rtol=0.04, atol=1e-6)
+
+
+def test_the_network_has_an_mlp_for_the_level_and_leans_on_it():
+    plain, noised = (jax.eval_shape(stage.init, rng.root(0)).params for stage in (PLAIN, NOISED))
+    assert jax.tree.structure({**noised, "noise_mlp": None}) == jax.tree.structure({**plain, "noise_mlp": None})
+    assert noised.keys() - plain.keys() == {"noise_mlp"} and noised["noise_mlp"].keys() == noised["time_mlp"].keys()
+    params, x, t = testing.tiny_variables(NOISED).params, jnp.ones((2, 8, 8, 3)), jnp.full(2, 7)
+
+    @jax.jit
+    def predict(level):
+        return NOISED.bind(params, {"low_res": x, "noise_level": level}, {}, None)(x, t)
+
+    one, other = (predict(jnp.array([first, 30], jnp.int32)) for first in (0, 30))
+    assert abs(one[0] - other[0]).max() > 1e-3
+    np.testing.assert_allclose(one[1], other[1], atol=1e-6)
+
+
+def drawn(stage, rows=slice(None)):
+    variables = testing.tiny_variables(NOISED)
+    keys = told.keys()[rows]
+
+    @jax.jit
+    def draw(variables, keys, small):
+        return stage.draw(variables, keys, stage.condition(small), stage.sampling, {})
+
+    return np.asarray(draw(variables, keys, told.small()[rows]))
+
+
+def test_samples_are_drawn_at_their_own_level():
+    """Sampling at level 0 shows the network the picture itself; a picture's noise is of its own key."""
+    pictures = drawn(NOISED)
+    clean = dataclasses.replace(NOISED, sample_noise=0.0)
+    assert abs(drawn(clean) - pictures).max() > 1e-2
+    np.testing.assert_allclose(drawn(NOISED, slice(1, None)), pictures[1:], atol=1e-5)
+
+
+def test_the_level_in_sampling_is_the_one_asked_for():
+    stage, seen = NOISED, {}
+
+    @dataclasses.dataclass(frozen=True)
+    class Seeing(type(stage)):
+        def bind(self, params, condition, drops, dropout_key):
+            seen.update(condition)
+            return lambda x_t, t: jnp.zeros_like(x_t)
+
+    seeing = Seeing(**{field.name: getattr(stage, field.name) for field in dataclasses.fields(stage)})
+    flat = jnp.full((64, 8, 8, 3), 0.6)
+    keys = rng.per_image(rng.root(0), jnp.arange(64, dtype=jnp.int32))
+    seeing.draw(testing.Variables({}, {}), keys, seeing.condition(flat), seeing.sampling, {})
+    assert {*np.asarray(seen["noise_level"]).tolist()} == {20}
+    alpha_bar = stage.diffusion.make_schedule().alpha_bar[19]
+    np.testing.assert_allclose(np.asarray(seen["low_res"]).std(), (1 - alpha_bar) ** 0.5, rtol=0.03)
+    np.testing.assert_allclose(np.asarray(seen["low_res"]).mean(), 0.6 * alpha_bar**0.5, atol=0.01)
+
+
+def test_told_upsamplers_are_noised_too():
+    stage = dataclasses.replace(told.upsampler("tokens"), noise_augmentation=0.5, sample_noise=0.1)
+    params, stats = testing.tiny_variables(stage)
+    assert "noise_mlp" in params["unet"]
+    loss, _ = jax.eval_shape(stage.loss, params, stats, rng.root(0), told.batch("tokens"))
+    assert loss.shape == ()
+    pictures = told.draw(stage, stage.condition(told.small(), told.batch("tokens")))
+    assert pictures.shape == (told.SIZE, 16, 16, 3) and np.isfinite(pictures).all()
+
+
+@pytest.mark.parametrize("fields", [(0.2, 0.5), (1.5, 0.0), (0.5, -0.1), (-0.5, 0.0)])
+def test_levels_out_of_range_are_refused(fields):
+    largest, sampled = fields
+    with pytest.raises(UserError, match="sample_noise .* must be from 0 to noise_augmentation .*, and that at most 1"):
+        dataclasses.replace(PLAIN, noise_augmentation=largest, sample_noise=sampled)
