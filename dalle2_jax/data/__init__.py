@@ -1,9 +1,12 @@
 """Sources of captioned pictures and the stream of batches made from them; numpy only."""
 
+from dalle2_jax.data.embeddings import Embedded, EmbeddingSource
 from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.retrieval import RetrievalSource
 from dalle2_jax.data.shapes import ShapesSource
 from dalle2_jax.data.sources import (
     KINDS,
+    EmbeddingsConfig,
     FolderConfig,
     ShapesConfig,
     Source,
@@ -15,8 +18,12 @@ from dalle2_jax.data.stream import fixed_batch, make_stream
 
 __all__ = [
     "KINDS",
+    "Embedded",
+    "EmbeddingSource",
+    "EmbeddingsConfig",
     "FolderConfig",
     "FolderSource",
+    "RetrievalSource",
     "ShapesConfig",
     "ShapesSource",
     "Source",

@@ -5,12 +5,15 @@ A source is random access, so the stream can shuffle, shard and resume it by ind
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
 
+from dalle2_jax.data.embeddings import Embedded, EmbeddingSource
 from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.retrieval import RetrievalSource
 from dalle2_jax.data.shapes import ShapesSource
 from dalle2_jax.types import UserError
 
@@ -54,13 +57,24 @@ class FolderConfig:
     crop: str = "center"
 
 
-SourceConfig = ShapesConfig | FolderConfig
+@dataclass(frozen=True)
+class EmbeddingsConfig:
+    """Embeddings in place of pictures, as `EmbeddingSource` or, in clip-retrieval's layout, `RetrievalSource` has them.
 
-KINDS: dict[str, type] = {"shapes": ShapesConfig, "folder": FolderConfig}
+    ``text_path``: of clip-retrieval's layout, where the text embeddings are; "" if they lie beside the others.
+    """
+
+    path: str = ""
+    text_path: str = ""
+
+
+SourceConfig = ShapesConfig | FolderConfig | EmbeddingsConfig
+
+KINDS: dict[str, type] = {"shapes": ShapesConfig, "folder": FolderConfig, "embeddings": EmbeddingsConfig}
 """Configurations by the name that a config file gives as ``kind``."""
 
 
-def make_source(config: SourceConfig, split: str) -> Source:
+def make_source(config: SourceConfig, split: str) -> Source | Embedded:
     """Opens a split (``train``, ``val`` …) of the data set that ``config`` describes.
 
     Raises:
@@ -70,7 +84,16 @@ def make_source(config: SourceConfig, split: str) -> Source:
         return ShapesSource(
             split, config.resolution, config.seed, config.max_objects, config.num_examples, config.jitter
         )
+    if isinstance(config, EmbeddingsConfig):
+        return _make_embedded(config, split)
     return FolderSource(config.path, split, config.resolution, config.crop)
+
+
+def _make_embedded(config: EmbeddingsConfig, split: str) -> Embedded:
+    layouts = [Path(config.path) / "metadata", Path(config.path) / split / "metadata"]
+    if config.text_path or any(layout.is_dir() for layout in layouts):
+        return RetrievalSource(config.path, split, config.text_path)
+    return EmbeddingSource(config.path, split)
 
 
 def source_named(name: str, split: str, resolution: int) -> Source:

@@ -17,11 +17,13 @@ import grain
 import numpy as np
 from absl import flags
 
+from dalle2_jax.data.embeddings import Embedded
 from dalle2_jax.data.sources import Source
 from dalle2_jax.text import Tokenizer
 from dalle2_jax.types import Batch, UserError
 
 _BATCHES_AHEAD = 4
+_WORDS = ("key", "index", "captions", "caption")  # of an example, no rows of a batch
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,12 @@ class _Prepare:
     context_length: int
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        image, caption = self.source.draw(index, rng)
-        if self.tokenizer is None:
-            return {"image": image}
-        tokens, mask = self.tokenizer.encode([caption], self.context_length)
-        return {"image": image, "tokens": tokens[0], "mask": mask[0]}
+        drawn, caption = self.source.draw(index, rng)
+        rows = dict(drawn) if isinstance(self.source, Embedded) else {"image": drawn}
+        if self.tokenizer is not None and "tokens" not in rows:
+            tokens, mask = self.tokenizer.encode([caption], self.context_length)
+            rows |= {"tokens": tokens[0], "mask": mask[0]}
+        return rows
 
 
 def make_stream(
@@ -52,6 +55,8 @@ def make_stream(
     num_workers: int = 0,
 ) -> grain.DatasetIterator:
     """Returns an iterator over `Batch`: image uint8[b, H, W, 3], tokens int32[b, L], mask bool[b, L].
+
+    In place of pictures an `Embedded` source gives what CLIP said of them, and tokens where it has them.
 
     Besides ``next`` it has ``get_state()``, ``set_state(state)`` and ``close()``.
 
@@ -106,7 +111,9 @@ def fixed_batch(
     """
     examples = [source[index] for index in indices]
     captions = [example["caption"] for example in examples]
-    batch = Batch(image=np.stack([example["image"] for example in examples]))
-    if tokenizer is not None:
+    batch = Batch(
+        {name: np.stack([example[name] for example in examples]) for name in examples[0] if name not in _WORDS}
+    )
+    if tokenizer is not None and "tokens" not in batch:
         batch["tokens"], batch["mask"] = tokenizer.encode(captions, context_length)
     return batch, captions

@@ -72,6 +72,11 @@ class PriorStage(DiffusionStage):
         return (READ if self._reads_states else ("text_emb",)) + (() if self.model.learned_null else READ_EMPTY)
 
     @property
+    def said(self) -> tuple[str, ...]:
+        """What ``prepare`` asks of CLIP, and a batch of precomputed embeddings has to have."""
+        return ("image_emb", *self._read)
+
+    @property
     def _reads_states(self) -> bool:
         return self.model.text_input == "clip"
 
@@ -116,7 +121,7 @@ class PriorStage(DiffusionStage):
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
         """Adds image_emb and what CLIP says of the captions, unless they were precomputed."""
-        return self.clip.complete(frozen.get("clip"), batch, ("image_emb", *self._read))
+        return self.clip.complete(frozen.get("clip"), batch, self.said)
 
     def read(self, clip: Variables | None, batch: Batch) -> Batch:
         """As ``prepare``, of the captions alone."""
