@@ -1,7 +1,10 @@
 """Sources of captioned pictures and the stream of batches made from them; numpy only."""
 
 from dalle2_jax.data.embeddings import Embedded, EmbeddingSource
+from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.pictures import PictureSource
+from dalle2_jax.data.records import Record, Records, Rejected
 from dalle2_jax.data.retrieval import RetrievalSource
 from dalle2_jax.data.shapes import ShapesSource
 from dalle2_jax.data.sources import (
@@ -21,8 +24,13 @@ __all__ = [
     "Embedded",
     "EmbeddingSource",
     "EmbeddingsConfig",
+    "Filters",
     "FolderConfig",
     "FolderSource",
+    "PictureSource",
+    "Record",
+    "Records",
+    "Rejected",
     "RetrievalSource",
     "ShapesConfig",
     "ShapesSource",

@@ -176,7 +176,7 @@ def _good(task: Task, first: int, last: int) -> Iterator[list[dict]]:
         good = [
             {**example, "key": example.get("key", str(index))}
             for index, example in batch
-            if example.get("index", index) == index
+            if example.get("index", index) == index  # another one may stand in
         ]
         if good:
             yield good

@@ -12,7 +12,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dalle2_jax.data.embeddings import Embedded, EmbeddingSource
+from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.pictures import MAX_REJECTED
 from dalle2_jax.data.retrieval import RetrievalSource
 from dalle2_jax.data.shapes import ShapesSource
 from dalle2_jax.types import UserError
@@ -27,7 +29,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict:
         """Returns ``{"image": uint8[H, W, 3], "captions": tuple[str, ...], "caption": str}``.
 
-        Always the same for an index; ``caption`` is the one of ``captions`` that evaluations use.
+        Always the same for an index; ``caption`` is the one of ``captions`` that evaluations use. Where records have
+        names, or one may stand in for another, there are ``key`` and ``index`` too.
         """
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
@@ -55,6 +58,8 @@ class FolderConfig:
     path: str = ""
     resolution: int = 64
     crop: str = "center"
+    filters: Filters = Filters()
+    max_rejected: float = MAX_REJECTED
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def make_source(config: SourceConfig, split: str) -> Source | Embedded:
         )
     if isinstance(config, EmbeddingsConfig):
         return _make_embedded(config, split)
-    return FolderSource(config.path, split, config.resolution, config.crop)
+    return FolderSource(config.path, split, config.resolution, config.crop, config.filters, config.max_rejected)
 
 
 def _make_embedded(config: EmbeddingsConfig, split: str) -> Embedded:

@@ -1,0 +1,209 @@
+"""Pictures of one size for training, from records of any kind.
+
+A record that cannot be used does not stop a run: the next good one takes its place, `PictureSource.rejected` counts
+the refused by cause, and each cause is logged once. Too many of them mean that something is wrong with the data set
+or with the way to it; then the run ends and says what.
+"""
+
+import io
+import logging
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from dalle2_jax.data import images
+from dalle2_jax.data.filters import Filters
+from dalle2_jax.data.records import MARK, Record, Records, Rejected
+from dalle2_jax.types import UserError
+
+MAX_REJECTED = 0.1
+"""The share of refused records above which a run ends."""
+
+MAX_PIXELS, MAX_ASPECT = 90_000_000, 50
+"""No picture worth training on is larger, or longer for its width; decoding or scaling one would fill the memory."""
+
+_FEW = 100
+"""Of fewer records than this a share says nothing."""
+
+_FRUITLESS = 10_000
+"""Records tried for one example before it is clear that none will do."""
+
+_LOG = logging.getLogger(__name__)
+
+
+class PictureSource:
+    """The pictures of records, fitted and cropped to ``uint8[resolution, resolution, 3]``; a `Source`.
+
+    Args:
+        records: where the pictures and captions are.
+        resolution: side of the pictures; a picture's shorter side is scaled to it, then the longer is cropped.
+        crop: ``center``, or ``random`` for another crop at each `draw`.
+        filters: which records are wanted; others are passed over, and not counted as refused.
+        max_rejected: the share of refused records, 0 to 1, above which `UserError` is raised.
+
+    Raises:
+        UserError: when an argument is out of range, or too many records were refused when they were opened.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        resolution: int = 64,
+        crop: str = "center",
+        filters: Filters = Filters(),
+        max_rejected: float = MAX_REJECTED,
+    ) -> None:
+        check_arguments(resolution, crop, max_rejected)
+        self.records, self.resolution, self.crop = records, resolution, crop
+        self.filters, self.max_rejected = filters, max_rejected
+        self._at_opening = +Counter(getattr(records, "refused", {}))
+        self._refused: dict[int, str] = {}  # index to cause
+        self._unwanted: set[int] = set()
+        self._marred: set[int] = set()
+        self._tried = 0
+        for cause, count in self._at_opening.items():
+            _LOG.warning("%s: %d records are left out (%s)", self, count, cause)
+        self._check_share(self._at_opening.total(), self._at_opening.total() + len(records))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __repr__(self) -> str:
+        return f"PictureSource({self.records!r}, {self.resolution}, {self.crop!r})"
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """How many records were refused, by cause: when the data set was opened, and by this process since."""
+        return self._at_opening + Counter(self._refused.values())
+
+    @property
+    def marred(self) -> int:
+        """How many of the pictures that this process gave have a caption with bytes that were not UTF-8."""
+        return len(self._marred)
+
+    def __getitem__(self, index: int) -> dict:
+        """Returns ``{"image", "captions", "caption", "key", "index"}``, with the centre crop whatever ``crop`` is.
+
+        Key and index are of the record that is given, which may be another than the one asked for.
+
+        Raises:
+            UserError: when no good record is found, or too many are bad.
+        """
+        picture, record, place = self._usable(index)
+        name = record.key.rpartition(".")[0] or record.key  # the same for a picture as file and in a tar
+        return {
+            "image": images.crop(picture, self.resolution),
+            "captions": record.captions,
+            "caption": record.captions[zlib.crc32(name.encode()) % len(record.captions)],
+            "key": record.key,
+            "index": place,
+        }
+
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        """Returns the picture, cropped as ``crop`` says, and one of its captions drawn with ``rng``.
+
+        Raises:
+            UserError: when no good record is found, or too many are bad.
+        """
+        picture, record, _ = self._usable(index)
+        image = images.crop(picture, self.resolution, rng if self.crop == "random" else None)
+        return image, record.captions[rng.integers(len(record.captions))]
+
+    def captions(self, limit: int) -> Iterator[str]:
+        """Yields every caption of at most ``limit`` records."""
+        return self.records.captions(limit)
+
+    def _usable(self, index: int) -> tuple[np.ndarray, Record, int]:
+        """Returns the fitted picture, the record and its place, of ``index`` or of the next that can be used."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
+        for offset in range(min(len(self), _FRUITLESS)):
+            place = (index + offset) % len(self)
+            if place in self._refused or place in self._unwanted:
+                continue
+            self._tried += 1
+            try:
+                record = self.records.read(place)
+                picture = self._fitted(record)
+            except Rejected as rejection:
+                self._refuse(place, rejection.cause)
+                continue
+            if picture is None:
+                self._unwanted.add(place)
+                continue
+            if place not in self._marred and any(MARK in caption for caption in record.captions):
+                self._marred.add(place)
+            return picture, record, place
+        raise UserError(f"not one picture of {self.records} can be used ({self._causes()})")
+
+    def _fitted(self, record: Record) -> np.ndarray | None:
+        """Returns the picture at its resolution, None for an unwanted one; raises Rejected."""
+        if not record.captions:
+            raise Rejected("no caption")
+        if record.image is None:
+            raise Rejected("no picture")
+        if not self.filters.want_fields(record.fields):
+            return None
+        picture = record.image if isinstance(record.image, np.ndarray) else decoded(record.image)
+        height, width = picture.shape[:2]
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            raise Rejected("far too long")
+        return images.fit(picture, self.resolution) if self.filters.want_size(height, width) else None
+
+    def _refuse(self, place: int, cause: str) -> None:
+        if cause not in self._refused.values():
+            _LOG.warning("%s: record %d is refused (%s); more of this kind are only counted", self, place, cause)
+        self._refused[place] = cause
+        self._check_share(len(self._refused), self._tried)
+
+    def _check_share(self, refused: int, tried: int) -> None:
+        if refused > self.max_rejected * max(tried, _FEW):
+            raise UserError(
+                f"{refused} of {tried} records of {self.records} are bad ({self._causes()}), more than "
+                f"max_rejected={self.max_rejected:g}: mend the data set or raise config.data.max_rejected"
+            )
+
+    def _causes(self) -> str:
+        causes = [f"{count} {cause}" for cause, count in self.rejected.most_common()]
+        return ", ".join(causes + [f"{len(self._unwanted)} not wanted by the filters"] * bool(self._unwanted))
+
+
+def check_arguments(resolution: int, crop: str, max_rejected: float) -> None:
+    """Raises UserError for what no source of pictures can do; before a large data set is opened."""
+    if crop not in images.CROPS:
+        raise UserError(f"crop {crop!r} is not one of {', '.join(images.CROPS)}")
+    if resolution < 1:
+        raise UserError(f"resolution must be at least 1, not {resolution}")
+    if not 0 <= max_rejected <= 1:
+        raise UserError(f"max_rejected is a share from 0 to 1, not {max_rejected}")
+
+
+def decoded(content: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes a picture file, as `images.decode`, but nothing that would fill the memory.
+
+    Raises:
+        Rejected: ``empty``, ``far too large`` or ``not a picture``.
+    """
+    if not content:
+        raise Rejected("empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as file:  # reads the header alone
+                width, height = file.size
+    except Image.DecompressionBombError:
+        raise Rejected("far too large") from None
+    except Exception:
+        raise Rejected("not a picture") from None  # whatever a parser says of bytes from the world
+    if width * height > MAX_PIXELS:
+        raise Rejected("far too large")
+    try:
+        return images.decode(content)
+    except (ValueError, cv2.error, MemoryError):
+        raise Rejected("not a picture") from None

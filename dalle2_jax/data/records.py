@@ -1,0 +1,100 @@
+"""What lies in a data set before a picture is decoded: the record, and the seam that every kind of storage has.
+
+The text of a data set comes from the world: bytes that are not UTF-8, halves of surrogate pairs, JSON of any depth.
+The functions here make strings of it that any tokenizer takes, and refuse what is no text at all.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+MARK = "\ufffd"
+"""Stands in a caption for what was not UTF-8."""
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Record(NamedTuple):
+    """One captioned picture, not decoded.
+
+    Attributes:
+        key: its name in the data set, the same whenever it is read.
+        image: a picture file's bytes, or ``uint8[H, W, 3]``, or None where there is none.
+        captions: every caption; without any the record is of no use.
+        fields: what else is known of it, by name: sizes, scores, a language.
+    """
+
+    key: str
+    image: bytes | np.ndarray | None
+    captions: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+
+class Rejected(Exception):
+    """A record that cannot be used; ``cause`` is a few words, the same for every record of that kind."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+@runtime_checkable
+class Records(Protocol):
+    """Random access to records; picklable.
+
+    It may have ``refused``, a mapping from causes to how many records were left out when it was opened.
+    """
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Record:
+        """Returns a record, 0 <= index < len. Raises `Rejected` for a bad one."""
+
+    def captions(self, limit: int) -> Iterator[str]:
+        """Yields the captions of at most ``limit`` records; reads no pictures."""
+
+
+def text_of(content: bytes) -> str:
+    """Decodes UTF-8, with `MARK` for bytes that are not, and without a byte order mark."""
+    return content.decode("utf-8-sig", "replace")
+
+
+def clean(text: str) -> str:
+    """Replaces halves of surrogate pairs, which JSON and tar can hold and no tokenizer takes, by `MARK`."""
+    return _LONE_SURROGATE.sub(MARK, text)
+
+
+def caption_lines(text: str) -> tuple[str, ...]:
+    """Returns the captions of a text file, one a line; an empty file is the empty caption."""
+    return tuple(clean(line.strip()) for line in text.splitlines() if line.strip()) or ("",)
+
+
+def captions_in(value: object) -> tuple[str, ...]:
+    """Returns the captions that a field holds: a string or a list of strings.
+
+    Raises:
+        TypeError: it is neither, or an empty list.
+    """
+    captions = tuple(value) if isinstance(value, list) else (value,)
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        raise TypeError("a caption is a string or a list of strings")
+    return tuple(clean(caption) for caption in captions)
+
+
+def json_object(content: bytes | str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        ValueError: it is not JSON, or nested deeper than Python reads.
+        TypeError: it is JSON, but no object.
+    """
+    try:
+        value = json.loads(text_of(content) if isinstance(content, bytes) else content)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(value, dict):
+        raise TypeError("expected an object")
+    return value
