@@ -183,6 +183,24 @@ def describe_clip(folder: StageFolder) -> Member:
     )
 
 
+def write_description(system: pathlib.Path, out: pathlib.Path) -> None:
+    """Writes to ``out/clip`` what `describe_clip` reads of a system's clip, or checks that it is there already.
+
+    Raises:
+      UserError: another clip is described there.
+    """
+    theirs, ours = StageFolder(out, "clip"), StageFolder(system, "clip")
+    stored, contract = theirs.read_json("contract.json"), ours.read_json("contract.json")
+    if stored is not None and stored != contract:
+        raise UserError(
+            f"{out} holds embeddings of another clip ({stored}) than that of {system} ({contract}): use another --out"
+        )
+    if stored is None:
+        _load_tokenizer(ours).save(theirs.path / "tokenizer")
+        theirs.write_json("config.json", ours.read_json("config.json"))
+        theirs.write_json("contract.json", contract)
+
+
 def trained_stage(stage: Stage, config: Mapping[str, Any]) -> Stage:
     """What is trained of a stage: all of it, or a LoRA."""
     return LoraStage(stage, expand(LoraConfig, config["lora"], "lora")) if "lora" in config else stage

@@ -14,10 +14,12 @@ from dalle2_jax.data.sources import (
     ShapesConfig,
     Source,
     SourceConfig,
+    TfdsConfig,
     make_source,
     source_named,
 )
 from dalle2_jax.data.stream import fixed_batch, make_stream
+from dalle2_jax.data.tfds import TfdsRecords
 
 __all__ = [
     "KINDS",
@@ -36,6 +38,8 @@ __all__ = [
     "ShapesSource",
     "Source",
     "SourceConfig",
+    "TfdsConfig",
+    "TfdsRecords",
     "fixed_batch",
     "make_source",
     "make_stream",

@@ -144,8 +144,7 @@ def _write_shard(task: Task, number: int) -> None:
     for pictures in _good(task, first, min(first + task.shard_size, len(task.source))):
         embeddings.append(task.embedder.images(np.stack([picture.pop("image") for picture in pictures])))
         examples += pictures
-    if not examples:
-        raise UserError(f"pictures {first} to {first + task.shard_size - 1} of {task.source} cannot be used, not one")
+    embeddings = embeddings or [np.zeros((0, task.about["contract"]["dim"]), np.float32)]  # not one can be used
     captions = [caption for example in examples for caption in example["captions"]]
     starts = np.cumsum([0, *(len(example["captions"]) for example in examples)], dtype=np.int64)
     arrays = {"captions": starts, "image_emb": np.concatenate(embeddings), **_read_captions(task, captions)}
@@ -201,15 +200,16 @@ def _results(batch: range, futures: list) -> list[tuple[int, dict]]:
 
 def _read_captions(task: Task, captions: list[str]) -> dict[str, np.ndarray]:
     """Returns tokens and mask of captions, and what CLIP says of them."""
-    tokens, mask = task.tokenizer.encode(captions, task.context_length)
+    tokens, mask = task.tokenizer.encode(captions or [""], task.context_length)
     said: dict[str, list[np.ndarray]] = {"text_emb": [], STATES: []}
     size = task.embedder.batch_size
-    for start in range(0, len(captions), size):
+    for start in range(0, len(tokens), size):
         rows = task.embedder.captions(tokens[start : start + size], mask[start : start + size])
         said["text_emb"].append(rows["text_emb"])
         if task.states:
             said[STATES].append(rows[STATES].astype(np.float16))
-    return {"tokens": tokens, "mask": mask, **{name: np.concatenate(rows) for name, rows in said.items() if rows}}
+    arrays = {"tokens": tokens, "mask": mask, **{name: np.concatenate(rows) for name, rows in said.items() if rows}}
+    return {name: array[: len(captions)] for name, array in arrays.items()}
 
 
 def _write_empty(path: Path, rows: Mapping[str, np.ndarray]) -> None:

@@ -14,9 +14,10 @@ from jaxtyping import UInt8
 from dalle2_jax.data.embeddings import Embedded, EmbeddingSource
 from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder import FolderSource
-from dalle2_jax.data.pictures import MAX_REJECTED
+from dalle2_jax.data.pictures import MAX_REJECTED, PictureSource, check_arguments
 from dalle2_jax.data.retrieval import RetrievalSource
 from dalle2_jax.data.shapes import ShapesSource
+from dalle2_jax.data.tfds import TEMPLATES, TfdsRecords
 from dalle2_jax.types import UserError
 
 
@@ -73,9 +74,35 @@ class EmbeddingsConfig:
     text_path: str = ""
 
 
-SourceConfig = ShapesConfig | FolderConfig | EmbeddingsConfig
+@dataclass(frozen=True)
+class TfdsConfig:
+    """A data set of TFDS, prepared as ArrayRecord; see `TfdsRecords` for the features and the templates.
 
-KINDS: dict[str, type] = {"shapes": ShapesConfig, "folder": FolderConfig, "embeddings": EmbeddingsConfig}
+    ``train`` and ``val`` are the splits of it that are used as such: ``train[:95%]`` and ``train[95%:]``, say.
+    """
+
+    path: str = ""
+    train: str = "train"
+    val: str = "val"
+    image: str = "image"
+    text: str = ""
+    label: str = ""
+    key: str = ""
+    templates: tuple[str, ...] = TEMPLATES
+    resolution: int = 64
+    crop: str = "center"
+    filters: Filters = Filters()
+    max_rejected: float = MAX_REJECTED
+
+
+SourceConfig = ShapesConfig | FolderConfig | TfdsConfig | EmbeddingsConfig
+
+KINDS: dict[str, type] = {
+    "shapes": ShapesConfig,
+    "folder": FolderConfig,
+    "tfds": TfdsConfig,
+    "embeddings": EmbeddingsConfig,
+}
 """Configurations by the name that a config file gives as ``kind``."""
 
 
@@ -91,6 +118,12 @@ def make_source(config: SourceConfig, split: str) -> Source | Embedded:
         )
     if isinstance(config, EmbeddingsConfig):
         return _make_embedded(config, split)
+    if isinstance(config, TfdsConfig):
+        check_arguments(config.resolution, config.crop, config.max_rejected)
+        slices = {"train": config.train, "val": config.val}
+        features = (config.image, config.text, config.label, config.key, config.templates)
+        records = TfdsRecords(config.path, slices.get(split, split), *features)
+        return PictureSource(records, config.resolution, config.crop, config.filters, config.max_rejected)
     return FolderSource(config.path, split, config.resolution, config.crop, config.filters, config.max_rejected)
 
 
@@ -102,14 +135,14 @@ def _make_embedded(config: EmbeddingsConfig, split: str) -> Embedded:
 
 
 def source_named(name: str, split: str, resolution: int) -> Source:
-    """Opens a data set by its name on a command line: ``shapes`` (one or two objects) or ``folder:PATH``.
+    """Opens a data set by its name on a command line: ``shapes`` (one or two objects), ``folder:PATH`` or ``tfds:PATH``.
 
     Raises:
         UserError: on any other name, or when the data set cannot be read.
     """
     if name == "shapes":
         return make_source(ShapesConfig(resolution, max_objects=2), split)
-    kind, colon, path = name.partition(":")
-    if kind == "folder" and colon and path:
-        return make_source(FolderConfig(path, resolution), split)
-    raise UserError(f"unknown data set {name!r}: write shapes or folder:PATH")
+    kind, _, path = name.partition(":")
+    if kind in ("folder", "tfds") and path:
+        return make_source(KINDS[kind](path, resolution=resolution), split)
+    raise UserError(f"unknown data set {name!r}: write shapes, folder:PATH or tfds:PATH")
