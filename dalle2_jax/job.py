@@ -4,7 +4,7 @@ a ConfigDict.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -71,8 +71,7 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
         tokenizer = clip.tokenizer if shared else _tokenizer(folder, base, spoken, source)
         context_length = spoken.context_length
     stage = build.build_stage(config, tokenizer and tokenizer.vocab_size, clip and clip.stage)
-    if embedded:
-        source = _telling(source, stage, context_length)
+    source = _telling(source, stage, context_length) if embedded else source
     optim = expand(OptimConfig, config["optim"], "optim")
     optimizer = make_optimizer(optim, run.total_steps)
     stream = data.make_stream(
@@ -88,10 +87,7 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
     frozen = {"clip": clip.variables} if clip and not embedded else {}
     preview = None
     if run.sample_every and not embedded:  # what is trained on embeddings draws no pictures
-        held_out = build.open_source(config, "val")
-        shown = range(min(PREVIEWED, len(held_out)))
-        batch, captions = data.fixed_batch(held_out, tokenizer, context_length, shown)
-        preview = make_preview(stage, frozen, batch, captions, folder.path / "samples")
+        preview = _preview(config, stage, frozen, tokenizer, context_length, folder)
     job = Job(run, stage, frozen, optimizer, optim.ema_decay, stream, mesh, folder, preview)
     job, identity = _tuned(job, base, config, clip and clip.stage) if base else (job, None)
     if jax.process_index() == 0:
@@ -103,6 +99,21 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
             link_stages(base.root, root, finetune.strangers(base, folder))
     multihost_utils.sync_global_devices(f"{folder.path} is claimed")
     return job
+
+
+def _preview(
+    config: Mapping[str, Any],
+    stage: Stage,
+    frozen: Mapping[str, Variables],
+    tokenizer: text.Tokenizer | None,
+    context_length: int,
+    folder: StageFolder,
+) -> Callable[[Variables, int], None] | None:
+    """Returns what draws held-out pictures while a stage trains, None for one without pictures."""
+    held_out = build.open_source(config, "val")
+    shown = range(min(PREVIEWED, len(held_out)))
+    batch, captions = data.fixed_batch(held_out, tokenizer, context_length, shown)
+    return make_preview(stage, frozen, batch, captions, folder.path / "samples")
 
 
 def _tuned(job: Job, base: StageFolder, config: Mapping[str, Any], clip: ClipStage | None) -> tuple[Job, str | None]:
@@ -177,9 +188,8 @@ def _described_clip(folder: StageFolder, base: StageFolder | None, source: data.
         )
     clip = build.describe_clip(home)
     ours = dataclasses.asdict(clip.contract)
-    differing = [
-        f"{key} {source.contract.get(key)!r} against {ours[key]!r}" for key in ours if source.contract.get(key) != ours[key]
-    ]
+    theirs = source.contract
+    differing = [f"{key} {theirs.get(key)!r} against {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
     if differing:
         raise UserError(
             f"{source.path} holds other CLIP embeddings than those of {home.path} ({', '.join(differing)}): embed the "

@@ -1,4 +1,4 @@
-"""A prior trained on embeddings: as on the pictures themselves, without CLIP's weights, and on the right CLIP's side."""
+"""A prior trained on embeddings: as on the pictures, without CLIP's weights, and on those of the right CLIP."""
 
 import json
 import shutil

@@ -92,7 +92,7 @@ def _embedded_data(options: argparse.Namespace, side: int) -> Source:
         if options.config:
             file, colon, which = options.config.partition(":")
             if not Path(file).is_file() or not colon:
-                raise UserError(f"--config must be FILE:STAGE, a config file and one of its stages, not {options.config!r}")
+                raise UserError(f"--config must be FILE:STAGE, a file and one of its stages, not {options.config!r}")
             config = runpy.run_path(file)["get_config"](which).to_dict()
         if options.resolution and "resolution" in config.get("data", {}):
             config = {**config, "data": {**config["data"], "resolution": options.resolution}}
@@ -140,11 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_embed(commands: argparse._SubParsersAction, raw: type) -> None:
+def _add_embed(commands: argparse.Action, raw: type) -> None:
     command = commands.add_parser(
         "embed",
         help="write what CLIP says of pictures and captions, for training a prior",
-        description="Embeds a split with a system's CLIP on all devices. The same command continues an interrupted run.",
+        description="Embeds a split with a system's CLIP on all devices; the same command continues a killed run.",
         epilog="example:\n  python -m dalle2_jax.data embed --system runs/demo --data folder:digits --out embeddings",
         formatter_class=raw,
     )
@@ -154,24 +154,24 @@ def _add_embed(commands: argparse._SubParsersAction, raw: type) -> None:
     data.add_argument("--config", help="FILE:STAGE, whose section data says what is embedded")
     command.add_argument("--split", default="train", help="split to embed (default %(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder of the embeddings, of one clip and any splits")
-    command.add_argument("--text_seq", action="store_true", help="keep the text states too, for a prior that reads them")
+    command.add_argument("--text_seq", action="store_true", help="keep text states too, for a prior that reads them")
     command.add_argument("--batch_size", type=_positive, default=256, help="pictures at a time (default %(default)s)")
     command.add_argument("--resolution", type=_positive, help="side of the pictures (default: the data's, or clip's)")
 
 
-def _add_convert(commands: argparse._SubParsersAction, raw: type) -> None:
+def _add_convert(commands: argparse.Action, raw: type) -> None:
     command = commands.add_parser(
         "convert",
         help="write a data set in another format",
         description="Writes pictures and captions as ArrayRecord (read as tfds:PATH) or as tar shards.",
-        epilog="example:\n  python -m dalle2_jax.data convert folder:digits digits_records --to arrayrecord --splits train val",
+        epilog="example:\n  python -m dalle2_jax.data convert folder:digits out --to webdataset --splits train val",
         formatter_class=raw,
     )
     command.add_argument("source", help="shapes, folder:PATH or tfds:PATH")
     command.add_argument("out", type=Path, help="folder to write; it must not exist, or be empty")
     command.add_argument("--to", choices=FORMATS, required=True, help="the format")
     command.add_argument("--splits", nargs="+", default=["train"], help="splits to write (default train)")
-    command.add_argument("--resolution", type=_positive, default=64, help="side of pictures drawn (default %(default)s)")
+    command.add_argument("--resolution", type=_positive, default=64, help="side of shapes (default %(default)s)")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,8 @@ class EmbeddingSource:
         self.context_length: int = about["context_length"]
         wanted = {*fields} - {"image_emb", "text_emb", *_NULLS, *((STATES,) if about[STATES] else ())}
         if wanted:
-            raise UserError(f"{self._folder} has no {', '.join(sorted(wanted))}: embed into a new folder with --{STATES}")
+            lacking = ", ".join(sorted(wanted))
+            raise UserError(f"{self._folder} has no {lacking}: embed into a new folder with --{STATES}")
         _check_sizes(self._folder, index["shards"])
         self._starts = np.cumsum([0, *(shard["pictures"] for shard in index["shards"])])
         self._empty = _read_empty(self.path, [name for name in fields if name in _NULLS])
@@ -147,7 +148,7 @@ class EmbeddingSource:
         return {**self._rows(number, row, line["fixed"]), "key": line["key"], **texts}
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], str]:
-        """Returns the rows of a picture and of one of its captions, drawn with ``rng``; of its text, the tokens are all."""
+        """Returns the rows of a picture and of one of its captions, drawn with ``rng``, and "" for its text."""
         number, row = self._place(index)
         starts = self._shard(number)["captions"]
         return self._rows(number, row, int(rng.integers(starts[row + 1] - starts[row]))), ""
@@ -223,7 +224,7 @@ def _read_empty(path: Path, names: list[str]) -> dict[str, np.ndarray]:
         with np.load(path / EMPTY, allow_pickle=False) as empty:
             return {name: empty[name] for name in names}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path / EMPTY} cannot be read ({error}): remove it, and embed again to have it anew") from None
+        raise UserError(f"{path / EMPTY} cannot be read ({error}): remove it, and embed again to have it") from None
 
 
 def _read_json(path: Path) -> Any:

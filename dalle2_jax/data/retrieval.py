@@ -124,7 +124,8 @@ class _Table:
                 names = pyarrow.parquet.read_schema(files[number]).names
                 wanted = [next((name for name in group if name in names), None) for group in (_KEYS, _TEXTS)]
                 if None in wanted:
-                    raise UserError(f"{files[number]} has no column {' or '.join(_KEYS)}, or none {' or '.join(_TEXTS)}")
+                    columns = " or ".join(_KEYS), " or ".join(_TEXTS)
+                    raise UserError(f"{files[number]} has no column {columns[0]}, or none {columns[1]}")
                 table = pyarrow.parquet.read_table(files[number], columns=wanted)
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"{files[number]} cannot be read: {str(error).splitlines()[0]}") from None

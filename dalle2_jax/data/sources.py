@@ -135,7 +135,7 @@ def _make_embedded(config: EmbeddingsConfig, split: str) -> Embedded:
 
 
 def source_named(name: str, split: str, resolution: int) -> Source:
-    """Opens a data set by its name on a command line: ``shapes`` (one or two objects), ``folder:PATH`` or ``tfds:PATH``.
+    """Opens a data set by its name on a command line: ``shapes`` (of one or two), ``folder:PATH`` or ``tfds:PATH``.
 
     Raises:
         UserError: on any other name, or when the data set cannot be read.

@@ -42,7 +42,8 @@ def write(folder, parts, kinds=("img_emb", "text_emb"), column="key"):
     return folder
 
 
-PARTS = [[(3, "three"), (1, "ein ü")], [(0, None), (2, "two"), (3, "three again")]] + [[(10 + i, "x")] for i in range(10)]
+PARTS = [[(3, "three"), (1, "ein ü")], [(0, None), (2, "two"), (3, "three again")]]
+PARTS += [[(10 + number, "x")] for number in range(10)]
 
 
 def assert_pair(source, index, key, caption):

@@ -237,7 +237,7 @@ def test_nothing_here_needs_tensorflow(flowers):
         "from dalle2_jax.data import TfdsConfig, make_source\n"
         f"source = make_source(TfdsConfig({flowers!r}, text='title', resolution=4), 'train')\n"
         "assert source[2]['caption'] == 'Titel ß 2', source[2]\n"
-        "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules and 'jax' not in sys.modules"
+        "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
