@@ -281,7 +281,17 @@ def open_source(config: Mapping[str, Any], split: str) -> data.Source | data.Emb
     """Opens a split of the data set that a stage's config names. UserError if it names none."""
     if "data" not in config:
         raise UserError(f"stage {config['stage']} was imported, not trained here: it names no data to measure it on")
-    return data.make_source(expand_kind(data.KINDS, config["data"], "data"), split)
+    return data.make_source(_source_config(config["data"], "data"), split)
+
+
+def _source_config(section: Mapping[str, Any], where: str) -> data.SourceConfig:
+    """Expands a section that names a data set; the parts of a mixture have its resolution."""
+    if section.get("kind") == "mixture":
+        common = {"resolution": section["resolution"]} if "resolution" in section else {}
+        parts = section.get("parts", {})
+        parts = {name: _source_config({**common, **part}, f"{where}.parts.{name}") for name, part in parts.items()}
+        section = {**section, "parts": parts}
+    return expand_kind(data.KINDS, section, where)
 
 
 def missing_stage(root: pathlib.Path, name: str, config_path: str = "") -> str:

@@ -3,6 +3,7 @@
 from dalle2_jax.data.embeddings import Embedded, EmbeddingSource
 from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.mixture import MixtureSource
 from dalle2_jax.data.pictures import PictureSource
 from dalle2_jax.data.records import Record, Records, Rejected
 from dalle2_jax.data.retrieval import RetrievalSource
@@ -11,15 +12,18 @@ from dalle2_jax.data.sources import (
     KINDS,
     EmbeddingsConfig,
     FolderConfig,
+    MixtureConfig,
     ShapesConfig,
     Source,
     SourceConfig,
     TfdsConfig,
+    WebdatasetConfig,
     make_source,
     source_named,
 )
 from dalle2_jax.data.stream import fixed_batch, make_stream
 from dalle2_jax.data.tfds import TfdsRecords
+from dalle2_jax.data.webdataset import WebdatasetRecords
 
 __all__ = [
     "KINDS",
@@ -29,6 +33,8 @@ __all__ = [
     "Filters",
     "FolderConfig",
     "FolderSource",
+    "MixtureConfig",
+    "MixtureSource",
     "PictureSource",
     "Record",
     "Records",
@@ -40,6 +46,8 @@ __all__ = [
     "SourceConfig",
     "TfdsConfig",
     "TfdsRecords",
+    "WebdatasetConfig",
+    "WebdatasetRecords",
     "fixed_batch",
     "make_source",
     "make_stream",

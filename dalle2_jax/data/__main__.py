@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  python -m dalle2_jax.data preview folder:digits --split val --out digits.png",
         formatter_class=raw,
     )
-    preview.add_argument("source", help="shapes, folder:PATH or tfds:PATH")
+    preview.add_argument("source", help="shapes, folder:PATH, webdataset:PATH or tfds:PATH")
     preview.add_argument("--out", type=Path, required=True, help="PNG file to write")
     preview.add_argument("--split", default="train", help="split to draw (default %(default)s)")
     preview.add_argument("--num", type=_positive, default=24, help="examples to draw (default %(default)s)")
@@ -150,7 +150,7 @@ def _add_embed(commands: argparse.Action, raw: type) -> None:
     )
     command.add_argument("--system", type=Path, required=True, help="the system whose clip embeds")
     data = command.add_mutually_exclusive_group()
-    data.add_argument("--data", help="shapes, folder:PATH or tfds:PATH (default: what clip was trained on)")
+    data.add_argument("--data", help="as for preview (default: what clip was trained on)")
     data.add_argument("--config", help="FILE:STAGE, whose section data says what is embedded")
     command.add_argument("--split", default="train", help="split to embed (default %(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder of the embeddings, of one clip and any splits")
@@ -167,7 +167,7 @@ def _add_convert(commands: argparse.Action, raw: type) -> None:
         epilog="example:\n  python -m dalle2_jax.data convert folder:digits out --to webdataset --splits train val",
         formatter_class=raw,
     )
-    command.add_argument("source", help="shapes, folder:PATH or tfds:PATH")
+    command.add_argument("source", help="shapes, folder:PATH, webdataset:PATH or tfds:PATH")
     command.add_argument("out", type=Path, help="folder to write; it must not exist, or be empty")
     command.add_argument("--to", choices=FORMATS, required=True, help="the format")
     command.add_argument("--splits", nargs="+", default=["train"], help="splits to write (default train)")

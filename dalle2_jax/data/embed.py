@@ -169,13 +169,13 @@ def _write_shard(task: Task, number: int) -> None:
 def _good(task: Task, first: int, last: int) -> Iterator[list[dict]]:
     """Yields batches of the examples of a range, with their keys.
 
-    In place of a picture that cannot be used a source gives another, and says its index: those are left out.
+    In place of a picture that cannot be used a source gives another, and says so: those are left out.
     """
     for batch in _read_ahead(task.source, range(first, last), task.embedder.batch_size):
         good = [
             {**example, "key": example.get("key", str(index))}
             for index, example in batch
-            if example.get("index", index) == index  # another one may stand in
+            if not example.get("stands_in")
         ]
         if good:
             yield good

@@ -7,6 +7,7 @@ or with the way to it; then the run ends and says what.
 
 import io
 import logging
+import math
 import warnings
 import zlib
 from collections import Counter
@@ -64,9 +65,10 @@ class PictureSource:
         self.filters, self.max_rejected = filters, max_rejected
         self._at_opening = +Counter(getattr(records, "refused", {}))
         self._refused: dict[int, str] = {}  # index to cause
+        self._logged: set[str] = set()
         self._unwanted: set[int] = set()
         self._marred: set[int] = set()
-        self._tried = 0
+        self._asked, self._asked_bad = 0, set()
         for cause, count in self._at_opening.items():
             _LOG.warning("%s: %d records are left out (%s)", self, count, cause)
         self._check_share(self._at_opening.total(), self._at_opening.total() + len(records))
@@ -80,7 +82,7 @@ class PictureSource:
     @property
     def rejected(self) -> Counter[str]:
         """How many records were refused, by cause: when the data set was opened, and by this process since."""
-        return self._at_opening + Counter(self._refused.values())
+        return self._at_opening + Counter(list(self._refused.values()))  # a list: other threads refuse meanwhile
 
     @property
     def marred(self) -> int:
@@ -88,9 +90,9 @@ class PictureSource:
         return len(self._marred)
 
     def __getitem__(self, index: int) -> dict:
-        """Returns ``{"image", "captions", "caption", "key", "index"}``, with the centre crop whatever ``crop`` is.
+        """Returns ``{"image", "captions", "caption", "key", "stands_in"}``, with the centre crop whatever ``crop`` is.
 
-        Key and index are of the record that is given, which may be another than the one asked for.
+        ``stands_in``: it is another record than the one asked for, which cannot be used.
 
         Raises:
             UserError: when no good record is found, or too many are bad.
@@ -102,7 +104,7 @@ class PictureSource:
             "captions": record.captions,
             "caption": record.captions[zlib.crc32(name.encode()) % len(record.captions)],
             "key": record.key,
-            "index": place,
+            "stands_in": place != index % len(self),
         }
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
@@ -123,24 +125,42 @@ class PictureSource:
         """Returns the fitted picture, the record and its place, of ``index`` or of the next that can be used."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")
-        for offset in range(min(len(self), _FRUITLESS)):
-            place = (index + offset) % len(self)
-            if place in self._refused or place in self._unwanted:
-                continue
-            self._tried += 1
-            try:
-                record = self.records.read(place)
-                picture = self._fitted(record)
-            except Rejected as rejection:
-                self._refuse(place, rejection.cause)
-                continue
-            if picture is None:
-                self._unwanted.add(place)
-                continue
-            if place not in self._marred and any(MARK in caption for caption in record.captions):
-                self._marred.add(place)
-            return picture, record, place
+        self._asked += 1
+        for place in self._places(index % len(self)):
+            if place not in self._refused and place not in self._unwanted:
+                found = self._try(place)
+                if found:
+                    return *found, place
+            if place == index % len(self) and place in self._refused:
+                self._asked_bad.add(place)
+                self._check_share(len(self._asked_bad), self._asked)
         raise UserError(f"not one picture of {self.records} can be used ({self._causes()})")
+
+    def _places(self, index: int) -> Iterator[int]:
+        """Yields an index, the next, then others far apart: records of a lost shard have different stand-ins."""
+        yield index
+        count = len(self)
+        stride = next(step for step in range(max(1, round(0.618 * count)), count + 2) if math.gcd(step, count) == 1)
+        for number in range(min(count, _FRUITLESS)):
+            yield (index + 1 + number * stride) % count
+
+    def _try(self, place: int) -> tuple[np.ndarray, Record] | None:
+        """Returns the fitted picture and the record of a place; None, and remembers why, if it cannot be used."""
+        try:
+            record = self.records.read(place)
+            picture = self._fitted(record)
+        except Rejected as rejection:
+            if rejection.cause not in self._logged:
+                self._logged.add(rejection.cause)
+                _LOG.warning("%s: record %d is refused (%s); others are only counted", self, place, rejection.cause)
+            self._refused[place] = rejection.cause
+            return None
+        if picture is None:
+            self._unwanted.add(place)
+            return None
+        if place not in self._marred and any(MARK in caption for caption in record.captions):
+            self._marred.add(place)
+        return picture, record
 
     def _fitted(self, record: Record) -> np.ndarray | None:
         """Returns the picture at its resolution, None for an unwanted one; raises Rejected."""
@@ -156,13 +176,8 @@ class PictureSource:
             raise Rejected("far too long")
         return images.fit(picture, self.resolution) if self.filters.want_size(height, width) else None
 
-    def _refuse(self, place: int, cause: str) -> None:
-        if cause not in self._refused.values():
-            _LOG.warning("%s: record %d is refused (%s); more of this kind are only counted", self, place, cause)
-        self._refused[place] = cause
-        self._check_share(len(self._refused), self._tried)
-
     def _check_share(self, refused: int, tried: int) -> None:
+        """Raises UserError for too many; of those asked for, so that stand-ins among bad neighbours do not count."""
         if refused > self.max_rejected * max(tried, _FEW):
             raise UserError(
                 f"{refused} of {tried} records of {self.records} are bad ({self._causes()}), more than "

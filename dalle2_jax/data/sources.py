@@ -3,7 +3,7 @@
 A source is random access, so the stream can shuffle, shard and resume it by index alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -14,10 +14,12 @@ from jaxtyping import UInt8
 from dalle2_jax.data.embeddings import Embedded, EmbeddingSource
 from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.mixture import MixtureSource
 from dalle2_jax.data.pictures import MAX_REJECTED, PictureSource, check_arguments
 from dalle2_jax.data.retrieval import RetrievalSource
 from dalle2_jax.data.shapes import ShapesSource
 from dalle2_jax.data.tfds import TEMPLATES, TfdsRecords
+from dalle2_jax.data.webdataset import WebdatasetRecords
 from dalle2_jax.types import UserError
 
 
@@ -31,7 +33,7 @@ class Source(Protocol):
         """Returns ``{"image": uint8[H, W, 3], "captions": tuple[str, ...], "caption": str}``.
 
         Always the same for an index; ``caption`` is the one of ``captions`` that evaluations use. Where records have
-        names, or one may stand in for another, there are ``key`` and ``index`` too.
+        names, or one may stand in for another, there are ``key`` and ``stands_in`` too.
         """
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
@@ -95,13 +97,58 @@ class TfdsConfig:
     max_rejected: float = MAX_REJECTED
 
 
-SourceConfig = ShapesConfig | FolderConfig | TfdsConfig | EmbeddingsConfig
+@dataclass(frozen=True)
+class WebdatasetConfig:
+    """Tar shards of pictures with captions; see `WebdatasetRecords`."""
+
+    path: str = ""
+    resolution: int = 64
+    crop: str = "center"
+    filters: Filters = Filters()
+    max_rejected: float = MAX_REJECTED
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Several data sets at once; see `MixtureSource`.
+
+    Attributes:
+        parts: name to configuration, each of the mixture's resolution.
+        weights: name to weight, of every part; without any, each part counts as much as any other.
+        resolution: of all pictures.
+
+    Raises:
+        UserError: when there are no parts, or they do not agree with the rest.
+    """
+
+    parts: Mapping[str, "SourceConfig"] | tuple = ()
+    weights: Mapping[str, float] | tuple = ()
+    resolution: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("parts", "weights"):  # as pairs, so that a configuration can be hashed
+            object.__setattr__(self, name, tuple(sorted(dict(getattr(self, name)).items())))
+        for name, part in self.parts:
+            if isinstance(part, MixtureConfig):
+                raise UserError(f"part {name} is a mixture itself: name its parts here, with its weight over theirs")
+            if isinstance(part, EmbeddingsConfig):
+                raise UserError(f"part {name} has embeddings in place of pictures: a mixture is of pictures")
+            if part.resolution != self.resolution:
+                raise UserError(f"part {name} has resolution {part.resolution}, the mixture {self.resolution}")
+        if self.weights and [name for name, _ in self.weights] != [name for name, _ in self.parts]:
+            names = ", ".join(name for name, _ in self.parts)
+            raise UserError(f"weights must name every part and nothing else: {names}")
+
+
+SourceConfig = ShapesConfig | FolderConfig | WebdatasetConfig | TfdsConfig | EmbeddingsConfig | MixtureConfig
 
 KINDS: dict[str, type] = {
     "shapes": ShapesConfig,
     "folder": FolderConfig,
     "tfds": TfdsConfig,
     "embeddings": EmbeddingsConfig,
+    "webdataset": WebdatasetConfig,
+    "mixture": MixtureConfig,
 }
 """Configurations by the name that a config file gives as ``kind``."""
 
@@ -124,6 +171,13 @@ def make_source(config: SourceConfig, split: str) -> Source | Embedded:
         features = (config.image, config.text, config.label, config.key, config.templates)
         records = TfdsRecords(config.path, slices.get(split, split), *features)
         return PictureSource(records, config.resolution, config.crop, config.filters, config.max_rejected)
+    if isinstance(config, MixtureConfig):
+        weights = dict(config.weights) or {name: 1.0 for name, _ in config.parts}
+        return MixtureSource({name: (make_source(part, split), weights[name]) for name, part in config.parts})
+    if isinstance(config, WebdatasetConfig):
+        check_arguments(config.resolution, config.crop, config.max_rejected)
+        records = WebdatasetRecords(config.path, split, config.filters)
+        return PictureSource(records, config.resolution, config.crop, config.filters, config.max_rejected)
     return FolderSource(config.path, split, config.resolution, config.crop, config.filters, config.max_rejected)
 
 
@@ -135,7 +189,7 @@ def _make_embedded(config: EmbeddingsConfig, split: str) -> Embedded:
 
 
 def source_named(name: str, split: str, resolution: int) -> Source:
-    """Opens a data set by its name on a command line: ``shapes`` (of one or two), ``folder:PATH`` or ``tfds:PATH``.
+    """Opens a data set by its name on a command line: ``shapes`` (one or two objects) or KIND:PATH.
 
     Raises:
         UserError: on any other name, or when the data set cannot be read.
@@ -143,6 +197,7 @@ def source_named(name: str, split: str, resolution: int) -> Source:
     if name == "shapes":
         return make_source(ShapesConfig(resolution, max_objects=2), split)
     kind, _, path = name.partition(":")
-    if kind in ("folder", "tfds") and path:
-        return make_source(KINDS[kind](path, resolution=resolution), split)
-    raise UserError(f"unknown data set {name!r}: write shapes, folder:PATH or tfds:PATH")
+    kinds = {"folder": FolderConfig, "webdataset": WebdatasetConfig, "tfds": TfdsConfig}
+    if kind in kinds and path:
+        return make_source(kinds[kind](path, resolution=resolution), split)
+    raise UserError(f"unknown data set {name!r}: write shapes, folder:PATH, webdataset:PATH or tfds:PATH")

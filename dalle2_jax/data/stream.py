@@ -4,8 +4,9 @@ The order of examples, their captions and their crops are functions of (seed, po
 alone. Position is the stream's whole state (``{"global_next_index": n}``, the same on every process), so a
 run resumes bit for bit, on another number of processes or with another batch size too.
 
-Each pass over the source has its own order. A batch is drawn, tokenized and stacked on a host thread while
-the previous one is in use; ``num_workers`` moves that into other processes for sources slow to decode.
+Each pass over the source has its own order; of a mixture, each pass over a part. A batch is drawn, tokenized and
+stacked on a host thread while the previous one is in use; ``num_workers`` moves that into other processes for sources
+slow to decode.
 """
 
 import sys
@@ -18,12 +19,13 @@ import numpy as np
 from absl import flags
 
 from dalle2_jax.data.embeddings import Embedded
+from dalle2_jax.data.mixture import MixtureSource
 from dalle2_jax.data.sources import Source
 from dalle2_jax.text import Tokenizer
 from dalle2_jax.types import Batch, UserError
 
 _BATCHES_AHEAD = 4
-_WORDS = ("key", "index", "captions", "caption")  # of an example, no rows of a batch
+_WORDS = ("key", "stands_in", "captions", "caption")  # of an example, no rows of a batch
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,11 @@ def make_stream(
         raise UserError(f"the seed of a stream must be from 0 to 2**32 - 1, not {seed}")
     if len(source) == 0:
         raise UserError(f"{source} has no examples")
-    examples = (
-        grain.MapDataset.range(len(source))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(_Prepare(source, tokenizer, context_length))
-    )
+    if isinstance(source, MixtureSource):
+        order = source.order(seed)
+    else:
+        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    examples = order.random_map(_Prepare(source, tokenizer, context_length))
     cv2.setNumThreads(0)  # parallelism is over batches; cv2's own threads would fight with it
     workers = None
     if num_workers:

@@ -116,7 +116,7 @@ def measure_retrieval(options: argparse.Namespace) -> dict:
 
 def measure_digits(options: argparse.Namespace) -> dict:
     """Draws digits and reads them with a classifier trained on real scans."""
-    if not isinstance(open_source(options, "decoder", "train"), data.FolderSource):
+    if not isinstance(open_source(options, "decoder", "train"), data.PictureSource):
         raise UserError("digits are read of the digits folder alone; this system was trained on other data")
     labels = np.arange(options.num) % 10
     captions = [digits_data.captions_of(label)[(i // 10) % 6] for i, label in enumerate(labels)]

@@ -150,7 +150,8 @@ def test_a_table_of_captions(folder):
 
 
 def test_filters_on_fields_leave_records_out(folder):
-    said = [{"file_name": f"{number}.png", "text": "a", "score": number, "tag": "ab"[number % 2]} for number in range(4)]
+    tags = zip(range(4), "abab", strict=True)
+    said = [{"file_name": f"{number}.png", "text": "a", "score": number, "tag": tag} for number, tag in tags]
     _metadata(folder, *said)
     kept = FolderSource(folder, resolution=8, filters=Filters(ranges={"score": (1, None)}, equals={"tag": "b"}))
     assert [int(kept[index]["image"][0, 0, 0]) for index in range(len(kept))] == [1, 3]

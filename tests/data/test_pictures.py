@@ -109,7 +109,7 @@ def test_each_cause_is_logged_once_and_counted(caplog):
 def test_a_run_ends_when_too_many_are_bad():
     mostly = ["torn" if number % 4 == 0 else _record(number % 200) for number in range(400)]
     source = PictureSource(Listed(*mostly), 8)
-    with pytest.raises(UserError, match="11 of 51 records of Listed are bad .11 torn., more than max_rejected=0.1: "):
+    with pytest.raises(UserError, match="11 of 41 records of Listed are bad .11 torn., more than max_rejected=0.1: "):
         for index in range(400):
             source[index]
     patient = PictureSource(Listed(*mostly), 8, max_rejected=0.3)

@@ -22,7 +22,7 @@ def test_every_field_reaches_the_source(tmp_path):
         make_source(FolderConfig(str(tmp_path), crop="x"), "train")
 
 
-@pytest.mark.parametrize("name", ["shape", "folder", "folder:", "coco:x", "embeddings:x", ""])
+@pytest.mark.parametrize("name", ["shape", "folder", "folder:", "coco:x", "mixture:x", "embeddings:x", ""])
 def test_unknown_names(name):
-    with pytest.raises(UserError, match="write shapes, folder:PATH or tfds:PATH"):
+    with pytest.raises(UserError, match="write shapes, folder:PATH, webdataset:PATH or tfds:PATH"):
         source_named(name, "train", 64)

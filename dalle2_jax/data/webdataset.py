@@ -1,0 +1,184 @@
+"""Tar shards as img2dataset writes them: KEY.jpg (or .png, .webp), KEY.txt with a caption a line, KEY.json with fields.
+
+Records are read at random, so that a stream shuffles all of them and resumes at any: see `shard_index`. Nothing is
+ever unpacked. A caption is taken from ``caption`` of the JSON where there is no text.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+from tqdm import tqdm
+
+from dalle2_jax.data.filters import Filters
+from dalle2_jax.data.folder import division
+from dalle2_jax.data.records import Record, Rejected, caption_lines, captions_in, clean, json_object, text_of
+from dalle2_jax.data.shard_index import IMAGE, JSON, TEXT, Index, map_arrays, open_index, write_arrays
+from dalle2_jax.data.storage import ChangedError, Files
+from dalle2_jax.types import UserError
+
+MAX_BYTES = 2**28
+"""No member is read that is larger."""
+
+_AT_ONCE = 500
+
+
+class WebdatasetRecords:
+    """The records of tar shards, in the order of the shards and in them; a `Records`.
+
+    Args:
+        path: ``data/{000000..000999}.tar``, a glob, a folder of shards, or such below a URL. ``{split}`` in it stands
+            for the split; a folder may have sub-folders for splits. All else is ``train``.
+        split: ``train``, ``val`` and so on.
+        filters: records not wanted by their JSON are left out; it is read once and the choice kept.
+
+    Raises:
+        UserError: when there are no shards, not one record in them, or no such split.
+    """
+
+    def __init__(self, path: str, split: str = "train", filters: Filters = Filters()) -> None:
+        self.path, self.split = str(path), split
+        self._files = Files(_place(self.path, split), ".tar")
+        self._index, self._home = open_index(self._files)
+        self.refused: Counter[str] = self._index.refused
+        self._lost: set[int] = set()
+        if not len(self._index.rows):
+            causes = ", ".join(f"{count} {cause}" for cause, count in self.refused.items()) or "they are empty"
+            raise UserError(f"there is not one record in the shards {self.path} ({causes})")
+        self._chosen = None
+        if filters != Filters():
+            self._chosen, unread = self._choice(filters)
+            self.refused["broken JSON"] += unread
+            if not len(self._chosen):
+                raise UserError(f"the filters leave not one of the {len(self._index.rows)} records: {filters}")
+
+    def __len__(self) -> int:
+        return len(self._index.rows if self._chosen is None else self._chosen)
+
+    def __repr__(self) -> str:
+        return f"WebdatasetRecords({self.path!r}, {self.split!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self))
+        if self._home is not None:
+            state["_index"] = None  # mapped again where it is needed
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._index is None:
+            self._index = Index(*map_arrays(self._home, 1 + len(Index._fields))[1:])
+
+    def read(self, index: int) -> Record:
+        """Returns a record. Raises Rejected when it or its shard is broken."""
+        row = self._row(index)
+        image, text, fields = self._members(row, (IMAGE, TEXT, JSON))
+        fields = _fields(fields)
+        return Record(clean(self._index.key(row)), image, _captions(text, fields), fields)
+
+    def captions(self, limit: int) -> Iterator[str]:
+        """Yields the captions of ``limit`` records spread evenly over the shards; bad ones are passed over."""
+        for index in np.unique(np.linspace(0, len(self) - 1, min(limit, len(self))).astype(np.int64)):
+            try:
+                text, fields = self._members(self._row(index), (TEXT, JSON))
+                yield from _captions(text, _fields(fields))
+            except Rejected:
+                continue
+
+    def _row(self, index: int) -> int:
+        return int(index if self._chosen is None else self._chosen[index])
+
+    def _members(self, row: int, columns: Sequence[int]) -> list[bytes | None]:
+        """Returns members of a record, None for those that it lacks."""
+        shard = int(np.searchsorted(self._index.starts, row, "right")) - 1
+        places = self._index.rows[row].tolist()
+        spans = [(places[column], places[column + 1]) for column in columns if places[column] >= 0]
+        if any(size > MAX_BYTES for _, size in spans):
+            raise Rejected("far too large")
+        contents = iter(self._read(shard, spans))
+        return [next(contents) if places[column] >= 0 else None for column in columns]
+
+    def _read(self, shard: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        if shard in self._lost:
+            raise Rejected("shard lost")
+        try:
+            contents = self._files.read(shard, spans)
+        except (OSError, ChangedError):
+            self._lost.add(shard)
+            raise Rejected("shard lost") from None
+        if any(len(content) < size for content, (_, size) in zip(contents, spans, strict=True)):
+            raise Rejected("cut short")
+        return contents
+
+    def _choice(self, filters: Filters) -> tuple[Int64[np.ndarray, "M"], int]:
+        """Returns the wanted rows, and how many have JSON that is none; from a file beside the index, if there is."""
+        stamps = self._files.stamps
+        asked = hashlib.sha256(repr(filters).encode() + stamps.tobytes()).hexdigest()[:16]
+        home = self._home and self._home.with_name(f"{self._home.name}.{asked}")
+        try:
+            chosen, unread = map_arrays(home, 2) if home else self._choose(filters)
+        except (OSError, ValueError):
+            chosen, unread = self._choose(filters)
+            if not self._lost:
+                write_arrays(home, chosen, unread)
+        return chosen, int(unread[0])
+
+    def _choose(self, filters: Filters) -> tuple[np.ndarray, np.ndarray]:
+        chosen, unread = [], 0
+        starts = self._index.starts.tolist()
+        for shard in tqdm(range(len(starts) - 1), "filtering by fields", leave=False, disable=len(starts) < 20):
+            for first in range(starts[shard], starts[shard + 1], _AT_ONCE):
+                places = self._index.rows[first : min(first + _AT_ONCE, starts[shard + 1]), JSON : JSON + 2]
+                told = self._told(shard, places)
+                unread += sum(fields is None for fields in told)
+                wanted = (fields is not None and filters.want_fields(fields) for fields in told)
+                chosen += [first + place for place, one in enumerate(wanted) if one]
+        return np.array(chosen, np.int64), np.array([unread], np.int64)
+
+    def _told(self, shard: int, places: Int64[np.ndarray, "n 2"]) -> list[dict[str, Any] | None]:
+        """Returns the fields of neighbouring records, None for those with broken JSON."""
+        spans = [(offset, size) for offset, size in places.tolist() if 0 <= offset and size <= MAX_BYTES]
+        try:
+            contents = iter(self._read(shard, spans))
+        except Rejected:
+            return [None] * len(places)
+        told = []
+        for offset, size in places.tolist():
+            try:
+                told.append(_fields(next(contents)) if 0 <= offset and size <= MAX_BYTES else {})
+            except Rejected:
+                told.append(None)
+        return told
+
+
+def _place(path: str, split: str) -> str:
+    """The path of a split's shards."""
+    if not path:
+        raise UserError("a webdataset has no path: set config.data.path, such as 'data/{000000..000999}.tar'")
+    if "{split}" in path:
+        return path.replace("{split}", split)
+    if "://" not in path and Path(path).is_dir():
+        return str(division(Path(path), split))
+    if split != "train":
+        raise UserError(f"{path} has no split {split!r}: write {{split}} where the path says train or {split}")
+    return path
+
+
+def _fields(content: bytes | None) -> dict[str, Any]:
+    try:
+        return {} if content is None else json_object(content)
+    except (ValueError, TypeError):
+        raise Rejected("broken JSON") from None
+
+
+def _captions(text: bytes | None, fields: dict[str, Any]) -> tuple[str, ...]:
+    if text is not None:
+        return caption_lines(text_of(text))
+    try:
+        return captions_in(fields.get("caption"))
+    except TypeError:
+        raise Rejected("no caption") from None

@@ -1,0 +1,392 @@
+import io
+import json
+import os
+import pickle
+import tarfile
+import tracemalloc
+
+import cv2
+import numpy as np
+import pytest
+
+from dalle2_jax.data import (
+    Filters,
+    FolderSource,
+    PictureSource,
+    Records,
+    Rejected,
+    WebdatasetConfig,
+    WebdatasetRecords,
+    make_source,
+    make_stream,
+    shard_index,
+    source_named,
+    storage,
+)
+from dalle2_jax.types import UserError
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path_factory, monkeypatch):
+    """No index of another test, and no waiting."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(storage, "PAUSES", (0.01, 0.01))
+
+
+def png(level, shape=(10, 12, 3)):
+    return cv2.imencode(".png", np.full(shape, level, np.uint8))[1].tobytes()
+
+
+def members(numbers, **fields):
+    """The members of img2dataset's records."""
+    for number in numbers:
+        said = {"key": f"{number:09d}", "number": number, **fields}
+        yield f"{number:09d}.png", png(number % 256)
+        yield f"{number:09d}.txt", f"caption {number}".encode()
+        yield f"{number:09d}.json", json.dumps(said).encode()
+
+
+def tar(path, entries, format=tarfile.PAX_FORMAT):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as file:
+        for name, content in entries:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three shards of 5, 3 and 4 records."""
+    for number, (first, last) in enumerate(((0, 5), (5, 8), (8, 12))):
+        tar(tmp_path / f"{number:05d}.tar", members(range(first, last)))
+    return tmp_path
+
+
+def _levels(source):
+    return [int(source[index]["image"][0, 0, 0]) for index in range(len(source))]
+
+
+def test_records_of_shards(shards):
+    records = pickle.loads(pickle.dumps(WebdatasetRecords(shards)))
+    assert isinstance(records, Records) and len(records) == 12 and not records.refused
+    for index in (11, 0, 4, 5, 7, 8):
+        record = records.read(index)
+        assert (record.key, record.captions, record.fields["number"]) == (f"{index:09d}", (f"caption {index}",), index)
+        assert record.image == png(index)
+    assert list(records.captions(3)) == ["caption 0", "caption 5", "caption 11"]
+    assert len(list(records.captions(100))) == 12
+    assert _levels(PictureSource(records, 8)) == list(range(12))
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.tar", "/{00000..00002}.tar", "/0000{0,1,2}.tar", "/{00000..00001}.tar"])
+def test_patterns(shards, pattern):
+    assert len(WebdatasetRecords(f"{shards}{pattern}")) == (8 if "1}" in pattern and ".." in pattern else 12)
+
+
+def test_braces():
+    assert storage.expand_braces("a{08..10}b{x,y}.tar")[:3] == ["a08bx.tar", "a08by.tar", "a09bx.tar"]
+    assert storage.expand_braces("{split}.tar") == ["{split}.tar"]
+    assert len(storage.expand_braces("{000000..009999}.tar")) == 10_000
+    for wrong in ("{b..a}", "{3..1}", "{..3}"):
+        with pytest.raises(UserError, match="not a range"):
+            storage.expand_braces(wrong)
+
+
+def test_splits(tmp_path):
+    tar(tmp_path / "train" / "0.tar", members(range(3)))
+    tar(tmp_path / "val" / "0.tar", members(range(2)))
+    assert [len(WebdatasetRecords(tmp_path, split)) for split in ("train", "val")] == [3, 2]
+    assert [len(WebdatasetRecords(f"{tmp_path}/{{split}}/*.tar", split)) for split in ("train", "val")] == [3, 2]
+    with pytest.raises(UserError, match="has no split 'val': write {split}"):
+        WebdatasetRecords(f"{tmp_path}/train/0.tar", "val")
+    with pytest.raises(UserError, match="no sub-folder 'test'"):
+        WebdatasetRecords(tmp_path, "test")
+
+
+def test_the_headers_are_read_once(shards, monkeypatch):
+    WebdatasetRecords(shards)
+    assert len(list(shards.glob("*.tar.index.npz"))) == 3 and len(list(shards.glob(".*.index"))) == 1
+    scanned, scan = [], shard_index.scan
+    monkeypatch.setattr(shard_index, "scan", lambda file, size: scanned.append(file.name) or scan(file, size))
+    assert len(WebdatasetRecords(shards)) == 12 and not scanned
+    tar(shards / "00001.tar", members(range(50, 56)))
+    assert WebdatasetRecords(shards).read(7).key == "000000052" and scanned == [str(shards / "00001.tar")]
+    for path in (*shards.glob("*.npz"), *shards.glob(".*.index")):
+        path.write_bytes(path.read_bytes()[:90])
+    assert len(WebdatasetRecords(shards)) == 15 and len(scanned) == 4
+
+
+def test_an_index_in_another_folder_where_shards_cannot_be_written(shards, monkeypatch):
+    write = shard_index.write_atomically
+
+    def refuse(path, content):
+        if str(path).startswith(str(shards)):
+            raise PermissionError(path)
+        write(path, content)
+
+    monkeypatch.setattr(shard_index, "write_atomically", refuse)
+    assert len(WebdatasetRecords(shards)) == 12
+    assert sorted(path.suffix for path in shards.iterdir()) == [".tar"] * 3
+    monkeypatch.setattr(shard_index, "scan", None)
+    assert WebdatasetRecords(shards).read(11).captions == ("caption 11",)
+    monkeypatch.undo()
+    monkeypatch.setattr(shard_index, "write_atomically", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    (shards / "x").mkdir()
+    os.rename(shards / "00000.tar", shards / "x" / "00000.tar")
+    nowhere = pickle.loads(pickle.dumps(WebdatasetRecords(shards / "x")))
+    assert nowhere.read(4).captions == ("caption 4",)
+
+
+def test_a_shard_cut_short_anywhere_keeps_the_whole_records_before(tmp_path):
+    whole = tar(tmp_path / "whole" / "0.tar", members(range(3))).read_bytes()
+    with tarfile.open(tmp_path / "whole" / "0.tar") as file:
+        ends = [member.offset_data + member.size for member in file]
+        starts = [member.offset for member in file]
+    complete = starts[-1] + 1024
+    for size in {*range(256, complete + 513, 256), *ends, *starts[1:], *(end - 1 for end in ends)}:
+        (tmp_path / "0.tar").write_bytes(whole[:size])
+        try:
+            records = WebdatasetRecords(tmp_path / "0.tar")
+        except UserError as error:
+            assert "not one record" in str(error) and size < ends[2]
+            continue
+        kept = sum(size >= ends[3 * number + 2] for number in range(3))
+        headless = len(records) - kept  # picture and text were whole, and nothing tells that there was more
+        assert headless == any(ends[3 * n + 1] <= size < starts[3 * n + 2] + 512 for n in range(3))
+        assert records.refused["shard cut short"] == (size < complete + 512)
+        for index in range(len(records)):
+            assert records.read(index).image == png(index)
+
+
+def test_a_shard_damaged_in_the_middle_or_no_shard_at_all(shards):
+    content = bytearray((shards / "00000.tar").read_bytes())
+    with tarfile.open(shards / "00000.tar") as file:
+        start = file.getmembers()[6].offset
+    content[start : start + 512] = b"\xff" * 512
+    (shards / "00000.tar").write_bytes(content)
+    (shards / "00001.tar").write_bytes(b"<html>no such shard</html>" * 100)
+    records = WebdatasetRecords(shards)
+    assert len(records) == 2 + 4 and records.refused == {"shard damaged": 1, "not a tar": 3}
+    (shards / "00001.tar").write_bytes(b"")
+    (shards / "00002.tar").unlink()
+    records = WebdatasetRecords(f"{shards}/{{00000..00002}}.tar")
+    assert len(records) == 2 and records.refused == {"shard damaged": 1, "not a tar": 2, "shard lost": 2}
+
+
+def test_names_from_the_world(tmp_path):
+    link = tarfile.TarInfo("d.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    entries = [
+        *(("../a.png", png(1)), ("../a.txt", b"a")),
+        *(("/b.png", png(2)), ("/b.txt", b"b")),
+        *(("x/../../c.png", png(3)), ("x/../../c.txt", b"c")),
+        *((link, b""), ("d.txt", b"d")),
+        *(("._e.png", b"resource fork"), ("./e.PNG", png(5)), ("./e.txt", b"e")),
+        *(("sub/f.g.h.png", png(6)), ("sub/f.png", png(7)), ("sub/f.txt", b"f")),
+        *(("\u65e5\u672c \u00fc.png", png(8)), ("\u65e5\u672c \u00fc.txt", "\u732b".encode())),
+        *(("long/" * 60 + "i.png", png(9)), ("long/" * 60 + "i.txt", b"i")),
+        *((b"caf\xe9.png".decode("utf-8", "surrogateescape"), png(10)),),
+        *((b"caf\xe9.txt".decode("utf-8", "surrogateescape"), b"coff\xe9e"),),
+    ]
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        records = WebdatasetRecords(tar(tmp_path / f"{format}.tar", entries, format))
+        keys = [records.read(index).key for index in range(len(records))]
+        assert keys[:4] == ["e", "sub/f", "\u65e5\u672c \u00fc", "long/" * 60 + "i"] and keys[4].startswith("caf")
+        keys[4].encode()
+        assert records.refused == {"unsafe name": 3, "no picture": 1}
+        assert [int(level) for level in _levels(PictureSource(records, 8))] == [5, 7, 8, 9, 10]
+        assert records.read(2).captions == ("\u732b",) and records.read(4).captions == ("coff\ufffde",)
+
+
+def test_bad_records_are_refused_by_cause(tmp_path):
+    entries = [
+        *(("0.png", png(0)), ("0.txt", b" one \n\n two\n")),
+        *(("1.png", b""), ("1.txt", b"empty")),
+        *(("2.png", png(2)[:50]), ("2.txt", b"torn")),
+        *(("3.png", png(3)), ("3.json", b'{"caption": ')),
+        *(("4.png", png(4)), ("4.txt", b"x"), ("4.json", b"[" * 100_000)),
+        *(("5.png", png(5)), ("5.json", b'{"caption": null}')),
+        *(("6.png", png(6)), ("6.json", b'{"caption": "by json"}')),
+        *(("7.txt", b"no picture"),),
+        *(("8.png", png(8)),),
+        *(("9.png", png(9)), ("9.png", png(99)), ("9.txt", b"first"), ("9.txt", b"second")),
+        *(("10.txt", b"apart"), ("11.png", png(11)), ("11.txt", b""), ("10.png", png(10))),
+        *(("12.mp4", b"film"), ("12.wav", b"sound")),
+    ]
+    source = PictureSource(WebdatasetRecords(tar(tmp_path / "0.tar", entries)), 8)
+    assert len(source) == 10
+    assert [source[index]["captions"] for index in (0, 6, 7, 8, 9)] == [
+        ("one", "two"),
+        ("by json",),
+        ("first",),
+        ("apart",),
+        ("",),
+    ]
+    _levels(source)
+    assert source.rejected == {
+        **{"no picture": 1, "no caption": 2, "named twice": 1},
+        **{"empty": 1, "not a picture": 1, "broken JSON": 2},
+    }
+    assert "".join(source.captions(99)) == "onetwoemptytornby jsonfirstapart"
+
+
+def test_filters_choose_by_json_once(tmp_path, monkeypatch):
+    for shard in range(2):
+        entries = list(members(range(shard * 10, shard * 10 + 10), LANGUAGE="en" if shard else "de"))
+        entries[2] = (entries[2][0], b"{")
+        tar(tmp_path / f"{shard}.tar", entries)
+    config = {"path": str(tmp_path), "resolution": 8}
+    source = make_source(WebdatasetConfig(**config, filters=Filters(ranges={"number": (5, 14)})), "train")
+    assert _levels(source) == list(range(5, 10)) + list(range(11, 15)) and source.rejected == {"broken JSON": 2}
+    english = Filters(ranges={"number": (None, 14)}, equals={"LANGUAGE": "en"})
+    assert len(WebdatasetRecords(tmp_path, filters=english)) == 4
+    assert len(WebdatasetRecords(tmp_path, filters=Filters(min_width=13))) == 18  # the JSON says nothing of sizes
+    monkeypatch.setattr(WebdatasetRecords, "_choose", None)
+    again = pickle.loads(pickle.dumps(WebdatasetRecords(tmp_path, filters=english)))
+    assert [again.read(index).fields["number"] for index in range(4)] == [11, 12, 13, 14]
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="leave not one of the 20 records"):
+        WebdatasetRecords(tmp_path, filters=Filters(equals={"language": "en"}))
+
+
+def test_a_shard_that_vanishes_is_tried_again_then_skipped(shards, monkeypatch):
+    source = PictureSource(WebdatasetRecords(shards), 8)
+    (shards / "00001.tar").rename(shards / "away")
+    tried, wait = [], storage.time.sleep
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: tried.append(seconds) or wait(seconds))
+    levels = _levels(source)
+    assert levels[:5] == list(range(5)) and levels[8:] == list(range(8, 12)) and not {5, 6, 7} & set(levels)
+    assert source.rejected == {"shard lost": 3} and tried == [0.01, 0.01]
+
+
+def test_a_shard_that_comes_back_is_read(shards, monkeypatch):
+    records = WebdatasetRecords(shards)
+    (shards / "00001.tar").rename(shards / "away")
+    monkeypatch.setattr(storage.time, "sleep", lambda _: (shards / "away").rename(shards / "00001.tar"))
+    assert records.read(6).captions == ("caption 6",)
+
+
+def test_a_shard_that_hangs_is_left(shards, monkeypatch):
+    monkeypatch.setattr(storage, "TIMEOUT", 0.05)
+    records, pread = WebdatasetRecords(shards), os.pread
+    hang = storage.threading.Event()
+    monkeypatch.setattr(os, "pread", lambda *place: hang.wait(20) and b"")
+    with pytest.raises(Rejected, match="shard lost"):
+        records.read(6)
+    hang.set()
+    monkeypatch.setattr(os, "pread", pread)
+    assert records.read(0).captions == ("caption 0",)
+
+
+def test_a_shard_written_again_is_not_read_by_the_old_index(shards):
+    records = WebdatasetRecords(shards)
+    tar(shards / "00001.tar", members(range(90, 96)))
+    with pytest.raises(Rejected, match="shard lost"):
+        records.read(6)
+    assert records.read(3).captions == ("caption 3",)
+
+
+def test_few_files_are_open_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_OPEN_FILES", 2)
+    for number in range(6):
+        tar(tmp_path / f"{number}.tar", members([number]))
+    records = WebdatasetRecords(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert [records.read(index).image for index in range(6)] == [png(index) for index in range(6)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_resumes_in_the_middle_of_a_shard(shards, workers):
+    def make(num_workers=0):
+        return make_stream(PictureSource(WebdatasetRecords(shards), 8), None, 8, 2, seed=3, num_workers=num_workers)
+
+    stream = make()
+    whole = [next(stream)["image"][:, 0, 0, 0].tolist() for _ in range(12)]
+    assert sorted(sum(whole[:6], [])) == list(range(12))
+    resumed = make(workers)
+    resumed.set_state({"global_next_index": 10})
+    assert [next(resumed)["image"][:, 0, 0, 0].tolist() for _ in range(7)] == whole[5:]
+    resumed.close()
+
+
+def test_a_folder_and_its_shards_give_the_same_examples(tmp_path):
+    rng = np.random.default_rng(0)
+    folder, entries = tmp_path / "folder", []
+    folder.mkdir()
+    for number in range(9):
+        content = cv2.imencode(".jpg", rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))[1].tobytes()
+        spoken = f"one {number}\ntwo {number}\nthree {number}".encode()
+        (folder / f"{number}.jpg").write_bytes(content)
+        (folder / f"{number}.txt").write_bytes(spoken)
+        entries += [(f"{number}.jpg", content), (f"{number}.txt", spoken)]
+    tar(tmp_path / "0.tar", entries[:8])
+    tar(tmp_path / "1.tar", entries[8:])
+    one, other = FolderSource(folder, resolution=8, crop="random"), source_named(f"webdataset:{tmp_path}", "train", 8)
+    other.crop = "random"
+    for index in range(9):
+        assert one[index]["captions"] == other[index]["captions"] and one[index]["caption"] == other[index]["caption"]
+        np.testing.assert_array_equal(one[index]["image"], other[index]["image"])
+        left, right = (source.draw(index, np.random.default_rng(index)) for source in (one, other))
+        np.testing.assert_array_equal(left[0], right[0])
+        assert left[1] == right[1]
+
+
+def test_shards_below_a_url(shards):
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    for path in shards.glob("*.tar"):
+        system.pipe_file(f"/data/{path.name}", path.read_bytes())
+    try:
+        for pattern in ("memory://data/{00000..00003}.tar", "memory://data/*.tar", "memory://data"):
+            records = pickle.loads(pickle.dumps(WebdatasetRecords(pattern)))
+            assert len(records) == 12 and records.read(11).image == png(11)
+            assert records.refused["shard lost"] == (4 if "3}" in pattern else 0)
+        system.rm_file("/data/00001.tar")
+        with pytest.raises(Rejected, match="shard lost"):
+            records.read(6)
+        with pytest.raises(UserError, match="there are no .tar files at memory://data/9"):
+            WebdatasetRecords("memory://data/9.tar")
+    finally:
+        system.rm("/data", recursive=True)
+    with pytest.raises(UserError, match="install the extra"):
+        WebdatasetRecords("nosuch://data/9.tar")
+
+
+def test_a_million_records_open_without_an_object_for_each(tmp_path, monkeypatch):
+    paths, each = [], 100
+    for number in range(10_000):
+        paths.append(tmp_path / f"{number:06d}.tar")
+        paths[-1].touch()
+    key = np.frombuffer(b"0123456789", np.uint8)
+    rows = np.tile(np.array([512, 9, 1536, 9, 2560, 9], np.int64), (each, 1))
+    index = shard_index.Index(
+        rows, np.arange(1, each + 1) * 10, np.tile(key, each), np.array([0, each]), np.frombuffer(b"{}", np.uint8)
+    )
+    monkeypatch.setattr(shard_index, "_shard", lambda files, number: index)
+    monkeypatch.setattr(shard_index, "tqdm", lambda found, *_, **__: found)
+    WebdatasetRecords(tmp_path)
+    monkeypatch.setattr(shard_index, "_shard", None)
+    tracemalloc.start()
+    records = WebdatasetRecords(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(records) == 1_000_000 and records._index.key(999_999) == "0123456789"
+    assert peak < 20e6 and isinstance(records._index.rows, np.memmap)
+    assert len(pickle.dumps(records)) < 2e6
+
+
+def test_mistakes_are_answered(tmp_path):
+    with pytest.raises(UserError, match="has no path"):
+        make_source(WebdatasetConfig(), "train")
+    with pytest.raises(UserError, match="there are no .tar files at"):
+        WebdatasetRecords(tmp_path)
+    with pytest.raises(UserError, match="there are no .tar files at"):
+        WebdatasetRecords(tmp_path / "{0..3}.tar")
+    with pytest.raises(UserError, match=r"not one record in the shards .* \(they are empty\)"):
+        WebdatasetRecords(tar(tmp_path / "0.tar", []))
+    with pytest.raises(UserError, match="crop 'left'"):
+        make_source(WebdatasetConfig(str(tmp_path), crop="left"), "train")
