@@ -180,8 +180,8 @@ class PictureSource:
         """Raises UserError for too many; of those asked for, so that stand-ins among bad neighbours do not count."""
         if refused > self.max_rejected * max(tried, _FEW):
             raise UserError(
-                f"{refused} of {tried} records of {self.records} are bad ({self._causes()}), more than "
-                f"max_rejected={self.max_rejected:g}: mend the data set or raise config.data.max_rejected"
+                f"{refused} of {tried} records of {self.records} are bad (found so far: {self._causes()}), "
+                f"more than max_rejected={self.max_rejected:g}: mend the data set or raise config.data.max_rejected"
             )
 
     def _causes(self) -> str:

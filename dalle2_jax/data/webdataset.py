@@ -4,6 +4,7 @@ Records are read at random, so that a stream shuffles all of them and resumes at
 ever unpacked. A caption is taken from ``caption`` of the JSON where there is no text.
 """
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -124,7 +125,8 @@ class WebdatasetRecords:
         except (OSError, ValueError):
             chosen, unread = self._choose(filters)
             if not self._lost:
-                write_arrays(home, chosen, unread)
+                with contextlib.suppress(OSError):  # somebody else's folder: the choice is made again each time
+                    write_arrays(home, chosen, unread)
         return chosen, int(unread[0])
 
     def _choose(self, filters: Filters) -> tuple[np.ndarray, np.ndarray]:

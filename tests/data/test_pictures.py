@@ -109,7 +109,7 @@ def test_each_cause_is_logged_once_and_counted(caplog):
 def test_a_run_ends_when_too_many_are_bad():
     mostly = ["torn" if number % 4 == 0 else _record(number % 200) for number in range(400)]
     source = PictureSource(Listed(*mostly), 8)
-    with pytest.raises(UserError, match="11 of 41 records of Listed are bad .11 torn., more than max_rejected=0.1: "):
+    with pytest.raises(UserError, match="11 of 41 records of Listed are bad .found so far: 11 torn., more than max"):
         for index in range(400):
             source[index]
     patient = PictureSource(Listed(*mostly), 8, max_rejected=0.3)
@@ -117,10 +117,18 @@ def test_a_run_ends_when_too_many_are_bad():
     for index in range(400):
         patient[index]
     assert patient.rejected == {"torn": 100}
-    with pytest.raises(UserError, match="30 of 130 records of Listed are bad .30 lost."):
+    with pytest.raises(UserError, match="30 of 130 records of Listed are bad .found so far: 30 lost."):
         PictureSource(Listed(*[_record(1)] * 100, refused={"lost": 30}), 8)
     opened = PictureSource(Listed(*[_record(1)] * 300, refused={"lost": 30, "torn": 0}), 8)
     assert opened.rejected == {"lost": 30}
+
+
+def test_stand_ins_of_neighbours_are_spread():
+    torn = range(60, 120)
+    source = PictureSource(Listed(*("torn" if n in torn else _record(n) for n in range(200))), 8, max_rejected=1)
+    stand_ins = [int(source[index]["image"][0, 0, 0]) for index in torn]
+    assert not set(stand_ins) & set(torn) and max(stand_ins.count(one) for one in stand_ins) <= 3
+    assert len(source.rejected) == 1 and source.rejected["torn"] == 60
 
 
 def test_filters_pass_over_records_without_counting_them():
