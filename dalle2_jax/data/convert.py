@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -110,11 +111,11 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 def _write_tars(sources: Mapping[str, Source], out: Path) -> dict[str, int]:
-    """Writes SPLIT/00000.tar ..: of each picture 000000012.png, .txt (a caption a line) and .json, as img2dataset."""
+    """Writes SPLIT/00000.tar ..: of each picture KEY.png (or .jpg ..), KEY.txt, a caption a line, and KEY.json."""
     counts = {}
     for split, source in sources.items():
         (out / split).mkdir()
-        counts[split], tar = 0, None
+        counts[split], tar, names = 0, None, set()
         for number, record in enumerate(records_of(source, split)):
             if number % SHARD_SIZE == 0:
                 if tar:
@@ -123,11 +124,21 @@ def _write_tars(sources: Mapping[str, Source], out: Path) -> dict[str, int]:
             captions = [" ".join(caption.split()) for caption in record.captions]
             told = {**record.fields, "key": record.key, "caption": captions[0], "captions": list(record.captions)}
             parts = {"txt": "\n".join(captions).encode(), "json": json.dumps(told, default=str).encode()}
+            name = _name(record.key, number, names)
             for suffix, content in {record.suffix: record.image, **parts}.items():
-                _add(tar, f"{number:09d}.{suffix}", content)
+                _add(tar, f"{name}.{suffix}", content)
             counts[split] = number + 1
         tar.close()
     return counts
+
+
+def _name(key: str, number: int, names: set[str]) -> str:
+    """The key without a file's ending, or a number where no tar may have such a name, or has it already."""
+    name = key.rpartition(".")[0] or key
+    if name in names or not re.fullmatch(r"[\w-]+(/[\w-]+)*", name, re.ASCII):
+        name = f"record-{number:09d}"
+    names.add(name)
+    return name
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

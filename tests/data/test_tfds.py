@@ -20,6 +20,7 @@ from dalle2_jax.data import (
     ShapesSource,
     TfdsConfig,
     TfdsRecords,
+    WebdatasetConfig,
     make_source,
     make_stream,
 )
@@ -214,11 +215,25 @@ def test_tar_shards_are_as_img2dataset_makes_them(folder, tmp_path, monkeypatch)
     assert sorted(path.name for path in (tmp_path / "out" / "train").iterdir()) == ["00000.tar", "00001.tar"]
     with tarfile.open(tmp_path / "out" / "train" / "00000.tar") as tar:
         names = tar.getnames()
-        assert names[:6] == [f"00000000{name}" for name in "0.png 0.txt 0.json 1.jpg 1.txt 1.json".split()]
+        assert names[:6] == "0.png 0.txt 0.json 1.jpg 1.txt 1.json".split()
         assert tar.extractfile(names[3]).read() == (folder / "train" / "1.jpg").read_bytes()
         assert tar.extractfile(names[4]).read().decode() == "Bild ü 1\ntwo words"
         told = json.load(tar.extractfile(names[5]))
+    source = make_source(WebdatasetConfig(str(tmp_path / "out"), 8), "train")
+    assert len(source) == 6
+    for row, index in enumerate([0, 1, 3, 4, 5, 6]):
+        one, other = source[row], plain[index]
+        np.testing.assert_array_equal(one["image"], other["image"])
+        assert one["captions"] == tuple(caption.replace("  ", " ") for caption in other["captions"])
+        assert one["caption"].split() == other["caption"].split() and source.records.read(row).fields["score"] == index / 4
     assert told == {"score": 0.25, "key": "1.jpg", "caption": "Bild ü 1", "captions": ["Bild ü 1", "two  words"]}
+
+
+def test_names_that_no_tar_may_have_become_numbers():
+    names = set()
+    keys = ["a.png", "a.jpg", "b/c.png", "../d.png", "/e", "x.y.png", "ü", "b/c.png"]
+    found = [convert_module._name(key, number, names) for number, key in enumerate(keys)]
+    assert found == ["a", "record-000000001", "b/c", *(f"record-{number:09d}" for number in range(3, 8))]
 
 
 def test_what_cannot_be_converted_leaves_nothing(folder, tmp_path):
