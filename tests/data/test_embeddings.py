@@ -175,6 +175,9 @@ def test_a_damaged_shard_is_named_and_made_again(task):
             EmbeddingSource(task.out)
         write_split(task)
         assert contents(task.out) == whole
+    shutil.rmtree(shard)
+    (task.source.records.path / "4.png").write_bytes(b"")  # lost meanwhile
+    assert write_split(task) == len(EmbeddingSource(task.out)) == 9
 
 
 def test_other_data_or_another_clip_is_refused(task, pictures):

@@ -44,6 +44,7 @@ FEATURES = {
     "captions": tfds.features.Sequence({"text": tfds.features.Text(), "id": np.int64}),
     "title": tfds.features.Text(),
     "id": np.int64,
+    "image/filename": tfds.features.Text(),
     "score": np.float32,
     "label": tfds.features.ClassLabel(names=["water_lily", "rose"]),
     "tags": tfds.features.Sequence(tfds.features.ClassLabel(names=["big", "wild"])),
@@ -74,6 +75,7 @@ class Flowers(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     "captions": [{"text": f"Blüte {number} {other}", "id": other} for other in range(number % 3)],
                     "title": f"Titel ß {number}",
                     "id": 40 + number,
+                    "image/filename": f"{number}.jpg",
                     "score": number / 2,
                     "label": -1 if number == 5 else number % 2,
                     "tags": [0, 1][: number % 3],
@@ -105,6 +107,7 @@ def test_texts_inside_other_features_are_found(flowers):
 def test_features_are_those_that_the_configuration_names(flowers):
     records = TfdsRecords(flowers, image="picture", text="title", key="score")
     assert records.read(4)[:3] == ("2.0", png(104), ("Titel ß 4",))
+    assert TfdsRecords(flowers, key="image/filename").read(4).key == "4.jpg"
 
 
 def test_classes_are_described_by_templates(flowers):
