@@ -228,7 +228,8 @@ def test_tar_shards_are_as_img2dataset_makes_them(folder, tmp_path, monkeypatch)
         one, other = source[row], plain[index]
         np.testing.assert_array_equal(one["image"], other["image"])
         assert one["captions"] == tuple(caption.replace("  ", " ") for caption in other["captions"])
-        assert one["caption"].split() == other["caption"].split() and source.records.read(row).fields["score"] == index / 4
+        assert one["caption"].split() == other["caption"].split()
+        assert source.records.read(row).fields["score"] == index / 4
     assert told == {"score": 0.25, "key": "1.jpg", "caption": "Bild ü 1", "captions": ["Bild ü 1", "two  words"]}
 
 
