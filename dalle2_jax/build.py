@@ -162,6 +162,45 @@ def load_member(root: pathlib.Path, name: str, mesh: jax.sharding.Mesh, clip: Cl
     )
 
 
+def describe_clip(folder: StageFolder) -> Member:
+    """Returns a CLIP without its weights: all that a stage needs of it which is trained on its embeddings.
+
+    Raises:
+      UserError: its config or contract is missing.
+    """
+    config, contract = folder.read_json("config.json"), folder.read_json("contract.json")
+    if config is None or contract is None:
+        missing = "contract.json" if config else "config.json"
+        raise UserError(f"{folder.path} has no {missing}, so it describes no trained clip: copy it from its system")
+    tokenizer = _load_tokenizer(folder)
+    return Member(
+        stage=build_stage(config, tokenizer.vocab_size if tokenizer else _vocab_size(config), None),
+        variables=Variables({}, {}),
+        step=0,
+        contract=expand(EmbeddingContract, contract, f"{folder.path}/contract.json"),
+        tokenizer=tokenizer,
+        context_length=text_config(config).context_length,
+    )
+
+
+def write_description(system: pathlib.Path, out: pathlib.Path) -> None:
+    """Writes to ``out/clip`` what `describe_clip` reads of a system's clip, or checks that it is there already.
+
+    Raises:
+      UserError: another clip is described there.
+    """
+    theirs, ours = StageFolder(out, "clip"), StageFolder(system, "clip")
+    stored, contract = theirs.read_json("contract.json"), ours.read_json("contract.json")
+    if stored is not None and stored != contract:
+        raise UserError(
+            f"{out} holds embeddings of another clip ({stored}) than that of {system} ({contract}): use another --out"
+        )
+    if stored is None:
+        _load_tokenizer(ours).save(theirs.path / "tokenizer")
+        theirs.write_json("config.json", ours.read_json("config.json"))
+        theirs.write_json("contract.json", contract)
+
+
 def trained_stage(stage: Stage, config: Mapping[str, Any]) -> Stage:
     """What is trained of a stage: all of it, or a LoRA."""
     return LoraStage(stage, expand(LoraConfig, config["lora"], "lora")) if "lora" in config else stage
@@ -238,7 +277,7 @@ def load_cascade(
     return load_system(root, mesh, names)
 
 
-def open_source(config: Mapping[str, Any], split: str) -> data.Source:
+def open_source(config: Mapping[str, Any], split: str) -> data.Source | data.Embedded:
     """Opens a split of the data set that a stage's config names. UserError if it names none."""
     if "data" not in config:
         raise UserError(f"stage {config['stage']} was imported, not trained here: it names no data to measure it on")

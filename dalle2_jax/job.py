@@ -4,7 +4,7 @@ a ConfigDict.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,16 @@ from dalle2_jax import build, data, finetune, text
 from dalle2_jax.generation import Member, make_preview
 from dalle2_jax.networks import TextConfig, borrows_clip, reads_text, text_config
 from dalle2_jax.sections import expand
-from dalle2_jax.stages import ClipStage, EmbeddingContract, LoraStage, UpsamplerStage, Variables
+from dalle2_jax.stages import (
+    ArPriorStage,
+    ClipStage,
+    EmbeddingContract,
+    LoraStage,
+    PriorStage,
+    Stage,
+    UpsamplerStage,
+    Variables,
+)
 from dalle2_jax.stages.base import fingerprint
 from dalle2_jax.stages.lora import merge
 from dalle2_jax.training.loop import Job, RunConfig
@@ -60,7 +69,10 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
         raise UserError(f"batch_size {run.batch_size} does not divide over the mesh {dict(mesh.shape)}")
     folder = StageFolder(root, name)
     source = build.open_source(config, "train")
-    clip = _load_clip(folder, base, mesh, config_path) if borrows_clip(config) else None
+    embedded = isinstance(source, data.Embedded)
+    clip = None
+    if borrows_clip(config):
+        clip = _described_clip(folder, base, source) if embedded else _load_clip(folder, base, mesh, config_path)
     tokenizer, context_length = None, 2
     if reads_text(config):
         spoken = text_config(config)
@@ -68,6 +80,7 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
         tokenizer = clip.tokenizer if shared else _tokenizer(folder, base, spoken, source)
         context_length = spoken.context_length
     stage = build.build_stage(config, tokenizer and tokenizer.vocab_size, clip and clip.stage)
+    source = _telling(source, stage, context_length) if embedded else source
     optim = expand(OptimConfig, config["optim"], "optim")
     optimizer = make_optimizer(optim, run.total_steps)
     stream = data.make_stream(
@@ -81,13 +94,10 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
         num_workers=config.get("workers", 0),
         degrading=stage.degrading if isinstance(stage, UpsamplerStage) else None,
     )
-    frozen = {"clip": clip.variables} if clip else {}
+    frozen = {"clip": clip.variables} if clip and not embedded else {}
     preview = None
-    if run.sample_every:
-        held_out = build.open_source(config, "val")
-        shown = range(min(PREVIEWED, len(held_out)))
-        batch, captions = data.fixed_batch(held_out, tokenizer, context_length, shown)
-        preview = make_preview(stage, frozen, batch, captions, folder.path / "samples")
+    if run.sample_every and not embedded:  # what is trained on embeddings draws no pictures
+        preview = _preview(config, stage, frozen, tokenizer, context_length, folder)
     job = Job(run, stage, frozen, optimizer, optim.ema_decay, stream, mesh, folder, preview)
     job, identity = _tuned(job, base, config, clip and clip.stage) if base else (job, None)
     if jax.process_index() == 0:
@@ -99,6 +109,21 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
             link_stages(base.root, root, finetune.strangers(base, folder))
     multihost_utils.sync_global_devices(f"{folder.path} is claimed")
     return job
+
+
+def _preview(
+    config: Mapping[str, Any],
+    stage: Stage,
+    frozen: Mapping[str, Variables],
+    tokenizer: text.Tokenizer | None,
+    context_length: int,
+    folder: StageFolder,
+) -> Callable[[Variables, int], None] | None:
+    """Returns what draws held-out pictures while a stage trains, None for one without pictures."""
+    held_out = build.open_source(config, "val")
+    shown = range(min(PREVIEWED, len(held_out)))
+    batch, captions = data.fixed_batch(held_out, tokenizer, context_length, shown)
+    return make_preview(stage, frozen, batch, captions, folder.path / "samples")
 
 
 def _tuned(job: Job, base: StageFolder, config: Mapping[str, Any], clip: ClipStage | None) -> tuple[Job, str | None]:
@@ -152,11 +177,51 @@ def _load_clip(folder: StageFolder, base: StageFolder | None, mesh: jax.sharding
     if home is None:
         raise UserError(build.missing_stage(folder.root, "clip", config_path))
     clip = build.load_member(home, "clip", mesh)
-    if finetune.resumes(folder, base):
-        _check_contract(folder, clip.contract)
-    elif base:
-        finetune.check_contract(base, StageFolder(home, "clip"))
+    _check_meant(folder, base, StageFolder(home, "clip"), clip.contract)
     return clip
+
+
+def _described_clip(folder: StageFolder, base: StageFolder | None, source: data.Embedded) -> Member:
+    """Describes the CLIP whose embeddings a stage is trained on, without its weights.
+
+    It is the one beside the stage or its base, or, where there is none yet, the one that the embeddings came with:
+    then sampling waits until that CLIP is put beside the stage.
+
+    Raises:
+      UserError: the one beside it spoke other embeddings.
+    """
+    homes = [folder.root, *([base.root] if base else []), source.path]
+    home = next((StageFolder(root, "clip") for root in homes if StageFolder(root, "clip").exists()), None)
+    if home is None:
+        raise UserError(
+            f"neither {folder.root} nor {source.path} has a clip to go with the embeddings: link the one that made them"
+        )
+    clip = build.describe_clip(home)
+    ours = dataclasses.asdict(clip.contract)
+    theirs = source.contract
+    differing = [f"{key} {theirs.get(key)!r} against {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
+    if differing:
+        raise UserError(
+            f"{source.path} holds other CLIP embeddings than those of {home.path} ({', '.join(differing)}): embed the "
+            "data with this clip, or use a --workdir without a clip, or with that one"
+        )
+    _check_meant(folder, base, home, clip.contract)
+    return clip
+
+
+def _check_meant(folder: StageFolder, base: StageFolder | None, clip: StageFolder, contract: EmbeddingContract) -> None:
+    """Checks that a CLIP is the one that a stage, or its base, was trained with."""
+    if finetune.resumes(folder, base):
+        _check_contract(folder, contract)
+    elif base:
+        finetune.check_contract(base, clip)
+
+
+def _telling(source: data.Embedded, stage: Stage, context_length: int) -> data.Embedded:
+    """Returns the embeddings with what the stage reads of them. UserError for a stage that is trained on pictures."""
+    if not isinstance(stage, PriorStage | ArPriorStage):
+        raise UserError(f"stage {stage.name} is trained on pictures, and {source} has none: name other data")
+    return source.telling(stage.said, context_length)
 
 
 def _tokenizer(

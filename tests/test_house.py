@@ -61,6 +61,8 @@ GUESTS = {
     "tensorboardX": {"training"},
     "sentencepiece": {"text"},
     "tensorflow": set(),
+    "tensorflow_datasets": {"data"},
+    "pyarrow": {"data"},
     "torch": {"weights"},
     "safetensors": {"weights"},
 }

@@ -1,6 +1,7 @@
-"""``python -m dalle2_jax.data``: writes the digits data set, and contact sheets of any data set."""
+"""``python -m dalle2_jax.data``: writes data sets and what CLIP says of them, and shows contact sheets of any."""
 
 import argparse
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from dalle2_jax.data import digits
+from dalle2_jax.data.convert import FORMATS, convert
+from dalle2_jax.data.embed import Task, write_split
+from dalle2_jax.data.embeddings import Embedded
 from dalle2_jax.data.sources import Source, source_named
 from dalle2_jax.files import captioned_grid, write_png
 from dalle2_jax.types import UserError
@@ -15,7 +19,9 @@ from dalle2_jax.types import UserError
 _EXAMPLE = """examples:
   python -m dalle2_jax.data digits digits
   python -m dalle2_jax.data preview folder:digits --out digits.png
-  python -m dalle2_jax.data preview shapes --split compositional --out shapes.png"""
+  python -m dalle2_jax.data preview shapes --split compositional --out shapes.png
+  python -m dalle2_jax.data convert folder:digits digits_tar --to webdataset
+  python -m dalle2_jax.data embed --system runs/demo --out runs/demo_embeddings"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "digits":
             digits.write(options.out)
             print(f"{options.out}: scans of handwritten digits in train/ and val/, with captions")
+        elif options.command == "embed":
+            count = embed(options)
+            print(f"{options.out}: embeddings of {count} pictures, split {options.split}")
+        elif options.command == "convert":
+            sources = {split: source_named(options.source, split, options.resolution) for split in options.splits}
+            counts = convert(sources, options.out, options.to)
+            print(f"{options.out}: " + ", ".join(f"{count} pictures of {split}" for split, count in counts.items()))
         else:
             source = source_named(options.source, options.split, options.resolution)
             sheet = contact_sheet(source, range(min(options.num, len(source))))
@@ -40,6 +53,53 @@ def contact_sheet(source: Source, indices: Sequence[int]) -> np.ndarray:
     """Draws examples of a source side by side, each over one of its captions."""
     examples = [source[index] for index in indices]
     return captioned_grid([example["image"] for example in examples], [example["caption"] for example in examples])
+
+
+def embed(options: argparse.Namespace) -> int:
+    """Embeds a split with a system's CLIP on all devices; returns how many pictures it has.
+
+    Raises:
+        UserError: the system has no trained clip, the data cannot be read, or the folder is another CLIP's.
+    """
+    # The networks are for this command alone: the others start without waiting for them.
+    from dalle2_jax import build, entry
+    from dalle2_jax.generation import ClipEmbedder
+    from dalle2_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
+
+    entry.enable_compilation_cache()
+    mesh = make_mesh(MeshConfig())
+    clip = build.load_system(options.system, mesh, ("clip",))["clip"]
+    if clip.tokenizer is None:
+        raise UserError(f"the clip of {options.system} was imported without a tokenizer: it cannot read captions")
+    source = _embedded_data(options, clip.stage.model.tower.image_size)
+    build.write_description(options.system, options.out)
+    embedder = ClipEmbedder(clip, batch_sharding(mesh), options.batch_size)
+    task = Task(
+        source, options.split, embedder, clip.tokenizer, clip.context_length, options.out, states=options.text_seq
+    )
+    return write_split(task)
+
+
+def _embedded_data(options: argparse.Namespace, side: int) -> Source:
+    """The pictures to embed: those named, those of a config, or those that CLIP was trained on."""
+    from dalle2_jax import build
+    from dalle2_jax.workdir import StageFolder
+
+    if options.data:
+        source = source_named(options.data, options.split, options.resolution or side)
+    else:
+        config = StageFolder(options.system, "clip").read_json("config.json")
+        if options.config:
+            file, colon, which = options.config.partition(":")
+            if not Path(file).is_file() or not colon:
+                raise UserError(f"--config must be FILE:STAGE, a file and one of its stages, not {options.config!r}")
+            config = runpy.run_path(file)["get_config"](which).to_dict()
+        if options.resolution and "resolution" in config.get("data", {}):
+            config = {**config, "data": {**config["data"], "resolution": options.resolution}}
+        source = build.open_source(config, options.split)
+    if isinstance(source, Embedded):
+        raise UserError(f"{source} has no pictures to embed: name others with --data or --config")
+    return source
 
 
 def _positive(text: str) -> int:
@@ -70,12 +130,48 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  python -m dalle2_jax.data preview folder:digits --split val --out digits.png",
         formatter_class=raw,
     )
-    preview.add_argument("source", help="shapes, folder:PATH or webdataset:PATH")
+    preview.add_argument("source", help="shapes, folder:PATH, webdataset:PATH or tfds:PATH")
     preview.add_argument("--out", type=Path, required=True, help="PNG file to write")
     preview.add_argument("--split", default="train", help="split to draw (default %(default)s)")
     preview.add_argument("--num", type=_positive, default=24, help="examples to draw (default %(default)s)")
     preview.add_argument("--resolution", type=_positive, default=64, help="side of the pictures (default %(default)s)")
+    _add_embed(commands, raw)
+    _add_convert(commands, raw)
     return parser
+
+
+def _add_embed(commands: argparse.Action, raw: type) -> None:
+    command = commands.add_parser(
+        "embed",
+        help="write what CLIP says of pictures and captions, for training a prior",
+        description="Embeds a split with a system's CLIP on all devices; the same command continues a killed run.",
+        epilog="example:\n  python -m dalle2_jax.data embed --system runs/demo --data folder:digits --out embeddings",
+        formatter_class=raw,
+    )
+    command.add_argument("--system", type=Path, required=True, help="the system whose clip embeds")
+    data = command.add_mutually_exclusive_group()
+    data.add_argument("--data", help="as for preview (default: what clip was trained on)")
+    data.add_argument("--config", help="FILE:STAGE, whose section data says what is embedded")
+    command.add_argument("--split", default="train", help="split to embed (default %(default)s)")
+    command.add_argument("--out", type=Path, required=True, help="folder of the embeddings, of one clip and any splits")
+    command.add_argument("--text_seq", action="store_true", help="keep text states too, for a prior that reads them")
+    command.add_argument("--batch_size", type=_positive, default=256, help="pictures at a time (default %(default)s)")
+    command.add_argument("--resolution", type=_positive, help="side of the pictures (default: the data's, or clip's)")
+
+
+def _add_convert(commands: argparse.Action, raw: type) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="write a data set in another format",
+        description="Writes pictures and captions as ArrayRecord (read as tfds:PATH) or as tar shards.",
+        epilog="example:\n  python -m dalle2_jax.data convert folder:digits out --to webdataset --splits train val",
+        formatter_class=raw,
+    )
+    command.add_argument("source", help="shapes, folder:PATH, webdataset:PATH or tfds:PATH")
+    command.add_argument("out", type=Path, help="folder to write; it must not exist, or be empty")
+    command.add_argument("--to", choices=FORMATS, required=True, help="the format")
+    command.add_argument("--splits", nargs="+", default=["train"], help="splits to write (default train)")
+    command.add_argument("--resolution", type=_positive, default=64, help="side of shapes (default %(default)s)")
 
 
 if __name__ == "__main__":

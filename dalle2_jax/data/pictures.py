@@ -90,17 +90,21 @@ class PictureSource:
         return len(self._marred)
 
     def __getitem__(self, index: int) -> dict:
-        """Returns ``{"image", "captions", "caption"}``, with the centre crop whatever ``crop`` is.
+        """Returns ``{"image", "captions", "caption", "key", "stands_in"}``, with the centre crop whatever ``crop`` is.
+
+        ``stands_in``: it is another record than the one asked for, which cannot be used.
 
         Raises:
             UserError: when no good record is found, or too many are bad.
         """
-        picture, record = self._usable(index)
+        picture, record, place = self._usable(index)
         name = record.key.rpartition(".")[0] or record.key  # the same for a picture as file and in a tar
         return {
             "image": images.crop(picture, self.resolution),
             "captions": record.captions,
             "caption": record.captions[zlib.crc32(name.encode()) % len(record.captions)],
+            "key": record.key,
+            "stands_in": place != index % len(self),
         }
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
@@ -109,7 +113,7 @@ class PictureSource:
         Raises:
             UserError: when no good record is found, or too many are bad.
         """
-        picture, record = self._usable(index)
+        picture, record, _ = self._usable(index)
         image = images.crop(picture, self.resolution, rng if self.crop == "random" else None)
         return image, record.captions[rng.integers(len(record.captions))]
 
@@ -117,8 +121,8 @@ class PictureSource:
         """Yields every caption of at most ``limit`` records."""
         return self.records.captions(limit)
 
-    def _usable(self, index: int) -> tuple[np.ndarray, Record]:
-        """Returns the fitted picture and the record of ``index``, or of the next that can be used."""
+    def _usable(self, index: int) -> tuple[np.ndarray, Record, int]:
+        """Returns the fitted picture, the record and its place, of ``index`` or of the next that can be used."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")
         self._asked += 1
@@ -126,7 +130,7 @@ class PictureSource:
             if place not in self._refused and place not in self._unwanted:
                 found = self._try(place)
                 if found:
-                    return found
+                    return *found, place
             if place == index % len(self) and place in self._refused:
                 self._asked_bad.add(place)
                 self._check_share(len(self._asked_bad), self._asked)

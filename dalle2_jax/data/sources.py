@@ -5,16 +5,20 @@ A source is random access, so the stream can shuffle, shard and resume it by ind
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
 
+from dalle2_jax.data.embeddings import Embedded, EmbeddingSource
 from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder import FolderSource
 from dalle2_jax.data.mixture import MixtureSource
 from dalle2_jax.data.pictures import MAX_REJECTED, PictureSource, check_arguments
+from dalle2_jax.data.retrieval import RetrievalSource
 from dalle2_jax.data.shapes import ShapesSource
+from dalle2_jax.data.tfds import TEMPLATES, TfdsRecords
 from dalle2_jax.data.webdataset import WebdatasetRecords
 from dalle2_jax.types import UserError
 
@@ -28,7 +32,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict:
         """Returns ``{"image": uint8[H, W, 3], "captions": tuple[str, ...], "caption": str}``.
 
-        Always the same for an index; ``caption`` is the one of ``captions`` that evaluations use.
+        Always the same for an index; ``caption`` is the one of ``captions`` that evaluations use. Where records have
+        names, or one may stand in for another, there are ``key`` and ``stands_in`` too.
         """
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
@@ -54,6 +59,38 @@ class FolderConfig:
     """A folder of pictures with captions; see `FolderSource`."""
 
     path: str = ""
+    resolution: int = 64
+    crop: str = "center"
+    filters: Filters = Filters()
+    max_rejected: float = MAX_REJECTED
+
+
+@dataclass(frozen=True)
+class EmbeddingsConfig:
+    """Embeddings in place of pictures, as `EmbeddingSource` or, in clip-retrieval's layout, `RetrievalSource` has them.
+
+    ``text_path``: of clip-retrieval's layout, where the text embeddings are; "" if they lie beside the others.
+    """
+
+    path: str = ""
+    text_path: str = ""
+
+
+@dataclass(frozen=True)
+class TfdsConfig:
+    """A data set of TFDS, prepared as ArrayRecord; see `TfdsRecords` for the features and the templates.
+
+    ``train`` and ``val`` are the splits of it that are used as such: ``train[:95%]`` and ``train[95%:]``, say.
+    """
+
+    path: str = ""
+    train: str = "train"
+    val: str = "val"
+    image: str = "image"
+    text: str = ""
+    label: str = ""
+    key: str = ""
+    templates: tuple[str, ...] = TEMPLATES
     resolution: int = 64
     crop: str = "center"
     filters: Filters = Filters()
@@ -94,6 +131,8 @@ class MixtureConfig:
         for name, part in self.parts:
             if isinstance(part, MixtureConfig):
                 raise UserError(f"part {name} is a mixture itself: name its parts here, with its weight over theirs")
+            if isinstance(part, EmbeddingsConfig):
+                raise UserError(f"part {name} has embeddings in place of pictures: a mixture is of pictures")
             if part.resolution != self.resolution:
                 raise UserError(f"part {name} has resolution {part.resolution}, the mixture {self.resolution}")
         if self.weights and [name for name, _ in self.weights] != [name for name, _ in self.parts]:
@@ -101,18 +140,20 @@ class MixtureConfig:
             raise UserError(f"weights must name every part and nothing else: {names}")
 
 
-SourceConfig = ShapesConfig | FolderConfig | WebdatasetConfig | MixtureConfig
+SourceConfig = ShapesConfig | FolderConfig | WebdatasetConfig | TfdsConfig | EmbeddingsConfig | MixtureConfig
 
 KINDS: dict[str, type] = {
     "shapes": ShapesConfig,
     "folder": FolderConfig,
+    "tfds": TfdsConfig,
+    "embeddings": EmbeddingsConfig,
     "webdataset": WebdatasetConfig,
     "mixture": MixtureConfig,
 }
 """Configurations by the name that a config file gives as ``kind``."""
 
 
-def make_source(config: SourceConfig, split: str) -> Source:
+def make_source(config: SourceConfig, split: str) -> Source | Embedded:
     """Opens a split (``train``, ``val`` …) of the data set that ``config`` describes.
 
     Raises:
@@ -122,6 +163,14 @@ def make_source(config: SourceConfig, split: str) -> Source:
         return ShapesSource(
             split, config.resolution, config.seed, config.max_objects, config.num_examples, config.jitter
         )
+    if isinstance(config, EmbeddingsConfig):
+        return _make_embedded(config, split)
+    if isinstance(config, TfdsConfig):
+        check_arguments(config.resolution, config.crop, config.max_rejected)
+        slices = {"train": config.train, "val": config.val}
+        features = (config.image, config.text, config.label, config.key, config.templates)
+        records = TfdsRecords(config.path, slices.get(split, split), *features)
+        return PictureSource(records, config.resolution, config.crop, config.filters, config.max_rejected)
     if isinstance(config, MixtureConfig):
         weights = dict(config.weights) or {name: 1.0 for name, _ in config.parts}
         return MixtureSource({name: (make_source(part, split), weights[name]) for name, part in config.parts})
@@ -130,6 +179,13 @@ def make_source(config: SourceConfig, split: str) -> Source:
         records = WebdatasetRecords(config.path, split, config.filters)
         return PictureSource(records, config.resolution, config.crop, config.filters, config.max_rejected)
     return FolderSource(config.path, split, config.resolution, config.crop, config.filters, config.max_rejected)
+
+
+def _make_embedded(config: EmbeddingsConfig, split: str) -> Embedded:
+    layouts = [Path(config.path) / "metadata", Path(config.path) / split / "metadata"]
+    if config.text_path or any(layout.is_dir() for layout in layouts):
+        return RetrievalSource(config.path, split, config.text_path)
+    return EmbeddingSource(config.path, split)
 
 
 def source_named(name: str, split: str, resolution: int) -> Source:
@@ -141,7 +197,7 @@ def source_named(name: str, split: str, resolution: int) -> Source:
     if name == "shapes":
         return make_source(ShapesConfig(resolution, max_objects=2), split)
     kind, _, path = name.partition(":")
-    kinds = {"folder": FolderConfig, "webdataset": WebdatasetConfig}
+    kinds = {"folder": FolderConfig, "webdataset": WebdatasetConfig, "tfds": TfdsConfig}
     if kind in kinds and path:
-        return make_source(kinds[kind](path, resolution), split)
-    raise UserError(f"unknown data set {name!r}: write shapes, folder:PATH or webdataset:PATH")
+        return make_source(kinds[kind](path, resolution=resolution), split)
+    raise UserError(f"unknown data set {name!r}: write shapes, folder:PATH, webdataset:PATH or tfds:PATH")

@@ -19,12 +19,14 @@ import numpy as np
 from absl import flags
 
 from dalle2_jax.data import degradation
+from dalle2_jax.data.embeddings import Embedded
 from dalle2_jax.data.mixture import MixtureSource
 from dalle2_jax.data.sources import Source
 from dalle2_jax.text import Tokenizer
 from dalle2_jax.types import Batch, Degrading, UserError
 
 _BATCHES_AHEAD = 4
+_WORDS = ("key", "stands_in", "captions", "caption")  # of an example, no rows of a batch
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,15 @@ class _Prepare:
     degrading: Degrading | None
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        image, caption = self.source.draw(index, rng)
-        pictures = degradation.pair(image, self.degrading, rng) if self.degrading else {"image": image}
-        if self.tokenizer is None:
-            return pictures
-        tokens, mask = self.tokenizer.encode([caption], self.context_length)
-        return {**pictures, "tokens": tokens[0], "mask": mask[0]}
+        drawn, caption = self.source.draw(index, rng)
+        if isinstance(self.source, Embedded):
+            rows = dict(drawn)
+        else:
+            rows = degradation.pair(drawn, self.degrading, rng) if self.degrading else {"image": drawn}
+        if self.tokenizer is not None and "tokens" not in rows:
+            tokens, mask = self.tokenizer.encode([caption], self.context_length)
+            rows |= {"tokens": tokens[0], "mask": mask[0]}
+        return rows
 
 
 def make_stream(
@@ -58,6 +63,8 @@ def make_stream(
     degrading: Degrading | None = None,
 ) -> grain.DatasetIterator:
     """Returns an iterator over `Batch`: image uint8[b, H, W, 3], tokens int32[b, L], mask bool[b, L].
+
+    In place of pictures an `Embedded` source gives what CLIP said of them, and tokens where it has them.
 
     Besides ``next`` it has ``get_state()``, ``set_state(state)`` and ``close()``.
 
@@ -130,14 +137,14 @@ def fixed_batch(
     """
     examples = [source[index] for index in indices]
     captions = [example["caption"] for example in examples]
-    pictures = [{"image": example["image"]} for example in examples]
+    rows = [{name: value for name, value in example.items() if name not in _WORDS} for example in examples]
     if degrading:
         _check_size(source, degrading)
-        pictures = [
-            degradation.pair(example["image"], degrading, np.random.default_rng(index))
-            for index, example in zip(indices, examples, strict=True)
+        rows = [
+            degradation.pair(row["image"], degrading, np.random.default_rng(index))
+            for index, row in zip(indices, rows, strict=True)
         ]
-    batch = Batch(**{name: np.stack([picture[name] for picture in pictures]) for name in pictures[0]})
-    if tokenizer is not None:
+    batch = Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    if tokenizer is not None and "tokens" not in batch:
         batch["tokens"], batch["mask"] = tokenizer.encode(captions, context_length)
     return batch, captions

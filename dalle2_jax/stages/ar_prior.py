@@ -68,6 +68,7 @@ class ArPriorStage:
     name: str = "ar_prior"
 
     calibrates: ClassVar[bool] = True
+    said: ClassVar[tuple[str, ...]] = ("image_emb", "text_emb")  # what prepare asks of CLIP
     candidates: ClassVar[int] = 1  # embeddings drawn for each picture: the dot product token does the choosing
 
     def __post_init__(self) -> None:
@@ -101,7 +102,7 @@ class ArPriorStage:
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
         """Adds image_emb, text_emb and text_seq, unless they were precomputed."""
-        return self.clip.complete(frozen.get("clip"), batch, ("image_emb", "text_emb"))
+        return self.clip.complete(frozen.get("clip"), batch, self.said)
 
     def read(self, clip: Variables | None, batch: Batch) -> Batch:
         """As ``prepare``, of the captions alone."""

@@ -109,6 +109,11 @@ class PriorStage(DiffusionStage):
         return self.model.embed_length / self.clip.embedding.scale
 
     @property
+    def said(self) -> tuple[str, ...]:
+        """What ``prepare`` asks of CLIP, and a batch of precomputed embeddings has to have."""
+        return ("image_emb", *self._read)
+
+    @property
     def _reads_states(self) -> bool:
         return self.model.text_input == "clip"
 
@@ -153,7 +158,7 @@ class PriorStage(DiffusionStage):
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
         """Adds image_emb and what CLIP says of the captions, unless they were precomputed."""
-        return self.clip.complete(frozen.get("clip"), batch, ("image_emb", *self._read))
+        return self.clip.complete(frozen.get("clip"), batch, self.said)
 
     def read(self, clip: Variables | None, batch: Batch) -> Batch:
         """As ``prepare``, of the captions alone."""

@@ -1,0 +1,216 @@
+"""A prior trained on embeddings: as on the pictures, without CLIP's weights, and on those of the right CLIP."""
+
+import json
+import shutil
+
+import cv2
+import jax
+import numpy as np
+import pytest
+import tiny_system
+from jax.experimental.compilation_cache import compilation_cache
+
+from dalle2_jax import build, data, rng, testing
+from dalle2_jax.data.__main__ import main
+from dalle2_jax.job import build_job
+from dalle2_jax.stages import EmbeddingContract
+from dalle2_jax.stages.base import fingerprint
+from dalle2_jax.text import train_sentencepiece
+from dalle2_jax.training.loop import calibrated, train
+from dalle2_jax.training.sharding import MeshConfig, make_mesh, shard_batch
+from dalle2_jax.types import UserError
+from dalle2_jax.workdir import Checkpoints, StageFolder
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    """Compiles each program once for all runs, without what makes it fast."""
+    folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {folder: getattr(jax.config, folder), least: getattr(jax.config, least)}
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update(folder, str(tmp_path_factory.mktemp("programs")))
+    jax.config.update(least, 0.0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+WORDS = "red green blue large small circle square".split()
+
+
+def write_clip(root, seed=0):
+    """Writes a finished CLIP of random weights."""
+    config = tiny_system.get_config("clip").to_dict() | {"total_steps": 0}
+    tokenizer = train_sentencepiece(data.ShapesSource("train", 8, num_examples=64).captions(64), 300)
+    stage = build.build_stage(config, tokenizer.vocab_size, None)
+    variables, folder = testing.tiny_variables(stage, seed), StageFolder(root, "clip")
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(0, {"ema": variables.params, "stats": variables.stats}, {})
+    checkpoints.wait()
+    tokenizer.save(folder.path / "tokenizer")
+    folder.write_json("config.json", config)
+    folder.write_json("contract.json", vars(EmbeddingContract(fingerprint(variables.params), 8, "unit", 1.5)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    lines = []
+    for number in range(48):
+        cv2.imwrite(str(folder / f"{number:02d}.png"), noise.integers(256, size=(8, 8, 3), dtype=np.uint8))
+        texts = [" ".join(noise.choice(WORDS, 3)) for _ in range(number % 3 + 1)]
+        lines.append(json.dumps({"file_name": f"{number:02d}.png", "text": texts}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("system"))
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory, system, pictures):
+    out = tmp_path_factory.mktemp("embedded")
+    words = ["embed", "--system", system, "--data", f"folder:{pictures}", "--out", out, "--text_seq"]
+    assert main([*map(str, words), "--batch_size", "20"]) == 0
+    return out
+
+
+def config_of(which, source, **conditioning):
+    """A tiny config on a folder of pictures or of embeddings."""
+    config = tiny_system.get_config(which)
+    kind = "embeddings" if (source / "clip").is_dir() else "folder"
+    config.data = {"kind": kind, "path": str(source)} | ({"resolution": 8} if kind == "folder" else {})
+    config.conditioning.update(conditioning)
+    config.total_steps = 3
+    return config
+
+
+def both(which, system, pictures, embedded, tmp_path, edit=lambda config: None, **conditioning):
+    """Builds a job on the pictures and one on their embeddings, beside the same CLIP."""
+    jobs = []
+    for source in (pictures, embedded):
+        root = tmp_path / source.name
+        root.mkdir()
+        (root / "clip").symlink_to(system / "clip")
+        config = config_of(which, source, **conditioning)
+        edit(config)
+        jobs.append(build_job(config, root, "tests/tiny_system.py:prior"))
+    return jobs
+
+
+def losses(job, count=2):
+    """The losses of a job's first batches under fresh weights."""
+    variables = job.stage.init(jax.random.key(0))
+    stats = calibrated(job) or variables.stats
+
+    @jax.jit
+    def loss(frozen, batch, key):
+        return job.stage.loss(variables.params, stats, key, job.stage.prepare(frozen, batch))[0]
+
+    keys = jax.random.split(rng.root(1), count)
+    return [float(loss(job.frozen, shard_batch(next(job.stream), job.mesh), key)) for key in keys]
+
+
+READS = {
+    # what a prior is told: edits of its model
+    "tokens": {},
+    "states": {"text_input": "clip"},
+    "empty caption": {"learned_null": False},
+    "states and empty caption": {"text_input": "clip", "learned_null": False},
+}
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_the_prior_learns_the_same_of_embeddings(system, pictures, embedded, tmp_path, reads):
+    seen, told = both("prior", system, pictures, embedded, tmp_path, lambda config: config.model.update(READS[reads]))
+    assert seen.frozen and not told.frozen
+    batch = next(told.stream)
+    assert "image" not in batch and {*told.stage.said, "tokens", "mask"} == {*batch}
+    told.stream.set_state({"global_next_index": 0})
+    np.testing.assert_allclose(losses(told), losses(seen), rtol=2e-3 if "states" in reads else 1e-5)
+
+
+WHITENED = {"whiten": True, "calibration_examples": 16}
+
+
+@pytest.mark.parametrize(("which", "conditioning"), [("prior", WHITENED), ("ar_prior", {})])
+def test_statistics_are_measured_of_embeddings(system, pictures, embedded, tmp_path, which, conditioning):
+    seen, told = both(which, system, pictures, embedded, tmp_path, **conditioning)
+    for one, other in zip(*(jax.tree.leaves(calibrated(job)) for job in (told, seen)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(losses(told), losses(seen), rtol=1e-4)
+
+
+def test_clip_may_come_later(system, embedded, tmp_path):
+    """Without a clip in the workdir its description comes with the embeddings; sampling needs it."""
+    job = build_job(config_of("prior", embedded), tmp_path, "tests/tiny_system.py:prior")
+    assert int(train(job).step) == 3
+    contract = StageFolder(system, "clip").read_json("contract.json")
+    assert StageFolder(tmp_path, "prior").read_json("contract.json") == contract
+    mesh = make_mesh(MeshConfig())
+    with pytest.raises(UserError, match="stage prior needs stage clip"):
+        build.load_system(tmp_path, mesh)
+    (tmp_path / "clip").symlink_to(system / "clip")
+    members = build.load_system(tmp_path, mesh)
+    assert members["prior"].contract == members["clip"].contract and members["prior"].tokenizer is not None
+    build_job(config_of("prior", embedded), tmp_path, "tests/tiny_system.py:prior")  # goes on
+
+
+def test_embeddings_of_another_clip_are_refused(system, pictures, embedded, tmp_path, capsys):
+    other = write_clip(tmp_path, seed=1)
+    ours, theirs = (StageFolder(root, "clip").read_json("contract.json")["clip"] for root in (system, other))
+    with pytest.raises(UserError, match=f"holds other CLIP embeddings .*clip '{ours}' against '{theirs}'") as caught:
+        build_job(config_of("prior", embedded), tmp_path, "tests/tiny_system.py:prior")
+    assert "\n" not in str(caught.value) and not (tmp_path / "prior").exists()
+    words = ["embed", "--system", other, "--data", f"folder:{pictures}", "--out", embedded]
+    assert main([*map(str, words)]) == 1
+    told = capsys.readouterr().err
+    assert ours in told and theirs in told and told.count("\n") == 1
+
+
+def test_a_prior_in_training_keeps_its_clip(system, embedded, tmp_path):
+    """A run that goes on is refused embeddings of another CLIP, though none lies beside it."""
+    train(build_job(config_of("prior", embedded), tmp_path / "run", "tests/tiny_system.py:prior"))
+    other = shutil.copytree(embedded, tmp_path / "other")
+    for path in (other / "clip" / "contract.json", other / "train" / "split.json"):
+        clip = StageFolder(system, "clip").read_json("contract.json")["clip"]
+        path.write_text(path.read_text().replace(clip, "deadbeef"))
+    with pytest.raises(UserError, match="was trained with another clip"):
+        build_job(config_of("prior", other), tmp_path / "run", "tests/tiny_system.py:prior")
+
+
+def test_stages_that_draw_pictures_need_pictures(system, embedded, tmp_path):
+    (tmp_path / "clip").symlink_to(system / "clip")
+    for which in ("decoder", "upsampler_1"):
+        with pytest.raises(UserError, match=f"stage {which} is trained on pictures, and EmbeddingSource.* has none"):
+            build_job(config_of(which, embedded), tmp_path, "tests/tiny_system.py:prior")
+
+
+def test_the_context_is_that_of_the_embeddings(system, embedded, tmp_path):
+    (tmp_path / "clip").symlink_to(system / "clip")
+    config = config_of("prior", embedded)
+    config.text.context_length = 14
+    with pytest.raises(UserError, match="context_length must be 32, not 14"):
+        build_job(config, tmp_path, "tests/tiny_system.py:prior")
+
+
+def test_embed_takes_its_data_from_clip_or_a_config(system, tmp_path, capsys):
+    """CLIP's own 64 shapes, and those of a config; the command says what it cannot do."""
+    words = ["embed", "--system", str(system), "--out", str(tmp_path)]
+    assert main(words) == 0
+    assert "embeddings of 64 pictures" in capsys.readouterr().out
+    assert main([*words, "--split", "val", "--config", "tests/tiny_system.py:decoder"]) == 0
+    val, shapes = data.EmbeddingSource(tmp_path, "val"), data.ShapesSource("val", 8, num_examples=64)
+    assert len(val) == 64 and val[5]["caption"] == shapes.caption(5) and val[5]["captions"] == shapes[5]["captions"]
+    for wrong, message in (
+        (["--config", "tests/none.py:clip"], "--config must be FILE:STAGE"),
+        (["--data", "shape"], "unknown data set 'shape'"),
+        (["--system", str(tmp_path / "none")], "there is no system"),
+    ):
+        assert main([*words, *wrong]) == 1
+        assert message in capsys.readouterr().err
