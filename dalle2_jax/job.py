@@ -64,9 +64,7 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
     config, base = finetune.with_base(config, root, config["stage"])
     name = build.stage_name(config, build.TRAINING)
     run = run_config(config)
-    mesh = make_mesh(expand(MeshConfig, config["mesh"], "mesh"))
-    if run.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise UserError(f"batch_size {run.batch_size} does not divide over the mesh {dict(mesh.shape)}")
+    mesh = _mesh(config, run)
     folder = StageFolder(root, name)
     source = build.open_source(config, "train")
     embedded = isinstance(source, data.Embedded)
@@ -109,6 +107,13 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
             link_stages(base.root, root, finetune.strangers(base, folder))
     multihost_utils.sync_global_devices(f"{folder.path} is claimed")
     return job
+
+
+def _mesh(config: Mapping[str, Any], run: RunConfig) -> jax.sharding.Mesh:
+    mesh = make_mesh(expand(MeshConfig, config["mesh"], "mesh"))
+    if run.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise UserError(f"batch_size {run.batch_size} does not divide over the mesh {dict(mesh.shape)}")
+    return mesh
 
 
 def _preview(
