@@ -302,12 +302,7 @@ def test_clip_reads_with_the_tokenizer_it_is_given(five, tmp_path):
 # --- inspect --------------------------------------------------------------------------------
 
 SAYS = {
-    "five": [
-        "CLIP (OpenAI)",
-        "makes embeddings of 64 dimensions (raw x 1)",
-        "is a part of a prior",
-        "ViT-L-14_stats.th completes it",
-    ],
+    "five": ["CLIP (OpenAI)", "makes embeddings of 64 dimensions (raw x 1)", "is a part of a prior"],
     "folders": ["Karlo prior", "joins a CLIP of 64 dimensions", "the text encoder completes it"],
     "glide": ["GLIDE base", "stage decoder", "needs no CLIP or prior", "takes no embedding: it joins any system"],
     "adm": ["ADM 8 (heads of 64 channels, legacy attention order)", "needs no CLIP or prior"],
