@@ -45,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLE,
         formatter_class=raw,
     )
-    train.add_argument("--data", required=True, help="shapes, folder:PATH, webdataset:PATH, or a text file, a caption a line")
+    said = "shapes, folder:PATH, webdataset:PATH, or a text file with a caption a line"
+    train.add_argument("--data", required=True, help=said)
     train.add_argument("--vocab_size", required=True, type=int, help="pieces, counting 256 bytes and 4 control tokens")
     train.add_argument("--out", required=True, type=Path, help="file to write, ending in .model")
     train.add_argument("--limit", type=int, default=100_000, help="most pictures to read (default %(default)s)")
