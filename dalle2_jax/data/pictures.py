@@ -170,8 +170,10 @@ class PictureSource:
             raise Rejected("no picture")
         if not self.filters.want_fields(record.fields):
             return None
-        picture = record.image if isinstance(record.image, np.ndarray) else decoded(record.image)
-        height, width = picture.shape[:2]
+        if isinstance(record.image, np.ndarray):
+            picture, (height, width) = record.image, record.image.shape[:2]
+        else:
+            picture, (height, width) = decoded(record.image, self.resolution)
         if max(height, width) > MAX_ASPECT * min(height, width):
             raise Rejected("far too long")
         return images.fit(picture, self.resolution) if self.filters.want_size(height, width) else None
@@ -199,8 +201,12 @@ def check_arguments(resolution: int, crop: str, max_rejected: float) -> None:
         raise UserError(f"max_rejected is a share from 0 to 1, not {max_rejected}")
 
 
-def decoded(content: bytes) -> UInt8[np.ndarray, "H W 3"]:
+def decoded(content: bytes, side: int) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[int, int]]:
     """Decodes a picture file, as `images.decode`, but nothing that would fill the memory.
+
+    Returns:
+        The picture, in full or smaller, but with at least ``side`` pixels each way where it has them; and the height
+        and width of the whole picture.
 
     Raises:
         Rejected: ``empty``, ``far too large`` or ``not a picture``.
@@ -218,7 +224,14 @@ def decoded(content: bytes) -> UInt8[np.ndarray, "H W 3"]:
         raise Rejected("not a picture") from None  # whatever a parser says of bytes from the world
     if width * height > MAX_PIXELS:
         raise Rejected("far too large")
+    factor = images.reduction(height, width, side)
+    upright, turned = ((-(-height // factor), -(-width // factor)), (-(-width // factor), -(-height // factor)))
+    if upright == turned and height != width:
+        factor = 1  # a smaller one would not tell whether its camera was turned, and so which side is which
     try:
-        return images.decode(content)
+        picture = images.decode(content, factor)
     except (ValueError, cv2.error, MemoryError):
         raise Rejected("not a picture") from None
+    if factor == 1 or max(picture.shape[:2]) == max(height, width):  # not every kind can be had smaller
+        return picture, picture.shape[:2]
+    return picture, (height, width) if picture.shape[:2] == upright else (width, height)

@@ -213,22 +213,47 @@ def persistently(attempt: Callable[[], Any], seconds: float, between: Callable[[
 def within(seconds: float, action: Callable[[], Any]) -> Any:
     """Returns what ``action`` does, in a thread of its own, which is left behind when it takes too long.
 
+    The thread waits for the next action of the same caller: to start one for every read takes longer than the read.
+
     Raises:
         TimeoutError: it took longer.
     """
-    answers: queue.SimpleQueue = queue.SimpleQueue()
+    helper = getattr(_helpers, "helper", None)
+    if helper is None or helper.process != os.getpid():  # threads do not live on in a process that was forked
+        helper = _helpers.helper = _Helper()
+    helper.actions.put(action)
+    try:
+        answer, error = helper.answers.get(timeout=seconds)
+    except BaseException as raised:
+        _helpers.helper = None  # its late answer is nobody's
+        if isinstance(raised, queue.Empty):
+            raise TimeoutError(f"no answer within {seconds} s") from None
+        raise
+    if error is not None:
+        raise error
+    return answer
 
-    def run() -> None:
+
+class _Helper:
+    """A thread that acts for another, and ends when that has left or forgotten it."""
+
+    def __init__(self) -> None:
+        self.actions: queue.SimpleQueue = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue = queue.SimpleQueue()
+        self.process = os.getpid()
+        threading.Thread(target=_serve, args=(self.actions, self.answers), daemon=True).start()
+
+    def __del__(self) -> None:
+        self.actions.put(None)
+
+
+def _serve(actions: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
+    while (action := actions.get()) is not None:
         try:
             answers.put((action(), None))
         except BaseException as error:  # raised again by the caller
             answers.put((None, error))
+        del action  # and what it holds open
 
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds} s") from None
-    if error is not None:
-        raise error
-    return answer
+
+_helpers = threading.local()
