@@ -76,7 +76,10 @@ class Peer:
 
     def __init__(self, python: str, *words: object) -> None:
         command = [python, data_peer.__file__, *map(str, words)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        except OSError as error:
+            raise UserError(f"--peer {python} cannot be run ({error.strerror})") from None
 
     def ask(self, line: object) -> object:
         """Returns its answer to a line. UserError when it has ended."""

@@ -280,42 +280,6 @@ def test_a_shard_that_hangs_is_left(shards, monkeypatch):
     assert records.read(0).captions == ("caption 0",)
 
 
-def test_reads_share_a_thread_until_one_hangs():
-    first, second = (storage.within(5, storage.threading.current_thread) for _ in range(2))
-    assert first is second is not storage.threading.current_thread()
-    hang = storage.threading.Event()
-    with pytest.raises(TimeoutError, match="within 0.05 s"):
-        storage.within(0.05, lambda: hang.wait(20) and "late")
-    third = storage.within(5, storage.threading.current_thread)
-    assert third is not first and storage.within(5, lambda: "mine") == "mine"
-    hang.set()
-    first.join(5)
-    assert not first.is_alive() and third.is_alive()
-    with pytest.raises(ZeroDivisionError):
-        storage.within(5, lambda: 1 // 0)
-
-
-def test_the_thread_of_reads_ends_with_its_caller():
-    found = []
-    caller = storage.threading.Thread(target=lambda: found.append(storage.within(5, storage.threading.current_thread)))
-    caller.start()
-    caller.join()
-    found[0].join(5)
-    assert not found[0].is_alive()
-
-
-def test_what_lies_in_memory_is_read_at_once_and_all_else_by_the_thread(shards, monkeypatch):
-    records = WebdatasetRecords(shards)
-    slow = [records.read(index) for index in range(3)]
-    asked, preadv = [], os.preadv
-    monkeypatch.setattr(storage, "within", lambda *_: asked.append(1) or _[1]())
-    quick = [records.read(index) for index in range(3)]
-    monkeypatch.setattr(os, "preadv", lambda *_: (_ for _ in ()).throw(BlockingIOError()))
-    assert quick == slow == [records.read(index) for index in range(3)] and len(asked) in (3, 6)
-    monkeypatch.setattr(os, "preadv", lambda *place: preadv(*place) - 1)
-    assert records.read(0) == slow[0]
-
-
 def test_a_shard_written_again_is_not_read_by_the_old_index(shards):
     records = WebdatasetRecords(shards)
     tar(shards / "00001.tar", members(range(90, 96)))
