@@ -164,17 +164,10 @@ class PictureSource:
 
     def _fitted(self, record: Record) -> np.ndarray | None:
         """Returns the picture at its resolution, None for an unwanted one; raises Rejected."""
-        if not record.captions:
-            raise Rejected("no caption")
-        if record.image is None:
-            raise Rejected("no picture")
         if not self.filters.want_fields(record.fields):
             return None
-        picture = record.image if isinstance(record.image, np.ndarray) else decoded(record.image)
-        height, width = picture.shape[:2]
-        if max(height, width) > MAX_ASPECT * min(height, width):
-            raise Rejected("far too long")
-        return images.fit(picture, self.resolution) if self.filters.want_size(height, width) else None
+        picture = picture_of(record)
+        return images.fit(picture, self.resolution) if self.filters.want_size(*picture.shape[:2]) else None
 
     def _check_share(self, refused: int, tried: int) -> None:
         """Raises UserError for too many; of those asked for, so that stand-ins among bad neighbours do not count."""
@@ -197,6 +190,18 @@ def check_arguments(resolution: int, crop: str, max_rejected: float) -> None:
         raise UserError(f"resolution must be at least 1, not {resolution}")
     if not 0 <= max_rejected <= 1:
         raise UserError(f"max_rejected is a share from 0 to 1, not {max_rejected}")
+
+
+def picture_of(record: Record) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns the picture of a record at its own size. Raises Rejected for one that is of no use for training."""
+    if not record.captions:
+        raise Rejected("no caption")
+    if record.image is None:
+        raise Rejected("no picture")
+    picture = record.image if isinstance(record.image, np.ndarray) else decoded(record.image)
+    if max(picture.shape[:2]) > MAX_ASPECT * min(picture.shape[:2]):
+        raise Rejected("far too long")
+    return picture
 
 
 def decoded(content: bytes) -> UInt8[np.ndarray, "H W 3"]:
