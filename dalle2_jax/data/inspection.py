@@ -100,7 +100,8 @@ def summary(report: dict[str, Any]) -> str:
         f"tokens a caption: {_spread(captions['tokens'])}",
         f"{captions['cut_share']:.1%} of {captions['count']} captions are cut at {CONTEXT_LENGTH} tokens; "
         f"{captions['empty']} are empty, {captions['not_utf8']} have bytes that are not UTF-8",
-        f"{duplicates['surplus']} pictures repeat one of {duplicates['groups']} others; {duplicates['flat']} are flat",
+        f"{duplicates['surplus']} pictures look like an earlier one, in {duplicates['groups']} groups; "
+        f"{duplicates['flat']} are flat",
     ]
     return "\n".join(lines)
 
