@@ -88,7 +88,8 @@ def test_preview(written, tmp_path, capsys):
 
 def test_mistakes_are_answered(tmp_path, capsys):
     code, said = _run(capsys, "preview", "shopes", "--out", tmp_path / "x.png")
-    assert code == 1 and said.err == "error: unknown data set 'shopes': write shapes, folder:PATH or webdataset:PATH\n"
+    known = "write shapes, folder:PATH, webdataset:PATH or tfds:PATH"
+    assert code == 1 and said.err == f"error: unknown data set 'shopes': {known}\n"
     code, said = _run(capsys, "preview", "shapes", "--split", "test", "--out", tmp_path / "x.png")
     assert code == 1 and "no split 'test'" in said.err
     (tmp_path / "file").write_text("")
