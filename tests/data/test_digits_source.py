@@ -96,6 +96,6 @@ def test_mistakes_are_answered(tmp_path, capsys):
     assert _run(capsys, "preview", "shapes", "--num", 1, "--out", tmp_path / "file" / "x.png")[0] == 1
     assert _run(capsys, "preview", "shapes", "--num", 0, "--out", tmp_path / "x.png")[0] == 2
     assert _run(capsys, "preview", "shapes")[0] == 2
-    for command in ([], ["digits"], ["preview"]):
+    for command in ([], ["digits"], ["preview"], ["inspect"]):
         code, said = _run(capsys, *command, "--help")
         assert code == 0 and "example" in said.out
