@@ -62,7 +62,7 @@ def inspect(source: Source, tokenizer: Tokenizer, limit: int | None = None) -> I
         try:
             record = _record(source, index)
             key = record.key
-            tally.add(place, record, picture_of(record))
+            tally.add(place, record, picture_of(record)[0])
         except Rejected as rejection:
             tally.rejected.setdefault(rejection.cause, []).append(key)
     return Inspection(_report(source, tally, len(indices)), tally.sheet())

@@ -166,8 +166,8 @@ class PictureSource:
         """Returns the picture at its resolution, None for an unwanted one; raises Rejected."""
         if not self.filters.want_fields(record.fields):
             return None
-        picture = picture_of(record)
-        return images.fit(picture, self.resolution) if self.filters.want_size(*picture.shape[:2]) else None
+        picture, (height, width) = picture_of(record, self.resolution)
+        return images.fit(picture, self.resolution) if self.filters.want_size(height, width) else None
 
     def _check_share(self, refused: int, tried: int) -> None:
         """Raises UserError for too many; of those asked for, so that stand-ins among bad neighbours do not count."""
@@ -192,20 +192,35 @@ def check_arguments(resolution: int, crop: str, max_rejected: float) -> None:
         raise UserError(f"max_rejected is a share from 0 to 1, not {max_rejected}")
 
 
-def picture_of(record: Record) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the picture of a record at its own size. Raises Rejected for one that is of no use for training."""
+def picture_of(record: Record, side: int | None = None) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[int, int]]:
+    """Returns the picture of a record and its own height and width.
+
+    Args:
+        record: the record.
+        side: the picture may be smaller, but with at least so many pixels each way where it has them; None wants all.
+
+    Raises:
+        Rejected: it is of no use for training.
+    """
     if not record.captions:
         raise Rejected("no caption")
     if record.image is None:
         raise Rejected("no picture")
-    picture = record.image if isinstance(record.image, np.ndarray) else decoded(record.image)
-    if max(picture.shape[:2]) > MAX_ASPECT * min(picture.shape[:2]):
+    if isinstance(record.image, np.ndarray):
+        picture, (height, width) = record.image, record.image.shape[:2]
+    else:
+        picture, (height, width) = decoded(record.image, side)
+    if max(height, width) > MAX_ASPECT * min(height, width):
         raise Rejected("far too long")
-    return picture
+    return picture, (height, width)
 
 
-def decoded(content: bytes) -> UInt8[np.ndarray, "H W 3"]:
+def decoded(content: bytes, side: int | None = None) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[int, int]]:
     """Decodes a picture file, as `images.decode`, but nothing that would fill the memory.
+
+    Returns:
+        The picture, in full or smaller, but with at least ``side`` pixels each way where it has them; and the height
+        and width of the whole picture.
 
     Raises:
         Rejected: ``empty``, ``far too large`` or ``not a picture``.
@@ -223,7 +238,14 @@ def decoded(content: bytes) -> UInt8[np.ndarray, "H W 3"]:
         raise Rejected("not a picture") from None  # whatever a parser says of bytes from the world
     if width * height > MAX_PIXELS:
         raise Rejected("far too large")
+    factor = 1 if side is None else images.reduction(height, width, side)
+    upright, turned = ((-(-height // factor), -(-width // factor)), (-(-width // factor), -(-height // factor)))
+    if upright == turned and height != width:
+        factor = 1  # a smaller one would not tell whether its camera was turned, and so which side is which
     try:
-        return images.decode(content)
+        picture = images.decode(content, factor)
     except (ValueError, cv2.error, MemoryError):
         raise Rejected("not a picture") from None
+    if factor == 1 or max(picture.shape[:2]) == max(height, width):  # not every kind can be had smaller
+        return picture, picture.shape[:2]
+    return picture, (height, width) if picture.shape[:2] == upright else (width, height)

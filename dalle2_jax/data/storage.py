@@ -27,6 +27,7 @@ TIMEOUT, SCAN_TIMEOUT = 60.0, 600.0
 PAUSES = (0.2, 2.0, 10.0)
 """Seconds to wait before each new attempt at a read that failed."""
 
+_AT_ONCE = getattr(os, "RWF_NOWAIT", None)  # Linux alone has it
 _OPEN_FILES = 128
 _STAMP_FIELDS = ("mtime", "LastModified", "updated", "last_modified", "created", "ETag", "etag")
 _BRACES = re.compile(r"\{([^{}]*(?:\.\.|,)[^{}]*)\}")
@@ -102,7 +103,26 @@ class Files:
             OSError: every attempt failed or took too long.
             ChangedError: the file has another size or time than when it was listed.
         """
+        at_once = self._cached(number, spans)
+        if at_once is not None:
+            return at_once
         return persistently(lambda: self._read(number, spans), TIMEOUT, lambda: self._forget(number))
+
+    def _cached(self, number: int, spans: Sequence[tuple[int, int]]) -> list[bytes] | None:
+        """Returns parts of an open file that lie in memory, and so take no time; None if one does not."""
+        file = self._held(number)
+        if file is None or _AT_ONCE is None:
+            return None
+        contents = []
+        for offset, size in spans:
+            content = bytearray(size)
+            try:
+                if os.preadv(file.handle, [content], offset, _AT_ONCE) < size:
+                    return None
+            except OSError:  # it would take time, or this file system does not say
+                return None
+            contents.append(bytes(content))
+        return contents
 
     def _read(self, number: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         if not self.local:
@@ -111,12 +131,16 @@ class Files:
         file = self._opened(number)
         return [os.pread(file.handle, size, offset) for offset, size in spans]
 
-    def _opened(self, number: int) -> "_LocalFile":
+    def _held(self, number: int) -> "_LocalFile | None":
         with self._lock:
-            file = self._open.get(number)
-            if file is not None:
+            if number in self._open:
                 self._open.move_to_end(number)
-                return file
+            return self._open.get(number)
+
+    def _opened(self, number: int) -> "_LocalFile":
+        file = self._held(number)
+        if file is not None:
+            return file
         file = _LocalFile(self.paths[number], tuple(self.stamps[number]))  # may hang, so not under the lock
         with self._lock:
             self._open[number] = file
@@ -213,22 +237,47 @@ def persistently(attempt: Callable[[], Any], seconds: float, between: Callable[[
 def within(seconds: float, action: Callable[[], Any]) -> Any:
     """Returns what ``action`` does, in a thread of its own, which is left behind when it takes too long.
 
+    The thread waits for the next action of the same caller: to start one for every read takes longer than the read.
+
     Raises:
         TimeoutError: it took longer.
     """
-    answers: queue.SimpleQueue = queue.SimpleQueue()
+    helper = getattr(_helpers, "helper", None)
+    if helper is None or helper.process != os.getpid():  # threads do not live on in a process that was forked
+        helper = _helpers.helper = _Helper()
+    helper.actions.put(action)
+    try:
+        answer, error = helper.answers.get(timeout=seconds)
+    except BaseException as raised:
+        _helpers.helper = None  # its late answer is nobody's
+        if isinstance(raised, queue.Empty):
+            raise TimeoutError(f"no answer within {seconds} s") from None
+        raise
+    if error is not None:
+        raise error
+    return answer
 
-    def run() -> None:
+
+class _Helper:
+    """A thread that acts for another, and ends when that has left or forgotten it."""
+
+    def __init__(self) -> None:
+        self.actions: queue.SimpleQueue = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue = queue.SimpleQueue()
+        self.process = os.getpid()
+        threading.Thread(target=_serve, args=(self.actions, self.answers), daemon=True).start()
+
+    def __del__(self) -> None:
+        self.actions.put(None)
+
+
+def _serve(actions: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
+    while (action := actions.get()) is not None:
         try:
             answers.put((action(), None))
         except BaseException as error:  # raised again by the caller
             answers.put((None, error))
+        del action  # and what it holds open
 
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds} s") from None
-    if error is not None:
-        raise error
-    return answer
+
+_helpers = threading.local()

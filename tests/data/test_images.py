@@ -80,3 +80,34 @@ def test_fit_averages_and_crop_is_central():
     assert images.crop(ramp, 4)[0, :, 0].tolist() == [3, 4, 5, 6]
     lefts = {int(images.crop(ramp, 4, np.random.default_rng(seed))[0, 0, 0]) for seed in range(100)}
     assert lefts == set(range(7))
+
+
+_REDUCTIONS = [((64, 90), 2), ((63, 90), 1), ((128, 300), 4), ((255, 256), 4), ((512, 512), 8)]
+
+
+@pytest.mark.parametrize(("size", "factor"), _REDUCTIONS)
+def test_a_reduction_never_goes_below_the_wanted_side(size, factor):
+    assert images.reduction(*size, 32) == factor
+    assert min(size) // factor >= 32
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_jpeg_decoded_smaller_is_the_full_one_scaled_down(photo, factor, subsampling):
+    smooth = cv2.resize(photo, (512, 512), interpolation=cv2.INTER_CUBIC)
+    content = _encoded(Image.fromarray(smooth), "JPEG", quality=90, subsampling=subsampling)
+    full, small = images.decode(content), images.decode(content, factor)
+    assert small.shape == (512 // factor, 512 // factor, 3)
+    difference = np.abs(images.fit(full, 64).astype(int) - images.fit(small, 64))
+    assert difference.max() <= 4 and difference.mean() < 1
+
+
+def test_a_jpeg_decoded_smaller_is_upright_and_other_kinds_come_in_full(photo):
+    large = Image.fromarray(photo).resize((360, 240), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = np.rot90(np.asarray(large), -1)
+    small = images.decode(_encoded(large, "JPEG", exif=exif.tobytes()), 4)
+    assert small.shape == (90, 60, 3)
+    assert np.abs(small.astype(int) - images.fit(np.ascontiguousarray(upright), 60)).mean() < 4
+    assert images.decode(_encoded(large, "PNG"), 4).shape == (240, 360, 3)

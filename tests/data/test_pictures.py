@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dalle2_jax.data import Filters, PictureSource, Record, Records, Rejected, Source
+from dalle2_jax.data.pictures import decoded
 from dalle2_jax.data.records import caption_lines, captions_in, clean, json_object, text_of
 from dalle2_jax.types import UserError
 
@@ -95,6 +96,19 @@ def test_a_picture_turned_by_its_camera_is_turned_back_before_it_is_judged():
     assert PictureSource(records, 8, filters=Filters(min_width=30, min_height=9))._unwanted == set()
     with pytest.raises(UserError, match="2 not wanted by the filters"):
         PictureSource(records, 8, filters=Filters(min_width=30))[0]
+
+
+@pytest.mark.parametrize(("size", "found"), [((64, 100), (16, 25)), ((65, 68), (65, 68)), ((31, 99), (31, 99))])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_smaller_and_judged_by_its_whole_size(size, found, kind, orientation):
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(content, kind, exif=exif.tobytes())
+    picture, whole = decoded(content.getvalue(), 16)
+    turn = slice(None, None, 1 if orientation == 1 else -1)
+    assert whole == size[turn]
+    assert picture.shape[:2] == (found if kind == "JPEG" else size)[turn]
 
 
 def test_each_cause_is_logged_once_and_counted(caplog):

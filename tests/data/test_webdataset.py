@@ -280,6 +280,18 @@ def test_a_shard_that_hangs_is_left(shards, monkeypatch):
     assert records.read(0).captions == ("caption 0",)
 
 
+def test_what_lies_in_memory_is_read_at_once_and_all_else_by_the_thread(shards, monkeypatch):
+    records = WebdatasetRecords(shards)
+    slow = [records.read(index) for index in range(3)]
+    asked, preadv = [], os.preadv
+    monkeypatch.setattr(storage, "within", lambda *_: asked.append(1) or _[1]())
+    quick = [records.read(index) for index in range(3)]
+    monkeypatch.setattr(os, "preadv", lambda *_: (_ for _ in ()).throw(BlockingIOError()))
+    assert quick == slow == [records.read(index) for index in range(3)] and len(asked) in (3, 6)
+    monkeypatch.setattr(os, "preadv", lambda *place: preadv(*place) - 1)
+    assert records.read(0) == slow[0]
+
+
 def test_a_shard_written_again_is_not_read_by_the_old_index(shards):
     records = WebdatasetRecords(shards)
     tar(shards / "00001.tar", members(range(90, 96)))
