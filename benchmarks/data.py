@@ -8,6 +8,7 @@ peer, an interpreter with torch, webdataset, pillow and regex, runs `data_peer.p
 worker process; a core's rate is pictures over the CPU time of all of a side's processes.
 """
 
+import functools
 import io
 import json
 import pathlib
@@ -38,31 +39,33 @@ from dalle2_jax.text import clip_tokenizer
 from dalle2_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
 from dalle2_jax.types import UserError
 
-SHARDS, RECORDS, STORED = 4, 128, 512
-"""How many shards, records in each, and the side of their pictures."""
+SHARDS, RECORDS, PICTURES, STORED = 4, 512, 256, 512
+"""How many shards, records in each, different pictures among them, and their side."""
 
 WORDS = (
     "a photograph of the red flower temple beside garden lake with many people under bright morning light near old "
     "wooden gate and tall green trees on warm summer day in china seen from far away through thin mist"
 ).split()
-EMBEDDED, CLIP_BATCH = 1024, 64
+EMBEDDED, CLIP_BATCH = 4096, 64
 """Pictures embedded, and the batch of either stream of the prior."""
 
 
 def write_shards(folder: pathlib.Path) -> None:
     """Writes the shards: photographs of quality 90, with captions of 8 to 20 words."""
-    rng = np.random.default_rng(0)
+    rng, jpegs = np.random.default_rng(0), []
     photographs = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
+    for number in range(PICTURES):
+        cut = images.crop(photographs[number % 2], int(rng.integers(200, 427)), rng)
+        large = cv2.resize(cut, (STORED, STORED), interpolation=cv2.INTER_CUBIC)
+        noised = np.clip(large + rng.normal(0, 4, large.shape), 0, 255).astype(np.uint8)
+        content = io.BytesIO()
+        Image.fromarray(noised).save(content, "JPEG", quality=90)
+        jpegs.append(content.getvalue())
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:06d}.tar", "w") as tar:
             for number in range(RECORDS):
-                cut = images.crop(photographs[number % 2], int(rng.integers(200, 427)), rng)
-                large = cv2.resize(cut, (STORED, STORED), interpolation=cv2.INTER_CUBIC)
-                noised = np.clip(large + rng.normal(0, 4, large.shape), 0, 255).astype(np.uint8)
-                content = io.BytesIO()
-                Image.fromarray(noised).save(content, "JPEG", quality=90)
                 caption = " ".join(rng.choice(WORDS, rng.integers(8, 21)))
-                for suffix, member in (("jpg", content.getvalue()), ("txt", caption.encode())):
+                for suffix, member in (("jpg", jpegs[number % PICTURES]), ("txt", caption.encode())):
                     header = tarfile.TarInfo(f"{shard:06d}{number:03d}.{suffix}")
                     header.size = len(member)
                     tar.addfile(header, io.BytesIO(member))
@@ -114,7 +117,7 @@ def compare_pictures(python: str, rounds: int, seconds: float) -> None:
             if peer.ask(caption) != tokenizer.encode([caption], CONTEXT_LENGTH)[0][0].tolist():
                 raise UserError("the peer's tokens are not ours")
         stream = make_stream(source, tokenizer, CONTEXT_LENGTH, BATCH_SIZE, 0, num_workers=1)
-        sides = {"ours": lambda seconds: measure(stream, seconds)} | {name: peer.ask for name, peer in peers.items()}
+        sides = {"ours": functools.partial(measure, stream)} | {name: peer.ask for name, peer in peers.items()}
         rates = take_turns(sides, rounds, seconds)
         stream.close()
         for peer in peers.values():
@@ -179,9 +182,7 @@ def compare_embeddings(system: pathlib.Path, rounds: int, seconds: float) -> Non
             "embeddings": ({"image": batch["image_emb"]} for batch in stored),
             "embedding": embedding(),
         }
-        sides = {
-            name: lambda seconds, stream=stream: measure(stream, seconds) for name, stream in streams.items()
-        }
+        sides = {name: functools.partial(measure, stream) for name, stream in streams.items()}
         rates = take_turns(sides, rounds, seconds)
         stored.close()
     for name, rate in rates.items():
