@@ -3,6 +3,7 @@ a ConfigDict.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -96,7 +97,8 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
     preview = None
     if run.sample_every and not embedded:  # what is trained on embeddings draws no pictures
         preview = _preview(config, stage, frozen, tokenizer, context_length, folder)
-    job = Job(run, stage, frozen, optimizer, optim.ema_decay, stream, mesh, folder, preview)
+    rejected = functools.partial(getattr, source, "rejected", {})
+    job = Job(run, stage, frozen, optimizer, optim.ema_decay, stream, mesh, folder, preview, rejected=rejected)
     job, identity = _tuned(job, base, config, clip and clip.stage) if base else (job, None)
     if jax.process_index() == 0:
         if base and folder.is_link_to(base):

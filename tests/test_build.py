@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import cv2
+import numpy as np
 import pytest
 import tiny_system
 
@@ -297,6 +299,23 @@ def test_false_start_keeps_no_tokenizer(tmp_path):
         config.text.vocab_size = vocab_size
         job = build_job(config, tmp_path, "tests/tiny_system.py:clip")
         assert job.stage.model.text.vocab_size == vocab_size
+
+
+def test_a_job_tells_what_its_data_refused(tmp_path):
+    for number in range(12):
+        cv2.imwrite(str(tmp_path / f"{number:02d}.png"), np.full((8, 8, 3), number, np.uint8))
+        (tmp_path / f"{number:02d}.txt").write_text(f"picture {number}")
+    (tmp_path / "03.png").write_bytes(b"")
+    (tmp_path / "07.png").write_bytes((tmp_path / "07.png").read_bytes()[:40])
+    config = tiny_system.get_config("clip")
+    config.data = {"kind": "folder", "path": str(tmp_path), "resolution": 8}
+    job = build_job(config, tmp_path / "system", "tests/tiny_system.py:clip")
+    assert not job.rejected()
+    for _ in range(3):
+        next(job.stream)
+    assert job.rejected() == {"empty": 1, "not a picture": 1}
+    shapes = build_job(tiny_system.get_config("clip"), tmp_path / "shapes", "tests/tiny_system.py:clip")
+    assert not shapes.rejected()
 
 
 # --- stages that speak for themselves ---------------------------------------------------------

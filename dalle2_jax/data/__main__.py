@@ -8,17 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle2_jax.data import digits
+from dalle2_jax.data import digits, inspection
 from dalle2_jax.data.convert import FORMATS, convert
 from dalle2_jax.data.embed import Task, write_split
 from dalle2_jax.data.embeddings import Embedded
 from dalle2_jax.data.sources import Source, source_named
 from dalle2_jax.files import captioned_grid, write_png
+from dalle2_jax.text import clip_tokenizer, load_tokenizer
 from dalle2_jax.types import UserError
 
 _EXAMPLE = """examples:
   python -m dalle2_jax.data digits digits
   python -m dalle2_jax.data preview folder:digits --out digits.png
+  python -m dalle2_jax.data inspect folder:digits --out digits_report
   python -m dalle2_jax.data preview shapes --split compositional --out shapes.png
   python -m dalle2_jax.data convert folder:digits digits_tar --to webdataset
   python -m dalle2_jax.data embed --system runs/demo --out runs/demo_embeddings"""
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sources = {split: source_named(options.source, split, options.resolution) for split in options.splits}
             counts = convert(sources, options.out, options.to)
             print(f"{options.out}: " + ", ".join(f"{count} pictures of {split}" for split, count in counts.items()))
+        elif options.command == "inspect":
+            inspect(options)
         else:
             source = source_named(options.source, options.split, options.resolution)
             sheet = contact_sheet(source, range(min(options.num, len(source))))
@@ -53,6 +57,21 @@ def contact_sheet(source: Source, indices: Sequence[int]) -> np.ndarray:
     """Draws examples of a source side by side, each over one of its captions."""
     examples = [source[index] for index in indices]
     return captioned_grid([example["image"] for example in examples], [example["caption"] for example in examples])
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Prints what a look at every record of a split tells of it, and writes it to a folder if there is one.
+
+    Raises:
+        UserError: the data set cannot be opened, or the tokenizer cannot be read.
+    """
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else clip_tokenizer()
+    source = source_named(options.source, options.split, options.resolution, max_rejected=1.0)
+    found = inspection.inspect(source, tokenizer, options.num)
+    print(inspection.summary(found.report))
+    if options.out:
+        inspection.write(found, options.out)
+        print(f"{options.out}: report.json and sheet.png")
 
 
 def embed(options: argparse.Namespace) -> int:
@@ -135,9 +154,26 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--split", default="train", help="split to draw (default %(default)s)")
     preview.add_argument("--num", type=_positive, default=24, help="examples to draw (default %(default)s)")
     preview.add_argument("--resolution", type=_positive, default=64, help="side of the pictures (default %(default)s)")
+    _add_inspect(commands, raw)
     _add_embed(commands, raw)
     _add_convert(commands, raw)
     return parser
+
+
+def _add_inspect(commands: argparse.Action, raw: type) -> None:
+    command = commands.add_parser(
+        "inspect",
+        help="tell sizes, caption lengths, duplicates and bad records of a data set",
+        description="Reads every record of a split and tells what is in it: to do before training.",
+        epilog="example:\n  python -m dalle2_jax.data inspect webdataset:shards --num 10000 --out report",
+        formatter_class=raw,
+    )
+    command.add_argument("source", help="shapes, folder:PATH, webdataset:PATH or tfds:PATH")
+    command.add_argument("--out", type=Path, help="folder for report.json and sheet.png (default: print only)")
+    command.add_argument("--split", default="train", help="split to read (default %(default)s)")
+    command.add_argument("--num", type=_positive, help="records to read, evenly spread (default: all)")
+    command.add_argument("--tokenizer", type=Path, help="a sentencepiece .model or a saved tokenizer (default: CLIP's)")
+    command.add_argument("--resolution", type=_positive, default=64, help="side of shapes (default %(default)s)")
 
 
 def _add_embed(commands: argparse.Action, raw: type) -> None:

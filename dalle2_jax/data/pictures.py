@@ -164,18 +164,9 @@ class PictureSource:
 
     def _fitted(self, record: Record) -> np.ndarray | None:
         """Returns the picture at its resolution, None for an unwanted one; raises Rejected."""
-        if not record.captions:
-            raise Rejected("no caption")
-        if record.image is None:
-            raise Rejected("no picture")
         if not self.filters.want_fields(record.fields):
             return None
-        if isinstance(record.image, np.ndarray):
-            picture, (height, width) = record.image, record.image.shape[:2]
-        else:
-            picture, (height, width) = decoded(record.image, self.resolution)
-        if max(height, width) > MAX_ASPECT * min(height, width):
-            raise Rejected("far too long")
+        picture, (height, width) = picture_of(record, self.resolution)
         return images.fit(picture, self.resolution) if self.filters.want_size(height, width) else None
 
     def _check_share(self, refused: int, tried: int) -> None:
@@ -201,7 +192,30 @@ def check_arguments(resolution: int, crop: str, max_rejected: float) -> None:
         raise UserError(f"max_rejected is a share from 0 to 1, not {max_rejected}")
 
 
-def decoded(content: bytes, side: int) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[int, int]]:
+def picture_of(record: Record, side: int | None = None) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[int, int]]:
+    """Returns the picture of a record and its own height and width.
+
+    Args:
+        record: the record.
+        side: the picture may be smaller, but with at least so many pixels each way where it has them; None wants all.
+
+    Raises:
+        Rejected: it is of no use for training.
+    """
+    if not record.captions:
+        raise Rejected("no caption")
+    if record.image is None:
+        raise Rejected("no picture")
+    if isinstance(record.image, np.ndarray):
+        picture, (height, width) = record.image, record.image.shape[:2]
+    else:
+        picture, (height, width) = decoded(record.image, side)
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise Rejected("far too long")
+    return picture, (height, width)
+
+
+def decoded(content: bytes, side: int | None = None) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[int, int]]:
     """Decodes a picture file, as `images.decode`, but nothing that would fill the memory.
 
     Returns:
@@ -224,7 +238,7 @@ def decoded(content: bytes, side: int) -> tuple[UInt8[np.ndarray, "H W 3"], tupl
         raise Rejected("not a picture") from None  # whatever a parser says of bytes from the world
     if width * height > MAX_PIXELS:
         raise Rejected("far too large")
-    factor = images.reduction(height, width, side)
+    factor = 1 if side is None else images.reduction(height, width, side)
     upright, turned = ((-(-height // factor), -(-width // factor)), (-(-width // factor), -(-height // factor)))
     if upright == turned and height != width:
         factor = 1  # a smaller one would not tell whether its camera was turned, and so which side is which

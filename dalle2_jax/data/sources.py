@@ -188,8 +188,10 @@ def _make_embedded(config: EmbeddingsConfig, split: str) -> Embedded:
     return EmbeddingSource(config.path, split)
 
 
-def source_named(name: str, split: str, resolution: int) -> Source:
+def source_named(name: str, split: str, resolution: int, max_rejected: float = MAX_REJECTED) -> Source:
     """Opens a data set by its name on a command line: ``shapes`` (one or two objects) or KIND:PATH.
+
+    ``max_rejected`` is as in `PictureSource`.
 
     Raises:
         UserError: on any other name, or when the data set cannot be read.
@@ -199,5 +201,5 @@ def source_named(name: str, split: str, resolution: int) -> Source:
     kind, _, path = name.partition(":")
     kinds = {"folder": FolderConfig, "webdataset": WebdatasetConfig, "tfds": TfdsConfig}
     if kind in kinds and path:
-        return make_source(kinds[kind](path, resolution=resolution), split)
+        return make_source(kinds[kind](path, resolution=resolution, max_rejected=max_rejected), split)
     raise UserError(f"unknown data set {name!r}: write shapes, folder:PATH, webdataset:PATH or tfds:PATH")

@@ -58,6 +58,9 @@ class Job:
 
     ``start`` are the weights and statistics that a run begins with, where they are not fresh: of fine-tuning.
     Parts may be missing; its parameters are given away.
+
+    ``rejected`` tells for the metrics how many records of the data set were refused, by cause: when it was opened, and
+    by this process since. What the worker processes of a stream refuse they count for themselves.
     """
 
     run: RunConfig
@@ -70,6 +73,7 @@ class Job:
     folder: StageFolder
     preview: Callable[[Variables, int], None] | None = None
     start: Variables = Variables(None, None)
+    rejected: Callable[[], Mapping[str, int]] = dict
 
 
 def prefetched(stream: Stream, mesh: Mesh) -> Iterator[tuple[Batch, dict[str, Any], float]]:
@@ -189,7 +193,9 @@ def _run(job, key, state, first, checkpoints, writer, interrupt) -> TrainState:
             means = metrics_lib.mean_of_finite(jax.device_get(history), good)
             seconds = max(time.perf_counter() - clock, 1e-9)
             rate = (step - timed_from) * run.batch_size / seconds
-            writer.write(step, {**means, "examples_per_second": rate, "data_wait": waited / seconds})
+            writer.write(
+                step, {**means, "examples_per_second": rate, "data_wait": waited / seconds}, job.rejected()
+            )
             history, waited, clock, timed_from = [], 0.0, time.perf_counter(), step
         if save:
             checkpoints.save(step, state.trees(), data_state)

@@ -56,12 +56,17 @@ class MetricWriter:
             total=total_steps, initial=first_step, desc=title, unit="step", dynamic_ncols=True, file=sys.stdout
         )
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of ``step`` and moves the bar there."""
+    def write(self, step: int, metrics: Mapping[str, float], rejected: Mapping[str, int] = {}) -> None:
+        """Writes the metrics of ``step`` and moves the bar there.
+
+        ``rejected``: how many records were refused so far, by cause; written as an object of that name if there are
+        any, and to TensorBoard as ``rejected/CAUSE``.
+        """
         if not self._active:
             return
-        self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
+        refused = {"rejected": dict(rejected)} if rejected else {}
+        self._lines.write(json.dumps({"step": step, **metrics, **refused}) + "\n")
+        for name, value in {**metrics, **{f"rejected/{cause}": count for cause, count in rejected.items()}}.items():
             self._events.add_scalar(name, value, step)
         self._bar.set_postfix_str(
             f"loss {metrics['loss']:.4f}, {metrics['examples_per_second']:.0f} examples/s", refresh=False

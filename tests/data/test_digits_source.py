@@ -88,13 +88,14 @@ def test_preview(written, tmp_path, capsys):
 
 def test_mistakes_are_answered(tmp_path, capsys):
     code, said = _run(capsys, "preview", "shopes", "--out", tmp_path / "x.png")
-    assert code == 1 and said.err == "error: unknown data set 'shopes': write shapes, folder:PATH or webdataset:PATH\n"
+    known = "write shapes, folder:PATH, webdataset:PATH or tfds:PATH"
+    assert code == 1 and said.err == f"error: unknown data set 'shopes': {known}\n"
     code, said = _run(capsys, "preview", "shapes", "--split", "test", "--out", tmp_path / "x.png")
     assert code == 1 and "no split 'test'" in said.err
     (tmp_path / "file").write_text("")
     assert _run(capsys, "preview", "shapes", "--num", 1, "--out", tmp_path / "file" / "x.png")[0] == 1
     assert _run(capsys, "preview", "shapes", "--num", 0, "--out", tmp_path / "x.png")[0] == 2
     assert _run(capsys, "preview", "shapes")[0] == 2
-    for command in ([], ["digits"], ["preview"]):
+    for command in ([], ["digits"], ["preview"], ["inspect"]):
         code, said = _run(capsys, *command, "--help")
         assert code == 0 and "example" in said.out

@@ -98,7 +98,7 @@ def test_a_refused_picture_is_not_read_again(folder, monkeypatch):
     (folder / "1.png").write_bytes(broken)
     source, read = FolderSource(folder, resolution=8), []
     decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda content: read.append(content) or decode(content))
+    monkeypatch.setattr(images, "decode", lambda content, factor=1: read.append(content) or decode(content, factor))
     assert source[1]["caption"] == source[1]["caption"]
     assert read.count(broken) == 1 and source.rejected == {"not a picture": 1}
 

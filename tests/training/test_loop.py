@@ -266,6 +266,46 @@ def test_the_rate_counts_steps_and_not_compiling_or_pictures(tmp_path, monkeypat
     same(drawn[-1][1], Variables(state.ema, state.stats))
 
 
+def test_waiting_for_data_is_a_share_of_the_time(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock.seconds))
+
+    def slow():
+        clock.seconds += 1.0
+        return 1.0
+
+    def timed(*args):
+        step = make_train_step(*args)
+
+        def took_three(*args):
+            clock.seconds += 3.0
+            return step(*args)
+
+        return took_three
+
+    make_train_step = loop.make_train_step
+    monkeypatch.setattr(loop, "make_train_step", timed)
+    stream = Numbers(dict.fromkeys(range(STEPS + loop.PREFETCH), slow))
+    job = make_job(tmp_path, stream, log_every=2, checkpoint_every=STEPS)
+    train(job)
+    assert [line["data_wait"] for line in lines(job)] == [1 / 4] * 3
+
+
+def test_refused_records_are_logged_as_they_are_at_that_step(tmp_path):
+    refused = {}
+
+    def refuse():
+        refused["empty"] = refused.get("empty", 0) + 1
+        return 1.0
+
+    stream = Numbers({number: refuse for number in (4, 7)})
+    job = dataclasses.replace(make_job(tmp_path, stream), rejected=lambda: refused)
+    train(job)
+    assert "rejected" not in lines(job)[0]
+    told = [line.get("rejected") for line in lines(job)]  # batches are drawn two ahead
+    assert told == [None, None, {"empty": 1}, {"empty": 1}, {"empty": 1}, {"empty": 2}]
+
+
 def test_batches_are_drawn_ahead_and_keep_their_place():
     stream = Numbers()
     for number, (batch, state, waited) in zip(range(4), loop.prefetched(stream, make_mesh(MeshConfig())), strict=False):

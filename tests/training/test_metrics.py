@@ -58,6 +58,18 @@ def test_every_number_reaches_the_file_the_bar_and_tensorboard(tmp_path, capsys)
     assert [entry.name.split(".")[0] for entry in (tmp_path / "tensorboard").iterdir()] == ["events"]
 
 
+def test_refused_records_are_an_object_of_their_own_when_there_are_any(tmp_path):
+    with MetricWriter(tmp_path, "prior", 0, 20) as writer:
+        writer.write(5, METRICS, {})
+        writer.write(10, METRICS, {"not a picture": 2, "digits: empty": 1})
+    assert read(tmp_path) == [
+        {"step": 5, **METRICS},
+        {"step": 10, **METRICS, "rejected": {"not a picture": 2, "digits: empty": 1}},
+    ]
+    events = next((tmp_path / "tensorboard").iterdir()).read_bytes()
+    assert b"rejected/not" in events
+
+
 def test_a_resumed_run_writes_no_step_twice(tmp_path):
     for first, steps in ((0, (5, 10, 15)), (10, (15, 20))):
         with MetricWriter(tmp_path, "prior", first, 20) as writer:

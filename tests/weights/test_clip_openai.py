@@ -216,6 +216,7 @@ def test_an_unaltered_state_dict_is_read(tmp_path):
 
 
 def test_other_files_are_not_clip(tmp_path):
-    for name in ("karlo_prior", "karlo_decoder"):
-        assert recognise(Source.open(FIXTURES / "models" / f"{name}.safetensors")) == []
+    for name in ("prior", "decoder"):
+        file = FIXTURES / "karlo_tiny" / name / "diffusion_pytorch_model.safetensors"
+        assert recognise(Source.open(file)) == []
     assert recognise(Source.open(tmp_path)) == []

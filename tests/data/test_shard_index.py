@@ -1,0 +1,32 @@
+"""The index of tar shards at its real size, simulated: no object for each record."""
+
+import pickle
+import tracemalloc
+
+import numpy as np
+
+from dalle2_jax.data import WebdatasetRecords, shard_index
+
+
+def test_a_million_records_open_without_an_object_for_each(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths, each = [], 100
+    for number in range(10_000):
+        paths.append(tmp_path / f"{number:06d}.tar")
+        paths[-1].touch()
+    key = np.frombuffer(b"0123456789", np.uint8)
+    rows = np.tile(np.array([512, 9, 1536, 9, 2560, 9], np.int64), (each, 1))
+    index = shard_index.Index(
+        rows, np.arange(1, each + 1) * 10, np.tile(key, each), np.array([0, each]), np.frombuffer(b"{}", np.uint8)
+    )
+    monkeypatch.setattr(shard_index, "_shard", lambda files, number: index)
+    monkeypatch.setattr(shard_index, "tqdm", lambda found, *_, **__: found)
+    WebdatasetRecords(tmp_path)
+    monkeypatch.setattr(shard_index, "_shard", None)
+    tracemalloc.start()
+    records = WebdatasetRecords(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(records) == 1_000_000 and records._index.key(999_999) == "0123456789"
+    assert peak < 20e6 and isinstance(records._index.rows, np.memmap)
+    assert len(pickle.dumps(records)) < 2e6
