@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_system
-from jax.experimental.compilation_cache import compilation_cache
 
 from dalle2_jax import build, data, rng, testing
 from dalle2_jax.data.__main__ import main
@@ -21,20 +20,7 @@ from dalle2_jax.training.sharding import MeshConfig, make_mesh, shard_batch
 from dalle2_jax.types import UserError
 from dalle2_jax.workdir import Checkpoints, StageFolder
 
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    """Compiles each program once for all runs, without what makes it fast."""
-    folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {folder: getattr(jax.config, folder), least: getattr(jax.config, least)}
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update(folder, str(tmp_path_factory.mktemp("programs")))
-    jax.config.update(least, 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("quick_programs")
 
 
 WORDS = "red green blue large small circle square".split()

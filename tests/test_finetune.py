@@ -9,11 +9,9 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_system
-from jax.experimental.compilation_cache import compilation_cache
 
 from dalle2_jax import build, finetune, testing
 from dalle2_jax.data import ShapesSource
@@ -24,7 +22,7 @@ from dalle2_jax.stages.lora import merge
 from dalle2_jax.text import train_sentencepiece
 from dalle2_jax.training.loop import restore_or_init, train
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
-from dalle2_jax.types import UsageError, UserError
+from dalle2_jax.types import UserError
 from dalle2_jax.workdir import Checkpoints, StageFolder
 
 IMPORTED = ("clip", "prior", "decoder", "upsampler_1")
@@ -32,20 +30,7 @@ SECTIONS = ("stage", "model", "text", "diffusion", "sampling", "conditioning", "
 CONFIG = "tests/tiny_system.py"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    """Compiles each program once for all runs, without what makes it fast."""
-    folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {folder: getattr(jax.config, folder), least: getattr(jax.config, least)}
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update(folder, str(tmp_path_factory.mktemp("programs")))
-    jax.config.update(least, 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("quick_programs")
 
 
 def write_system(root, seed=0):

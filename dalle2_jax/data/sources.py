@@ -16,6 +16,7 @@ from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder import FolderSource
 from dalle2_jax.data.mixture import MixtureSource
 from dalle2_jax.data.pictures import MAX_REJECTED, PictureSource, check_arguments
+from dalle2_jax.data.records import Records
 from dalle2_jax.data.retrieval import RetrievalSource
 from dalle2_jax.data.shapes import ShapesSource
 from dalle2_jax.data.tfds import TEMPLATES, TfdsRecords
@@ -55,14 +56,19 @@ class ShapesConfig:
 
 
 @dataclass(frozen=True)
-class FolderConfig:
-    """A folder of pictures with captions; see `FolderSource`."""
+class PicturesConfig:
+    """Records of pictures at a path, and how a `PictureSource` makes examples of them."""
 
     path: str = ""
     resolution: int = 64
     crop: str = "center"
     filters: Filters = Filters()
     max_rejected: float = MAX_REJECTED
+
+
+@dataclass(frozen=True)
+class FolderConfig(PicturesConfig):
+    """A folder of pictures with captions; see `FolderRecords`."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,12 @@ class EmbeddingsConfig:
 
 
 @dataclass(frozen=True)
-class TfdsConfig:
+class TfdsConfig(PicturesConfig):
     """A data set of TFDS, prepared as ArrayRecord; see `TfdsRecords` for the features and the templates.
 
     ``train`` and ``val`` are the splits of it that are used as such: ``train[:95%]`` and ``train[95%:]``, say.
     """
 
-    path: str = ""
     train: str = "train"
     val: str = "val"
     image: str = "image"
@@ -91,21 +96,11 @@ class TfdsConfig:
     label: str = ""
     key: str = ""
     templates: tuple[str, ...] = TEMPLATES
-    resolution: int = 64
-    crop: str = "center"
-    filters: Filters = Filters()
-    max_rejected: float = MAX_REJECTED
 
 
 @dataclass(frozen=True)
-class WebdatasetConfig:
+class WebdatasetConfig(PicturesConfig):
     """Tar shards of pictures with captions; see `WebdatasetRecords`."""
-
-    path: str = ""
-    resolution: int = 64
-    crop: str = "center"
-    filters: Filters = Filters()
-    max_rejected: float = MAX_REJECTED
 
 
 @dataclass(frozen=True)
@@ -165,20 +160,22 @@ def make_source(config: SourceConfig, split: str) -> Source | Embedded:
         )
     if isinstance(config, EmbeddingsConfig):
         return _make_embedded(config, split)
-    if isinstance(config, TfdsConfig):
-        check_arguments(config.resolution, config.crop, config.max_rejected)
-        slices = {"train": config.train, "val": config.val}
-        features = (config.image, config.text, config.label, config.key, config.templates)
-        records = TfdsRecords(config.path, slices.get(split, split), *features)
-        return PictureSource(records, config.resolution, config.crop, config.filters, config.max_rejected)
     if isinstance(config, MixtureConfig):
         weights = dict(config.weights) or {name: 1.0 for name, _ in config.parts}
         return MixtureSource({name: (make_source(part, split), weights[name]) for name, part in config.parts})
+    how = config.resolution, config.crop, config.filters, config.max_rejected
+    if isinstance(config, FolderConfig):
+        return FolderSource(config.path, split, *how)
+    check_arguments(config.resolution, config.crop, config.max_rejected)  # before much is read
+    return PictureSource(_records(config, split), *how)
+
+
+def _records(config: TfdsConfig | WebdatasetConfig, split: str) -> Records:
     if isinstance(config, WebdatasetConfig):
-        check_arguments(config.resolution, config.crop, config.max_rejected)
-        records = WebdatasetRecords(config.path, split, config.filters)
-        return PictureSource(records, config.resolution, config.crop, config.filters, config.max_rejected)
-    return FolderSource(config.path, split, config.resolution, config.crop, config.filters, config.max_rejected)
+        return WebdatasetRecords(config.path, split, config.filters)
+    slices = {"train": config.train, "val": config.val}
+    features = config.image, config.text, config.label, config.key, config.templates
+    return TfdsRecords(config.path, slices.get(split, split), *features)
 
 
 def _make_embedded(config: EmbeddingsConfig, split: str) -> Embedded:

@@ -28,13 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float
 
 from dalle2_jax.models.laion_prior import LaionPriorConfig, LaionPriorNetwork
 from dalle2_jax.models.prior import PriorConfig, PriorNetwork
 from dalle2_jax.stages.base import Variables
 from dalle2_jax.stages.clip import READ, READ_EMPTY, ClipStage, empty_captions, without_captions
-from dalle2_jax.stages.diffusion import Condition, DiffusionStage, Drops, SamplingConfig
+from dalle2_jax.stages.diffusion import Condition, DiffusionStage, Drops
 from dalle2_jax.types import Batch, Denoiser, Params, UserError
 
 _NETWORKS = {PriorConfig: PriorNetwork, LaionPriorConfig: LaionPriorNetwork}
@@ -196,18 +196,9 @@ class PriorStage(DiffusionStage):
         cache = self.network.apply(variables, *args, method="encode_prefix")
         return lambda x_t, t: self.network.apply(variables, cache, x_t, t, **noised, method="denoise")
 
-    def draw(
-        self,
-        variables: Variables,
-        keys: Key[Array, "B"],
-        condition: Condition,
-        config: SamplingConfig,
-        scalars: Mapping[str, Any],
-        absent: Bool[Array, "B"] | None = None,
-        **around: Any,
-    ) -> Float[Array, "B E"]:
-        """As the other stages' ``draw``, in the contract's space."""
-        drawn = super().draw(variables, keys, condition, config, scalars, absent, **around) / self._gain
+    def draw(self, variables: Variables, *args: Any, **around: Any) -> Float[Array, "B E"]:
+        """As every diffusion stage does, in the contract's space."""
+        drawn = super().draw(variables, *args, **around) / self._gain
         if not self.whiten:
             return drawn
         return variables.stats["mean"][None] + variables.stats["std"][None] * drawn

@@ -27,7 +27,7 @@ from dalle2_jax.weights.clip import export_hf, export_open_clip, export_openai
 from dalle2_jax.weights.clip_towers import EMBEDDING
 from dalle2_jax.weights.component import Component, Hints, merged
 from dalle2_jax.weights.karlo_export import Trained, export_diffusers
-from dalle2_jax.weights.landing import Trees, read, shapes_of, staging, stored_config, write_files, write_stage
+from dalle2_jax.weights.landing import Trees, read, staging, stored_config, write_files, write_stage
 from dalle2_jax.workdir import StageFolder
 
 EXAMPLE = "python -m dalle2_jax.weights import auto karlo-v1-alpha runs/karlo"
@@ -239,7 +239,7 @@ def read_stage(stage: Any, component: Component, dtype: Any) -> Trees:
             return reading
 
         tensors = {key: each._replace(read=counted(each.read)) for key, each in component.tensors.items()}
-        shapes = Trees(shapes_of(abstract.params), shapes_of(abstract.stats))
+        shapes = Trees(abstract.params, abstract.stats)
         return read(dataclasses.replace(component, tensors=tensors), shapes, dtype)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from dalle2_jax.types import Params, UserError
@@ -161,8 +160,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file as public checkpoints have it, in a folder that is not in its place yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def shapes_of(tree: Any) -> Any:
-    """Returns a tree's shapes."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)

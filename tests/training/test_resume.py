@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from dalle2_jax import testing
 from dalle2_jax.data import ShapesSource, make_stream
@@ -17,20 +16,7 @@ SOURCE = ShapesSource("train", testing.IMAGE_SIZE, num_examples=20)  # fewer tha
 OPTIMIZER = make_optimizer(OptimConfig(lr=1e-3, warmup_steps=2, schedule="cosine"), STEPS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    """Compiles each program once for all runs, without what makes it fast."""
-    folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {folder: getattr(jax.config, folder), least: getattr(jax.config, least)}
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update(folder, str(tmp_path_factory.mktemp("programs")))
-    jax.config.update(least, 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("quick_programs")
 
 
 def make_job(root, kind, total_steps):
