@@ -2,7 +2,7 @@
 
 from dalle2_jax.data.embeddings import Embedded, EmbeddingSource
 from dalle2_jax.data.filters import Filters
-from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.folder import FolderRecords, FolderSource
 from dalle2_jax.data.mixture import MixtureSource
 from dalle2_jax.data.pictures import PictureSource
 from dalle2_jax.data.records import Record, Records, Rejected
@@ -32,6 +32,7 @@ __all__ = [
     "EmbeddingsConfig",
     "Filters",
     "FolderConfig",
+    "FolderRecords",
     "FolderSource",
     "MixtureConfig",
     "MixtureSource",

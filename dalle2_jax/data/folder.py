@@ -4,29 +4,27 @@ Captions come from ``metadata.jsonl`` or ``metadata.csv`` beside the pictures (t
 an object a line, ``{"file_name": "a/b.png", "text": "a caption"}``, where ``text`` may be a list of captions, or the
 columns ``file_name`` and ``text``; whatever else a line has is a field of its record), or else from a ``.txt`` file
 beside each picture, one caption a line. A folder may be divided into sub-folders ``train``, ``val`` and so on; an
-undivided folder is all ``train``.
+undivided folder is all ``train``. Lines that are broken and pictures without a caption are left out.
 """
 
-import csv
-import io
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dalle2_jax.data import images
+import numpy as np
+from jaxtyping import Int64
+from tqdm import tqdm
+
+from dalle2_jax.data.arrays import beside, kept
 from dalle2_jax.data.filters import Filters
+from dalle2_jax.data.folder_index import METADATA, map_index, open_folder
 from dalle2_jax.data.pictures import MAX_REJECTED, PictureSource, check_arguments
-from dalle2_jax.data.records import Record, Rejected, caption_lines, captions_in, json_object, text_of
+from dalle2_jax.data.records import MAX_BYTES, LeftOut, Record, Rejected, caption_lines, clean, spread, text_of
 from dalle2_jax.types import UserError
 
-METADATA = "metadata.jsonl"
-_TABLE = "metadata.csv"
 _DIVISIONS = ("train", "val", "validation", "test")
-
-_Told = dict[str, tuple[tuple[str, ...], dict[str, Any]]]
-"""Captions and fields by file name."""
+_ALIASES = {"val": "validation", "validation": "val"}
 
 
 class FolderRecords:
@@ -34,49 +32,85 @@ class FolderRecords:
 
     Args:
         path: the folder; if it has a sub-folder named ``split``, that is read.
-        split: ``train``, or the name of a sub-folder.
+        split: ``train``, or the name of a sub-folder; ``val`` may be called ``validation``.
         filters: pictures not wanted by their fields are left out.
 
     Raises:
-        UserError: when the folder, the split, the pictures or a caption is missing, or a line of metadata is broken.
+        UserError: when the folder or the split is not there, or has no picture with a caption.
     """
 
     def __init__(self, path: str | Path, split: str = "train", filters: Filters = Filters()) -> None:
         self.path, self.split = Path(path), split
-        self._folder = folder = division(self.path, split)
-        pictures = _pictures(folder)
-        metadata = next((folder / name for name in (METADATA, _TABLE) if (folder / name).is_file()), None)
-        self.refused: Counter[str] = Counter()
-        if metadata is None:
-            told = _read_sidecars(folder, sorted(pictures))
-        else:
-            told = _read_metadata(metadata)
-            self.refused["missing"] = len(told.keys() - pictures)
-            told = {name: one for name, one in told.items() if name in pictures}
-        if not told:
-            raise UserError(f"{metadata} names no picture that is in {folder}: file_name is relative to {folder}")
-        self._told = tuple((name, *one) for name, one in told.items() if filters.want_fields(one[1]))
-        if not self._told:
-            raise UserError(f"the filters leave not one of the {len(told)} pictures in {folder}: {filters}")
+        self._folder = division(self.path, split)
+        self._index, self._home = open_folder(self._folder)
+        self.left_out = LeftOut(**self._index.description()["left_out"])
+        self._chosen = None
+        if filters != Filters():
+            homes = beside(self._home, filters, self._index.times)
+            [self._chosen], _ = kept(homes, 1, lambda _: True, lambda: ([self._choose(filters)], True))
+            if not len(self._chosen):
+                count = len(self._index.name_ends)
+                raise UserError(f"the filters leave not one of the {count} pictures in {self._folder}: {filters}")
 
     def __len__(self) -> int:
-        return len(self._told)
+        return len(self._index.name_ends if self._chosen is None else self._chosen)
 
     def __repr__(self) -> str:
         return f"FolderRecords({str(self.path)!r}, {self.split!r})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) if self._home is None else {**vars(self), "_index": None}  # mapped again where it is needed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._index is None:
+            self._index = map_index(self._home)
+
     def read(self, index: int) -> Record:
-        """Returns the picture's file, its captions and fields. Raises Rejected when it cannot be read."""
-        name, captions, fields = self._told[index]
-        try:
-            return Record(name, (self._folder / name).read_bytes(), captions, fields)
-        except OSError:
-            raise Rejected("unreadable") from None
+        """Returns the picture's file, its captions and fields. Raises Rejected when one cannot be read."""
+        place = self._place(index)
+        name = self._index.name(place)
+        captions, fields = self._said(place)
+        return Record(clean(name), _content(self._folder / name, "missing"), captions, fields)
 
     def captions(self, limit: int) -> Iterator[str]:
-        """Yields every caption of the first ``limit`` pictures."""
-        for _, captions, _ in self._told[:limit]:
-            yield from captions
+        """Yields every caption of at most ``limit`` pictures from all over the folder."""
+        for index in spread(len(self), limit):
+            try:
+                yield from self._said(self._place(index))[0]
+            except Rejected:
+                continue
+
+    def _place(self, index: int) -> int:
+        return int(index if self._chosen is None else self._chosen[index])
+
+    def _said(self, place: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+        said = self._index.said(place)
+        if said is None:
+            stem, _ = os.path.splitext(self._index.name(place))
+            content = _content(self._folder / f"{stem}.txt", "no caption")
+            return caption_lines(text_of(content)), {}
+        return said
+
+    def _choose(self, filters: Filters) -> Int64[np.ndarray, "M"]:
+        """Returns the places of the pictures that are wanted by their fields."""
+        count = len(self._index.name_ends)
+        fields = ((self._index.said(place) or ((), {}))[1] for place in range(count))
+        bar = tqdm(fields, "filtering by fields", count, leave=False, disable=count < 100_000)
+        return np.flatnonzero(np.fromiter(map(filters.want_fields, bar), bool, count))
+
+
+def _content(path: Path, lacking: str) -> bytes:
+    """Reads a file. Raises Rejected, ``lacking`` when it is not there."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise Rejected("far too large")
+            return file.read()
+    except FileNotFoundError:
+        raise Rejected(lacking) from None
+    except OSError:
+        raise Rejected("unreadable") from None
 
 
 class FolderSource(PictureSource):
@@ -101,91 +135,18 @@ class FolderSource(PictureSource):
 def division(path: Path, split: str) -> Path:
     """Returns the folder of a split: ``path/split``, or ``path`` itself for the train split of an undivided folder.
 
+    ``val`` is found in ``validation`` too.
+
     Raises:
         UserError: when there is none.
     """
     if not path.is_dir():
         raise UserError(f"there is no folder {path}")
-    if (path / split).is_dir():
-        return path / split
+    for name in (split, _ALIASES.get(split, split)):
+        if (path / name).is_dir():
+            return path / name
     divisions = [name for name in _DIVISIONS if (path / name).is_dir()]
     if split == "train" and not divisions:
         return path
     found = f"it has {', '.join(divisions)}" if divisions else "it is undivided, so all of it is train"
     raise UserError(f"{path} has no sub-folder {split!r} ({found}): make {path / split} with its own captions")
-
-
-def _pictures(folder: Path) -> set[str]:
-    """Names of the picture files below ``folder``, relative to it, with forward slashes."""
-    found = set()
-    for root, directories, files in os.walk(folder):
-        directories[:] = [name for name in directories if not name.startswith(".")]
-        relative = Path(root).relative_to(folder)
-        found.update(
-            (relative / name).as_posix()
-            for name in files
-            if Path(name).suffix.lower() in images.SUFFIXES and not name.startswith(".")
-        )
-    if not found:
-        raise UserError(f"there are no pictures in {folder} ({', '.join(sorted(images.SUFFIXES))})")
-    return found
-
-
-def _read_metadata(path: Path) -> _Told:
-    """Returns captions and fields; a file named twice has the captions of both lines, and the fields of the first."""
-    told: _Told = {}
-    for number, line in _lines(path):
-        try:
-            name, captions, fields = _parse(json_object(line) if isinstance(line, str) else line)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-        earlier, first = told.get(name, ((), fields))
-        told[name] = (earlier + captions, first)
-    return told
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str | dict[str, Any]]]:
-    """Yields the number of each line that is not blank, and the line, of a table by column."""
-    text = text_of(path.read_bytes())
-    if path.name == METADATA:
-        yield from ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        return
-    table = csv.DictReader(io.StringIO(text, newline=""), restkey="")
-    try:
-        for row in table:
-            yield table.line_num, {column: value for column, value in row.items() if column and value is not None}
-    except csv.Error as error:
-        raise UserError(f"{path}:{table.line_num}: {error}") from None
-
-
-def _parse(line: dict[str, Any]) -> tuple[str, tuple[str, ...], dict[str, Any]]:
-    for field in ("file_name", "text"):
-        if field not in line:
-            raise ValueError(f"{field} is missing")
-    fields = dict(line)
-    name, text = fields.pop("file_name"), fields.pop("text")
-    try:
-        captions = captions_in(text)
-    except TypeError:
-        captions = ()
-    if not isinstance(name, str) or not captions:
-        raise TypeError("file_name must be a string, and text a string or a list of strings")
-    return Path(name).as_posix(), captions, fields
-
-
-def _read_sidecars(folder: Path, names: list[str]) -> _Told:
-    """Returns captions from the .txt beside each picture."""
-    told, missing = {}, []
-    for name in names:
-        try:
-            content = (folder / name).with_suffix(".txt").read_bytes()
-        except FileNotFoundError:
-            missing.append(name)
-            continue
-        told[name] = (caption_lines(text_of(content)), {})
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(names)} pictures in {folder} have no caption, the first {missing[0]}: "
-            f"write {Path(missing[0]).with_suffix('.txt')} or a {METADATA}"
-        )
-    return told

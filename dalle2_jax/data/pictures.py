@@ -20,7 +20,8 @@ from PIL import Image
 
 from dalle2_jax.data import images
 from dalle2_jax.data.filters import Filters
-from dalle2_jax.data.records import MARK, Record, Records, Rejected
+from dalle2_jax.data.records import MARK, LeftOut, Record, Records, Rejected
+from dalle2_jax.data.refusals import Refusals
 from dalle2_jax.types import UserError
 
 MAX_REJECTED = 0.1
@@ -63,15 +64,15 @@ class PictureSource:
         check_arguments(resolution, crop, max_rejected)
         self.records, self.resolution, self.crop = records, resolution, crop
         self.filters, self.max_rejected = filters, max_rejected
-        self._at_opening = +Counter(getattr(records, "refused", {}))
-        self._refused: dict[int, str] = {}  # index to cause
-        self._logged: set[str] = set()
+        self._left_out: LeftOut = getattr(records, "left_out", LeftOut())
+        self._refused = Refusals()
         self._unwanted: set[int] = set()
         self._marred: set[int] = set()
         self._asked, self._asked_bad = 0, set()
-        for cause, count in self._at_opening.items():
-            _LOG.warning("%s: %d records are left out (%s)", self, count, cause)
-        self._check_share(self._at_opening.total(), self._at_opening.total() + len(records))
+        count = self._left_out.counts.total()
+        self._check_share(count, count + len(records))
+        if count:
+            _LOG.warning("%s: left out are %s", self, self._left_out)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -81,8 +82,11 @@ class PictureSource:
 
     @property
     def rejected(self) -> Counter[str]:
-        """How many records were refused, by cause: when the data set was opened, and by this process since."""
-        return self._at_opening + Counter(list(self._refused.values()))  # a list: other threads refuse meanwhile
+        """How many records were refused, by cause: when the data set was opened, and since.
+
+        Copies in other processes of this machine count too, a record that several of them refuse once.
+        """
+        return self._left_out.counts + self._refused.counts()
 
     @property
     def marred(self) -> int:
@@ -146,14 +150,14 @@ class PictureSource:
 
     def _try(self, place: int) -> tuple[np.ndarray, Record] | None:
         """Returns the fitted picture and the record of a place; None, and remembers why, if it cannot be used."""
+        name = f"record {place}"
         try:
             record = self.records.read(place)
+            name += f" ({record.key})"
             picture = self._fitted(record)
         except Rejected as rejection:
-            if rejection.cause not in self._logged:
-                self._logged.add(rejection.cause)
-                _LOG.warning("%s: record %d is refused (%s); others are only counted", self, place, rejection.cause)
-            self._refused[place] = rejection.cause
+            if self._refused.add(place, rejection.cause):
+                _LOG.warning("%s: %s is refused (%s); others are only counted", self, name, rejection.cause)
             return None
         if picture is None:
             self._unwanted.add(place)
@@ -178,8 +182,9 @@ class PictureSource:
             )
 
     def _causes(self) -> str:
-        causes = [f"{count} {cause}" for cause, count in self.rejected.most_common()]
-        return ", ".join(causes + [f"{len(self._unwanted)} not wanted by the filters"] * bool(self._unwanted))
+        causes = LeftOut(self.rejected, self._left_out.first)
+        unwanted = [f"{len(self._unwanted)} not wanted by the filters"] * bool(self._unwanted)
+        return ", ".join([str(causes)] * bool(causes.counts) + unwanted)
 
 
 def check_arguments(resolution: int, crop: str, max_rejected: float) -> None:

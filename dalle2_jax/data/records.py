@@ -6,6 +6,7 @@ The functions here make strings of it that any tokenizer takes, and refuse what 
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -13,6 +14,9 @@ import numpy as np
 
 MARK = "\ufffd"
 """Stands in a caption for what was not UTF-8."""
+
+MAX_BYTES = 2**28
+"""No picture or text is read that takes more."""
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -41,11 +45,28 @@ class Rejected(Exception):
         self.cause = cause
 
 
+class LeftOut:
+    """What was refused when a data set was opened: ``counts`` of records by cause, and the ``first`` of each."""
+
+    def __init__(self, counts: Mapping[str, int] = {}, first: Mapping[str, str] = {}) -> None:
+        self.counts, self.first = Counter(counts), dict(first)
+
+    def add(self, cause: str, where: str, count: int = 1) -> None:
+        """Counts records of a cause; ``where`` is a file, a line or a name by which a user finds the first."""
+        if count:
+            self.counts[cause] += count
+            self.first.setdefault(cause, where)
+
+    def __str__(self) -> str:
+        told = [(f"{count} {cause}", self.first.get(cause)) for cause, count in self.counts.most_common()]
+        return ", ".join(f"{text} (first {where})" if where else text for text, where in told)
+
+
 @runtime_checkable
 class Records(Protocol):
     """Random access to records; picklable.
 
-    It may have ``refused``, a mapping from causes to how many records were left out when it was opened.
+    It may have ``left_out``, a `LeftOut` of the records that were refused when it was opened.
     """
 
     def __len__(self) -> int: ...
@@ -55,6 +76,11 @@ class Records(Protocol):
 
     def captions(self, limit: int) -> Iterator[str]:
         """Yields the captions of at most ``limit`` records; reads no pictures."""
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """Returns at most ``limit`` of so many indices, evenly from first to last."""
+    return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(np.int64)).tolist()
 
 
 def text_of(content: bytes) -> str:

@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+from jaxtyping import Float32, Int64
 
 from dalle2_jax.data.embeddings import read_contract
 from dalle2_jax.types import UserError
@@ -70,7 +73,8 @@ class RetrievalSource:
     def __getitem__(self, index: int) -> dict:
         """Returns ``{"image_emb", "text_emb", "key", "captions", "caption"}``."""
         rows, caption = self._example(index)
-        return {**rows, "key": str(self._keys[self._pairs[index][0]]), "captions": (caption,), "caption": caption}
+        key = self._keys[int(self._pairs[index][0])].as_py()
+        return {**rows, "key": key, "captions": (caption,), "caption": caption}
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], str]:
         """Returns the rows of a pair, and its caption."""
@@ -107,32 +111,19 @@ class RetrievalSource:
 
 
 class _Table:
-    """The metadata of a folder: keys and captions of the rows of its arrays."""
+    """The metadata of a folder: keys and captions of the rows of its arrays, as Arrow keeps them."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise UserError("metadata in parquet needs pyarrow: pip install pyarrow") from None
         files = {_number(path): path for path in (folder / "metadata").glob("metadata_*.parquet")}
         if not files:
             raise UserError(f"{folder} has no metadata/metadata_0.parquet with a key for each row")
-        self._folder, self._rows, keys, captions = folder, {}, [], []
+        self._folder, self._rows, columns = folder, {}, []
         for number in sorted(files):
-            try:
-                names = pyarrow.parquet.read_schema(files[number]).names
-                wanted = [next((name for name in group if name in names), None) for group in (_KEYS, _TEXTS)]
-                if None in wanted:
-                    columns = " or ".join(_KEYS), " or ".join(_TEXTS)
-                    raise UserError(f"{files[number]} has no column {columns[0]}, or none {columns[1]}")
-                table = pyarrow.parquet.read_table(files[number], columns=wanted)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(f"{files[number]} cannot be read: {str(error).splitlines()[0]}") from None
-            self._rows[number] = len(table)
-            keys += map(str, table[wanted[0]].to_pylist())
-            captions += table[wanted[1]].cast(pyarrow.large_string()).chunks
-        self.keys, self.captions = np.array(keys), pyarrow.chunked_array(captions, pyarrow.large_string())
+            columns.append(_columns(files[number]))
+            self._rows[number] = len(columns[-1][0])
+        keys, captions = zip(*columns, strict=True)
+        self.keys = pyarrow.concat_arrays(keys)
+        self.captions = pyarrow.chunked_array(captions)
 
     def arrays(self, kind: str) -> list[np.memmap]:
         """Maps the arrays of a kind, one for each file of metadata. UserError if one is missing or of other rows."""
@@ -148,21 +139,50 @@ class _Table:
         return mapped
 
 
-def _joined(images: _Table, texts: _Table) -> tuple[np.ndarray, Counter[str]]:
-    """Rows of pictures and texts with the same key, int64[pairs, 2], in the order of the pictures; and what is left."""
-    told = np.flatnonzero(texts.captions.is_valid().to_numpy())
-    shown = told if images is texts else np.arange(len(images.keys))
-    keys, spoken = images.keys[shown], texts.keys[told]
-    common, image, text = np.intersect1d(keys, spoken, return_indices=True)
-    order = np.argsort(image)
-    different = len(np.unique(keys)), len(np.unique(spoken))
+def _columns(path: Path) -> list[pyarrow.LargeStringArray]:
+    """Reads keys and captions. UserError if one is not there."""
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+        wanted = [next((name for name in group if name in names), None) for group in (_KEYS, _TEXTS)]
+        if None in wanted:
+            columns = " or ".join(_KEYS), " or ".join(_TEXTS)
+            raise UserError(f"{path} has no column {columns[0]}, or none {columns[1]}")
+        table = pyarrow.parquet.read_table(path, columns=wanted)
+        return [table[name].cast(pyarrow.large_string()).combine_chunks() for name in wanted]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _joined(images: _Table, texts: _Table) -> tuple[Int64[np.ndarray, "pairs 2"], Counter[str]]:
+    """Returns rows of pictures and of texts with the same key, in the pictures' order; and what is left."""
+    told = np.flatnonzero(texts.captions.is_valid())
+    spoken = texts.keys if len(told) == len(texts.keys) else texts.keys.take(told)
+    if images is texts:
+        first = _firsts(spoken)
+        pairs = told[first]
+        rejected = {"no caption": len(texts.keys) - len(told), "repeated key": len(told) - len(pairs)}
+        return np.stack([pairs, pairs], axis=1), +Counter(rejected)
+    first = _firsts(images.keys)
+    met = pyarrow.compute.index_in(images.keys.take(first), value_set=spoken)
+    found = np.asarray(met.is_valid())
+    pairs = np.stack([first[found], told[np.asarray(met.drop_null())]], axis=1)
+    different = len(_firsts(spoken))
     rejected = {
         "no caption": len(texts.keys) - len(told),
-        "repeated key": len(keys) - different[0] + (0 if images is texts else len(spoken) - different[1]),
-        "no text of its key": different[0] - len(common),
-        "no picture of its key": different[1] - len(common),
+        "repeated key": len(images.keys) - len(first) + len(spoken) - different,
+        "no text of its key": len(first) - len(pairs),
+        "no picture of its key": different - len(pairs),
     }
-    return np.stack([shown[image], told[text]], axis=1)[order], +Counter(rejected)
+    return pairs, +Counter(rejected)
+
+
+def _firsts(keys: pyarrow.LargeStringArray) -> Int64[np.ndarray, "different"]:
+    """Returns the places of the keys that did not come before."""
+    order = pyarrow.compute.array_sort_indices(keys)  # stable; hashing them takes more memory
+    ordered = keys.take(order)
+    new = np.ones(len(keys), bool)
+    new[1:] = pyarrow.compute.not_equal(ordered[1:], ordered[:-1])
+    return np.sort(np.asarray(order)[new]).astype(np.int64)
 
 
 def _number(path: Path) -> int:

@@ -2,18 +2,15 @@
 
 ``SHARD.tar.index.npz`` has the index of one shard, and is valid as long as the shard's size and time are those it was
 made for; one file for the whole list of shards has them joined, and is mapped into memory, so that opening a data set
-costs neither time nor memory for its records. Where the folder of the shards cannot be written, both are kept below
-``~/.cache/dalle2_jax``.
+costs neither time nor memory for its records.
 """
 
 import hashlib
 import io
 import json
-import os
 import tarfile
 import zipfile
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -23,14 +20,20 @@ from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
 from dalle2_jax.data import images
+from dalle2_jax.data.arrays import Strings, cache_folder, kept, map_arrays
+from dalle2_jax.data.records import LeftOut
 from dalle2_jax.data.storage import SCAN_TIMEOUT, Files, persistently
 from dalle2_jax.files import write_atomically
 
 IMAGE, TEXT, JSON = 0, 2, 4
 """Columns of `Index.rows`: where the offset of a member is; its size is the next. -1 for a member that is not there."""
 
-_VERSION = 1
+_VERSION = 2
 _SCANNERS = 8
+_CACHE = "shards"
+
+_WHOLE = ("shard lost", "not a tar")
+"""Causes of a whole shard, which counts as many records as the others have on average."""
 
 
 class Index(NamedTuple):
@@ -41,7 +44,7 @@ class Index(NamedTuple):
         ends: where in ``names`` the key of each record ends.
         names: the keys, UTF-8, one after the other.
         starts: the first record of each shard, and the count of all records.
-        about: JSON: what was left out, by cause.
+        about: JSON: what was left out, as `LeftOut` has it.
     """
 
     rows: Int64[np.ndarray, "N 6"]
@@ -52,13 +55,12 @@ class Index(NamedTuple):
 
     def key(self, record: int) -> str:
         """Returns the key of a record."""
-        start = self.ends[record - 1] if record else 0
-        return bytes(self.names[start : self.ends[record]]).decode("utf-8", "replace")
+        return Strings(self.names, self.ends).at(record).decode("utf-8", "replace")
 
     @property
-    def refused(self) -> Counter[str]:
-        """How many records were left out, by cause."""
-        return Counter(json.loads(bytes(self.about)))
+    def left_out(self) -> LeftOut:
+        """What was left out."""
+        return LeftOut(**json.loads(bytes(self.about)))
 
 
 def scan(file: BinaryIO, size: int) -> Index:
@@ -68,7 +70,7 @@ def scan(file: BinaryIO, size: int) -> Index:
     cut short or damaged in the middle the whole records before that are left.
     """
     rows: dict[str, list[int]] = {}
-    refused: Counter[str] = Counter()
+    left_out = LeftOut()
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
@@ -76,28 +78,28 @@ def scan(file: BinaryIO, size: int) -> Index:
                 if member.size < 0 or tar.offset <= member.offset:
                     raise tarfile.ReadError("a header that leads back")
                 if member.isreg() and not member.issparse():
-                    _note(member, size, rows, refused)
+                    _note(member, size, rows, left_out)
             file.seek(tar.offset)
             tail = file.read(tarfile.BLOCKSIZE)
         if len(tail) < tarfile.BLOCKSIZE or any(tail):
-            refused["shard cut short" if len(tail) < tarfile.BLOCKSIZE else "shard damaged"] += 1
+            left_out.add("shard cut short" if len(tail) < tarfile.BLOCKSIZE else "shard damaged", "")
     except (tarfile.TarError, ValueError, OverflowError, EOFError):
-        refused["shard cut short" if rows else "not a tar"] += 1
+        left_out.add("shard cut short" if rows else "not a tar", "")
     whole = {key: row for key, row in rows.items() if row[IMAGE] >= 0 and max(row[TEXT], row[JSON]) >= 0}
     for key, row in rows.items():
         if key not in whole and min(row) >= -1:
-            refused["no caption" if row[IMAGE] >= 0 else "no picture"] += 1
-    keys = [key.encode("utf-8", "replace") for key in whole]
+            left_out.add("no caption" if row[IMAGE] >= 0 else "no picture", key)
+    keys = Strings.of([key.encode("utf-8", "replace") for key in whole])
     return Index(
         np.array(list(whole.values()), np.int64).reshape(-1, 6),
-        np.cumsum([len(key) for key in keys], dtype=np.int64),
-        np.frombuffer(b"".join(keys), np.uint8),
+        keys.ends,
+        keys.letters,
         np.array([0, len(whole)], np.int64),
-        _packed(refused),
+        _packed(left_out),
     )
 
 
-def _note(member: tarfile.TarInfo, size: int, rows: dict[str, list[int]], refused: Counter[str]) -> None:
+def _note(member: tarfile.TarInfo, size: int, rows: dict[str, list[int]], left_out: LeftOut) -> None:
     """Notes where a member lies, in the row of its record."""
     path = PurePosixPath(member.name)
     stem, _, kind = path.name.partition(".")
@@ -105,11 +107,11 @@ def _note(member: tarfile.TarInfo, size: int, rows: dict[str, list[int]], refuse
     if column is None or not stem:
         return
     if path.is_absolute() or ".." in path.parts:
-        refused["unsafe name"] += column == IMAGE
+        left_out.add("unsafe name", member.name, column == IMAGE)
         return
     row = rows.setdefault(str(path.parent / stem), [-1] * 6)
     if row[column] >= 0:
-        refused["named twice"] += column == IMAGE
+        left_out.add("named twice", member.name, column == IMAGE)
     elif member.offset_data + member.size > size:
         row[:] = [-2] * 6  # the record at the cut
     elif row[column] == -1:
@@ -119,27 +121,25 @@ def _note(member: tarfile.TarInfo, size: int, rows: dict[str, list[int]], refuse
 def open_index(files: Files) -> tuple[Index, Path | None]:
     """Returns the index of all shards, and the file that it is mapped from, None if none could be written.
 
-    Shards that are not there, or are no tars, count among the refused as many records as the others have on average.
+    Of shards that are not there, or are no tars, as many records are left out as the others have on average.
     """
     lasting = hashlib.sha256(json.dumps([_VERSION, files.paths]).encode()).hexdigest()[:16]
-    homes = [_cache() / f"{lasting}.index"]
+    homes = [cache_folder(_CACHE) / f"{lasting}.index"]
     if files.local:
         homes.insert(0, Path(files.paths[0]).parent / f".{lasting}.index")
-    for home in homes:
-        try:
-            stamps, *arrays = map_arrays(home, 1 + len(Index._fields))
-            if np.array_equal(stamps, files.stamps):
-                return Index(*arrays), home
-        except (OSError, ValueError):
-            continue
-    index = _joined(_scan_all(files))
-    for home in homes:
-        try:
-            write_arrays(home, files.stamps, *index)
-            return Index(*map_arrays(home, 1 + len(Index._fields))[1:]), home
-        except OSError:
-            continue
-    return index, None
+
+    def make() -> tuple[list[np.ndarray], bool]:
+        shards = _scan_all(files)
+        unread = any(shard is None and size >= 0 for shard, (size, _) in zip(shards, files.stamps, strict=True))
+        return [files.stamps, *_joined(files.paths, shards)], not unread  # it may be there the next time
+
+    arrays, home = kept(homes, 1 + len(Index._fields), lambda found: np.array_equal(found[0], files.stamps), make)
+    return Index(*arrays[1:]), home
+
+
+def map_index(home: Path) -> Index:
+    """Maps the index that `open_index` wrote."""
+    return Index(*map_arrays(home, 1 + len(Index._fields))[1:])
 
 
 def _scan_all(files: Files) -> list[Index | None]:
@@ -155,7 +155,7 @@ def _shard(files: Files, number: int) -> Index | None:
     if stamp[0] < 0:
         return None
     name = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    homes = [Path(f"{path}.index.npz")] * files.local + [_cache() / f"{name}.npz"]
+    homes = [Path(f"{path}.index.npz")] * files.local + [cache_folder(_CACHE) / f"{name}.npz"]
     for home in homes:
         try:
             with open(home, "rb") as file, np.load(file) as stored:
@@ -183,14 +183,17 @@ def _scan_one(files: Files, number: int) -> Index:
         return scan(file, int(files.stamps[number, 0]))
 
 
-def _joined(shards: list[Index | None]) -> Index:
-    refused: Counter[str] = Counter()
-    for shard in shards:
-        refused.update(shard.refused if shard else {"shard lost": 1})
-    there = [shard for shard in shards if shard is not None and "not a tar" not in shard.refused]
+def _joined(paths: Sequence[str], shards: list[Index | None]) -> Index:
+    """Joins the indices of shards, None for those that cannot be read."""
+    there = [shard for shard in shards if shard is not None and "not a tar" not in shard.left_out.counts]
     counts = [0 if shard is None else len(shard.rows) for shard in shards]
-    for cause in ("shard lost", "not a tar"):
-        refused[cause] *= max(1, round(sum(counts) / max(1, len(there))))
+    usual = max(1, round(sum(counts) / max(1, len(there))))
+    left_out = LeftOut()
+    for path, shard in zip(paths, shards, strict=True):
+        found = LeftOut({"shard lost": 1}) if shard is None else shard.left_out
+        for cause, count in found.counts.items():
+            name = found.first.get(cause)
+            left_out.add(cause, f"{path}: {name}" if name else path, usual if cause in _WHOLE else count)
     letters = np.cumsum([0] + [len(shard.names) for shard in there])
     ends = [shard.ends + before for shard, before in zip(there, letters, strict=False)]
     return Index(
@@ -198,37 +201,9 @@ def _joined(shards: list[Index | None]) -> Index:
         np.concatenate([np.zeros(0, np.int64)] + ends),
         np.concatenate([np.zeros(0, np.uint8)] + [shard.names for shard in there]),
         np.cumsum([0] + counts),
-        _packed(refused),
+        _packed(left_out),
     )
 
 
-def write_arrays(path: Path, *arrays: np.ndarray) -> None:
-    """Writes arrays one after the other as .npy, for `map_arrays`. OSError where that cannot be."""
-    content = io.BytesIO()
-    for array in arrays:
-        np.save(content, np.ascontiguousarray(array), allow_pickle=False)
-        content.write(bytes(-content.tell() % 64))
-    write_atomically(path, content.getbuffer())
-
-
-def map_arrays(path: Path, count: int) -> list[np.ndarray]:
-    """Maps the arrays of a file into memory, read-only. OSError or ValueError if there are not so many."""
-    arrays = []
-    whole = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.zeros(0, np.uint8)
-    with open(path, "rb") as file:
-        for _ in range(count):
-            np.lib.format.read_magic(file)
-            shape, _, kind = np.lib.format.read_array_header_1_0(file)
-            start, size = file.tell(), int(np.prod(shape)) * kind.itemsize
-            arrays.append(whole[start : start + size].view(kind).reshape(shape))
-            file.seek(-(-(start + size) // 64) * 64)
-    return arrays
-
-
-def _packed(refused: Mapping[str, int]) -> np.ndarray:
-    told = {cause: count for cause, count in refused.items() if count}
-    return np.frombuffer(json.dumps(told).encode(), np.uint8)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle2_jax" / "shards"
+def _packed(left_out: LeftOut) -> np.ndarray:
+    return np.frombuffer(json.dumps(vars(left_out)).encode(), np.uint8)

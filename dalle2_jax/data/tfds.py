@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle2_jax.data.records import Record, Rejected, clean, json_object, text_of
+from dalle2_jax.data.records import Record, Rejected, clean, json_object, spread, text_of
 from dalle2_jax.types import UserError
 
 FIELDS = "json_fields"
@@ -85,8 +85,8 @@ class TfdsRecords:
         return Record(key, image, self._captions(example), fields)
 
     def captions(self, limit: int) -> Iterator[str]:
-        """Yields the captions of the first ``limit`` records."""
-        for index in range(min(limit, len(self))):
+        """Yields the captions of at most ``limit`` records from all over the data set."""
+        for index in spread(len(self), limit):
             yield from self._captions(self._data[index])
 
     def _captions(self, example: dict[str, Any]) -> tuple[str, ...]:

@@ -4,9 +4,6 @@ Records are read at random, so that a stream shuffles all of them and resumes at
 ever unpacked. A caption is taken from ``caption`` of the JSON where there is no text.
 """
 
-import contextlib
-import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +12,23 @@ import numpy as np
 from jaxtyping import Int64
 from tqdm import tqdm
 
+from dalle2_jax.data.arrays import beside, kept
 from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder import division
-from dalle2_jax.data.records import Record, Rejected, caption_lines, captions_in, clean, json_object, text_of
-from dalle2_jax.data.shard_index import IMAGE, JSON, TEXT, Index, map_arrays, open_index, write_arrays
+from dalle2_jax.data.records import (
+    MAX_BYTES,
+    Record,
+    Rejected,
+    caption_lines,
+    captions_in,
+    clean,
+    json_object,
+    spread,
+    text_of,
+)
+from dalle2_jax.data.shard_index import IMAGE, JSON, TEXT, map_index, open_index
 from dalle2_jax.data.storage import ChangedError, Files
 from dalle2_jax.types import UserError
-
-MAX_BYTES = 2**28
-"""No member is read that is larger."""
 
 _AT_ONCE = 500
 
@@ -45,15 +50,15 @@ class WebdatasetRecords:
         self.path, self.split = str(path), split
         self._files = Files(_place(self.path, split), ".tar")
         self._index, self._home = open_index(self._files)
-        self.refused: Counter[str] = self._index.refused
+        self.left_out = self._index.left_out
         self._lost: set[int] = set()
         if not len(self._index.rows):
-            causes = ", ".join(f"{count} {cause}" for cause, count in self.refused.items()) or "they are empty"
+            causes = str(self.left_out) or "they are empty"
             raise UserError(f"there is not one record in the shards {self.path} ({causes})")
         self._chosen = None
         if filters != Filters():
-            self._chosen, unread = self._choice(filters)
-            self.refused["broken JSON"] += unread
+            self._chosen, unread, first = self._choice(filters)
+            self.left_out.add("broken JSON", self._index.key(first), unread)
             if not len(self._chosen):
                 raise UserError(f"the filters leave not one of the {len(self._index.rows)} records: {filters}")
 
@@ -72,7 +77,7 @@ class WebdatasetRecords:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self._index is None:
-            self._index = Index(*map_arrays(self._home, 1 + len(Index._fields))[1:])
+            self._index = map_index(self._home)
 
     def read(self, index: int) -> Record:
         """Returns a record. Raises Rejected when it or its shard is broken."""
@@ -83,7 +88,7 @@ class WebdatasetRecords:
 
     def captions(self, limit: int) -> Iterator[str]:
         """Yields the captions of ``limit`` records spread evenly over the shards; bad ones are passed over."""
-        for index in np.unique(np.linspace(0, len(self) - 1, min(limit, len(self))).astype(np.int64)):
+        for index in spread(len(self), limit):
             try:
                 text, fields = self._members(self._row(index), (TEXT, JSON))
                 yield from _captions(text, _fields(fields))
@@ -115,31 +120,26 @@ class WebdatasetRecords:
             raise Rejected("cut short")
         return contents
 
-    def _choice(self, filters: Filters) -> tuple[Int64[np.ndarray, "M"], int]:
-        """Returns the wanted rows, and how many have JSON that is none; from a file beside the index, if there is."""
-        stamps = self._files.stamps
-        asked = hashlib.sha256(repr(filters).encode() + stamps.tobytes()).hexdigest()[:16]
-        home = self._home and self._home.with_name(f"{self._home.name}.{asked}")
-        try:
-            chosen, unread = map_arrays(home, 2) if home else self._choose(filters)
-        except (OSError, ValueError):
-            chosen, unread = self._choose(filters)
-            if not self._lost:
-                with contextlib.suppress(OSError):  # somebody else's folder: the choice is made again each time
-                    write_arrays(home, chosen, unread)
-        return chosen, int(unread[0])
+    def _choice(self, filters: Filters) -> tuple[Int64[np.ndarray, "M"], int, int]:
+        """Returns the wanted rows, how many have JSON that is none, and the first that has.
+
+        They come from a file beside the index, if there is one.
+        """
+        homes = beside(self._home, filters, self._files.stamps)
+        (chosen, unread), _ = kept(homes, 2, lambda _: True, lambda: (self._choose(filters), not self._lost))
+        return chosen, *unread.tolist()
 
     def _choose(self, filters: Filters) -> tuple[np.ndarray, np.ndarray]:
-        chosen, unread = [], 0
+        chosen, unread = [], []
         starts = self._index.starts.tolist()
         for shard in tqdm(range(len(starts) - 1), "filtering by fields", leave=False, disable=len(starts) < 20):
             for first in range(starts[shard], starts[shard + 1], _AT_ONCE):
                 places = self._index.rows[first : min(first + _AT_ONCE, starts[shard + 1]), JSON : JSON + 2]
                 told = self._told(shard, places)
-                unread += sum(fields is None for fields in told)
+                unread += [first + place for place, fields in enumerate(told) if fields is None]
                 wanted = (fields is not None and filters.want_fields(fields) for fields in told)
                 chosen += [first + place for place, one in enumerate(wanted) if one]
-        return np.array(chosen, np.int64), np.array([unread], np.int64)
+        return np.array(chosen, np.int64), np.array([len(unread), unread[0] if unread else 0], np.int64)
 
     def _told(self, shard: int, places: Int64[np.ndarray, "n 2"]) -> list[dict[str, Any] | None]:
         """Returns the fields of neighbouring records, None for those with broken JSON."""

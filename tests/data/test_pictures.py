@@ -9,17 +9,17 @@ from PIL import Image
 
 from dalle2_jax.data import Filters, PictureSource, Record, Records, Rejected, Source
 from dalle2_jax.data.pictures import decoded
-from dalle2_jax.data.records import caption_lines, captions_in, clean, json_object, text_of
+from dalle2_jax.data.records import LeftOut, caption_lines, captions_in, clean, json_object, text_of
 from dalle2_jax.types import UserError
 
 
 class Listed:
     """Records given one by one; a string among them is the cause of a bad one."""
 
-    def __init__(self, *records, refused=None):
+    def __init__(self, *records, left_out=None):
         self.records, self.reads = records, 0
-        if refused is not None:
-            self.refused = refused
+        if left_out is not None:
+            self.left_out = LeftOut(left_out, {"lost": "b.tar"})
 
     def __len__(self):
         return len(self.records)
@@ -131,9 +131,9 @@ def test_a_run_ends_when_too_many_are_bad():
     for index in range(400):
         patient[index]
     assert patient.rejected == {"torn": 100}
-    with pytest.raises(UserError, match="30 of 130 records of Listed are bad .found so far: 30 lost."):
-        PictureSource(Listed(*[_record(1)] * 100, refused={"lost": 30}), 8)
-    opened = PictureSource(Listed(*[_record(1)] * 300, refused={"lost": 30, "torn": 0}), 8)
+    with pytest.raises(UserError, match="30 of 130 records of Listed are bad .found so far: 30 lost .first b.tar.."):
+        PictureSource(Listed(*[_record(1)] * 100, left_out={"lost": 30}), 8)
+    opened = PictureSource(Listed(*[_record(1)] * 300, left_out={"lost": 30}), 8)
     assert opened.rejected == {"lost": 30}
 
 

@@ -16,6 +16,7 @@ from dalle2_jax.data import (
     Rejected,
     WebdatasetConfig,
     WebdatasetRecords,
+    arrays,
     make_source,
     make_stream,
     shard_index,
@@ -69,7 +70,7 @@ def _levels(source):
 
 def test_records_of_shards(shards):
     records = pickle.loads(pickle.dumps(WebdatasetRecords(shards)))
-    assert isinstance(records, Records) and len(records) == 12 and not records.refused
+    assert isinstance(records, Records) and len(records) == 12 and not records.left_out.counts
     for index in (11, 0, 4, 5, 7, 8):
         record = records.read(index)
         assert (record.key, record.captions, record.fields["number"]) == (f"{index:09d}", (f"caption {index}",), index)
@@ -125,13 +126,15 @@ def test_an_index_in_another_folder_where_shards_cannot_be_written(shards, monke
             raise PermissionError(path)
         write(path, content)
 
-    monkeypatch.setattr(shard_index, "write_atomically", refuse)
+    for module in (shard_index, arrays):
+        monkeypatch.setattr(module, "write_atomically", refuse)
     assert len(WebdatasetRecords(shards)) == 12
     assert sorted(path.suffix for path in shards.iterdir()) == [".tar"] * 3
     monkeypatch.setattr(shard_index, "scan", None)
     assert WebdatasetRecords(shards).read(11).captions == ("caption 11",)
     monkeypatch.undo()
-    monkeypatch.setattr(shard_index, "write_atomically", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    for module in (shard_index, arrays):
+        monkeypatch.setattr(module, "write_atomically", lambda *_: (_ for _ in ()).throw(PermissionError()))
     (shards / "x").mkdir()
     os.rename(shards / "00000.tar", shards / "x" / "00000.tar")
     nowhere = pickle.loads(pickle.dumps(WebdatasetRecords(shards / "x")))
@@ -154,7 +157,7 @@ def test_a_shard_cut_short_anywhere_keeps_the_whole_records_before(tmp_path):
         kept = sum(size >= ends[3 * number + 2] for number in range(3))
         headless = len(records) - kept  # picture and text were whole, and nothing tells that there was more
         assert headless == any(ends[3 * n + 1] <= size < starts[3 * n + 2] + 512 for n in range(3))
-        assert records.refused["shard cut short"] == (size < complete + 512)
+        assert records.left_out.counts["shard cut short"] == (size < complete + 512)
         for index in range(len(records)):
             assert records.read(index).image == png(index)
 
@@ -167,11 +170,11 @@ def test_a_shard_damaged_in_the_middle_or_no_shard_at_all(shards):
     (shards / "00000.tar").write_bytes(content)
     (shards / "00001.tar").write_bytes(b"<html>no such shard</html>" * 100)
     records = WebdatasetRecords(shards)
-    assert len(records) == 2 + 4 and records.refused == {"shard damaged": 1, "not a tar": 3}
+    assert len(records) == 2 + 4 and records.left_out.counts == {"shard damaged": 1, "not a tar": 3}
     (shards / "00001.tar").write_bytes(b"")
     (shards / "00002.tar").unlink()
     records = WebdatasetRecords(f"{shards}/{{00000..00002}}.tar")
-    assert len(records) == 2 and records.refused == {"shard damaged": 1, "not a tar": 2, "shard lost": 2}
+    assert len(records) == 2 and records.left_out.counts == {"shard damaged": 1, "not a tar": 2, "shard lost": 2}
 
 
 def test_names_from_the_world(tmp_path):
@@ -194,7 +197,7 @@ def test_names_from_the_world(tmp_path):
         keys = [records.read(index).key for index in range(len(records))]
         assert keys[:4] == ["e", "sub/f", "\u65e5\u672c \u00fc", "long/" * 60 + "i"] and keys[4].startswith("caf")
         keys[4].encode()
-        assert records.refused == {"unsafe name": 3, "no picture": 1}
+        assert records.left_out.counts == {"unsafe name": 3, "no picture": 1}
         assert [int(level) for level in _levels(PictureSource(records, 8))] == [5, 7, 8, 9, 10]
         assert records.read(2).captions == ("\u732b",) and records.read(4).captions == ("coff\ufffde",)
 
@@ -343,7 +346,7 @@ def test_shards_below_a_url(shards):
         for pattern in ("memory://data/{00000..00003}.tar", "memory://data/*.tar", "memory://data"):
             records = pickle.loads(pickle.dumps(WebdatasetRecords(pattern)))
             assert len(records) == 12 and records.read(11).image == png(11)
-            assert records.refused["shard lost"] == (4 if "3}" in pattern else 0)
+            assert records.left_out.counts["shard lost"] == (4 if "3}" in pattern else 0)
         system.rm_file("/data/00001.tar")
         with pytest.raises(Rejected, match="shard lost"):
             records.read(6)
