@@ -3,8 +3,8 @@ a ConfigDict.
 """
 
 import dataclasses
-import functools
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +29,7 @@ from dalle2_jax.stages import (
 from dalle2_jax.stages.base import fingerprint
 from dalle2_jax.stages.lora import merge
 from dalle2_jax.training.loop import Job, RunConfig
+from dalle2_jax.training.metrics import from_all_hosts
 from dalle2_jax.training.optim import OptimConfig, make_optimizer
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
 from dalle2_jax.types import UsageError, UserError, choose
@@ -97,8 +98,7 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
     preview = None
     if run.sample_every and not embedded:  # what is trained on embeddings draws no pictures
         preview = _preview(config, stage, frozen, tokenizer, context_length, folder)
-    rejected = functools.partial(getattr, source, "rejected", {})
-    job = Job(run, stage, frozen, optimizer, optim.ema_decay, stream, mesh, folder, preview, rejected=rejected)
+    job = Job(run, stage, frozen, optimizer, optim.ema_decay, stream, mesh, folder, preview, rejected=_refused(source))
     job, identity = _tuned(job, base, config, clip and clip.stage) if base else (job, None)
     if jax.process_index() == 0:
         if base and folder.is_link_to(base):
@@ -222,6 +222,19 @@ def _check_meant(folder: StageFolder, base: StageFolder | None, clip: StageFolde
         _check_contract(folder, contract)
     elif base:
         finetune.check_contract(base, clip)
+
+
+def _refused(source: data.Source | data.Embedded) -> Callable[[], Mapping[str, int]]:
+    """Returns what counts refused records: those of the opening, which every host saw, and what any refused since."""
+    since: Callable[[], Mapping[str, str]] = getattr(source, "refusals", dict)
+    at_opening = Counter(getattr(source, "rejected", {})) - Counter(since().values())
+    known: dict[str, str] = {}
+
+    def count() -> Counter[str]:
+        known.update(from_all_hosts({place: cause for place, cause in since().items() if place not in known}))
+        return at_opening + Counter(known.values())
+
+    return count
 
 
 def _telling(source: data.Embedded, stage: Stage, context_length: int) -> data.Embedded:

@@ -1,56 +1,27 @@
 """A prior trained on embeddings: as on the pictures, without CLIP's weights, and on those of the right CLIP."""
 
-import json
 import shutil
 
-import cv2
 import jax
 import numpy as np
 import pytest
 import tiny_system
+from tiny_data import write_clip, write_pictures
 
-from dalle2_jax import build, data, rng, testing
+from dalle2_jax import build, data, rng
 from dalle2_jax.data.__main__ import main
 from dalle2_jax.job import build_job
-from dalle2_jax.stages import EmbeddingContract
-from dalle2_jax.stages.base import fingerprint
-from dalle2_jax.text import train_sentencepiece
 from dalle2_jax.training.loop import calibrated, train
 from dalle2_jax.training.sharding import MeshConfig, make_mesh, shard_batch
 from dalle2_jax.types import UserError
-from dalle2_jax.workdir import Checkpoints, StageFolder
+from dalle2_jax.workdir import StageFolder
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
 
-WORDS = "red green blue large small circle square".split()
-
-
-def write_clip(root, seed=0):
-    """Writes a finished CLIP of random weights."""
-    config = tiny_system.get_config("clip").to_dict() | {"total_steps": 0}
-    tokenizer = train_sentencepiece(data.ShapesSource("train", 8, num_examples=64).captions(64), 300)
-    stage = build.build_stage(config, tokenizer.vocab_size, None)
-    variables, folder = testing.tiny_variables(stage, seed), StageFolder(root, "clip")
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(0, {"ema": variables.params, "stats": variables.stats}, {})
-    checkpoints.wait()
-    tokenizer.save(folder.path / "tokenizer")
-    folder.write_json("config.json", config)
-    folder.write_json("contract.json", vars(EmbeddingContract(fingerprint(variables.params), 8, "unit", 1.5)))
-    return root
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    lines = []
-    for number in range(48):
-        cv2.imwrite(str(folder / f"{number:02d}.png"), noise.integers(256, size=(8, 8, 3), dtype=np.uint8))
-        texts = [" ".join(noise.choice(WORDS, 3)) for _ in range(number % 3 + 1)]
-        lines.append(json.dumps({"file_name": f"{number:02d}.png", "text": texts}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

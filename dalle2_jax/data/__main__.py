@@ -1,4 +1,4 @@
-"""``python -m dalle2_jax.data``: writes data sets and what CLIP says of them, and shows contact sheets of any."""
+"""``python -m dalle2_jax.data``: writes data sets and what CLIP says of them, and shows what is in any."""
 
 import argparse
 import runpy
@@ -8,49 +8,74 @@ from pathlib import Path
 
 import numpy as np
 
+from dalle2_jax import entry
 from dalle2_jax.data import digits, inspection
 from dalle2_jax.data.convert import FORMATS, convert
-from dalle2_jax.data.embed import Task, write_split
+from dalle2_jax.data.embed import SHARD_SIZE, Task, claim, write_split
 from dalle2_jax.data.embeddings import Embedded
+from dalle2_jax.data.pictures import MAX_REJECTED
 from dalle2_jax.data.sources import Source, source_named
 from dalle2_jax.files import captioned_grid, write_png
 from dalle2_jax.text import clip_tokenizer, load_tokenizer
 from dalle2_jax.types import UserError
 
-_EXAMPLE = """examples:
-  python -m dalle2_jax.data digits digits
-  python -m dalle2_jax.data preview folder:digits --out digits.png
-  python -m dalle2_jax.data inspect folder:digits --out digits_report
-  python -m dalle2_jax.data preview shapes --split compositional --out shapes.png
-  python -m dalle2_jax.data convert folder:digits digits_tar --to webdataset
-  python -m dalle2_jax.data embed --system runs/demo --out runs/demo_embeddings"""
+COMMANDS = {
+    # name: (what it does, more of that, the words of an example)
+    "digits": (
+        "write 1,797 scans of handwritten digits with captions",
+        "They are scikit-learn's, as PNG, no download.",
+        "digits",
+    ),
+    "preview": (
+        "draw a contact sheet of a data set with its captions",
+        "The first examples, each over one of its captions.",
+        "folder:digits --split val --out digits.png",
+    ),
+    "inspect": (
+        "tell sizes, caption lengths, duplicates and bad records of a data set",
+        "It reads every record of a split: to do before training.",
+        "webdataset:shards --num 10000 --out report",
+    ),
+    "embed": (
+        "write what CLIP says of pictures and captions, for training a prior",
+        "It embeds a split with a system's clip on all devices; the same command continues a killed run.",
+        "--system runs/demo --data folder:digits --out embeddings",
+    ),
+    "convert": (
+        "write a data set in another format",
+        "It writes pictures and captions as ArrayRecord (read as tfds:PATH) or as tar shards.",
+        "folder:digits out --to webdataset --splits train val",
+    ),
+}
+
+WAITS = 7 * 24 * 3600
+"""Seconds that a host which has embedded its share waits for the others."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0, or 1 after a one-line error; usage errors exit with 2)."""
-    options = _parser().parse_args(arguments)
-    try:
-        if options.command == "digits":
-            digits.write(options.out)
-            print(f"{options.out}: scans of handwritten digits in train/ and val/, with captions")
-        elif options.command == "embed":
-            count = embed(options)
-            print(f"{options.out}: embeddings of {count} pictures, split {options.split}")
-        elif options.command == "convert":
-            sources = {split: source_named(options.source, split, options.resolution) for split in options.splits}
-            counts = convert(sources, options.out, options.to)
-            print(f"{options.out}: " + ", ".join(f"{count} pictures of {split}" for split, count in counts.items()))
-        elif options.command == "inspect":
-            inspect(options)
-        else:
-            source = source_named(options.source, options.split, options.resolution)
-            sheet = contact_sheet(source, range(min(options.num, len(source))))
-            write_png(options.out, sheet)
-            print(f"{options.out}: the first {min(options.num, len(source))} of {source}")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Runs the command line; returns the exit code: 0, or after one line on standard error 1, or 2 for a wrong word."""
+    return entry.guarded(lambda: _run(make_parser().parse_args(arguments)))
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "digits":
+        digits.write(options.out)
+        print(f"{options.out}: scans of handwritten digits in train/ and val/, with captions")
+    elif options.command == "embed":
+        count = embed(options)
+        told = f"embeddings of {count} pictures" if count is not None else "this host's share of the embeddings"
+        print(f"{options.out}: {told}, split {options.split}")
+    elif options.command == "convert":
+        sources = {split: source_named(options.source, split, options.resolution) for split in options.splits}
+        counts = convert(sources, options.out, options.to)
+        print(f"{options.out}: " + ", ".join(f"{count} pictures of {split}" for split, count in counts.items()))
+    elif options.command == "inspect":
+        inspect(options)
+    else:
+        source = source_named(options.source, options.split, options.resolution)
+        sheet = contact_sheet(source, range(min(options.num, len(source))))
+        write_png(options.out, sheet)
+        print(f"{options.out}: the first {min(options.num, len(source))} of {source}")
 
 
 def contact_sheet(source: Source, indices: Sequence[int]) -> np.ndarray:
@@ -74,28 +99,47 @@ def inspect(options: argparse.Namespace) -> None:
         print(f"{options.out}: report.json and sheet.png")
 
 
-def embed(options: argparse.Namespace) -> int:
-    """Embeds a split with a system's CLIP on all devices; returns how many pictures it has.
+def embed(options: argparse.Namespace) -> int | None:
+    """Embeds a split with a system's CLIP on all devices.
+
+    Returns:
+        How many pictures the split has; None when other hosts still embed their share.
 
     Raises:
         UserError: the system has no trained clip, the data cannot be read, or the folder is another CLIP's.
     """
     # The networks are for this command alone: the others start without waiting for them.
-    from dalle2_jax import build, entry
+    import jax
+    from jax.experimental import multihost_utils
+
+    from dalle2_jax import build
     from dalle2_jax.generation import ClipEmbedder
     from dalle2_jax.training.sharding import MeshConfig, batch_sharding, make_mesh
 
+    if options.multihost:
+        jax.distributed.initialize(shutdown_timeout_seconds=WAITS)
     entry.enable_compilation_cache()
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(), local=True)
     clip = build.load_system(options.system, mesh, ("clip",))["clip"]
     if clip.tokenizer is None:
         raise UserError(f"the clip of {options.system} was imported without a tokenizer: it cannot read captions")
-    source = _embedded_data(options, clip.stage.model.tower.image_size)
-    build.write_description(options.system, options.out)
-    embedder = ClipEmbedder(clip, batch_sharding(mesh), options.batch_size)
     task = Task(
-        source, options.split, embedder, clip.tokenizer, clip.context_length, options.out, states=options.text_seq
+        source=_embedded_data(options, clip.stage.model.tower.image_size),
+        split=options.split,
+        embedder=ClipEmbedder(clip, batch_sharding(mesh), options.batch_size),
+        tokenizer=clip.tokenizer,
+        context_length=clip.context_length,
+        out=options.out,
+        states=options.text_seq,
+        shard_size=options.shard_size,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
     )
+    if task.host == 0:
+        build.write_description(options.system, options.out)
+        if task.hosts > 1:
+            claim(task)
+    multihost_utils.sync_global_devices(f"{options.out} is claimed")
     return write_split(task)
 
 
@@ -105,7 +149,7 @@ def _embedded_data(options: argparse.Namespace, side: int) -> Source:
     from dalle2_jax.workdir import StageFolder
 
     if options.data:
-        source = source_named(options.data, options.split, options.resolution or side)
+        source = source_named(options.data, options.split, options.resolution or side, options.max_rejected)
     else:
         config = StageFolder(options.system, "clip").read_json("config.json")
         if options.config:
@@ -121,93 +165,57 @@ def _embedded_data(options: argparse.Namespace, side: int) -> Source:
     return source
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
-
-
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m dalle2_jax.data", description="Data sets.", epilog=_EXAMPLE, formatter_class=raw
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the command line's parser."""
+    examples = [f"python -m dalle2_jax.data {name} {words}" for name, (*_, words) in COMMANDS.items()]
+    parser = entry.parser("python -m dalle2_jax.data", "Data sets.", "\n  ".join(examples))
     commands = parser.add_subparsers(dest="command", required=True)
-    write = commands.add_parser(
-        "digits",
-        help="write 1,797 scans of handwritten digits with captions",
-        description="Writes scikit-learn's 1,797 scans of handwritten digits as PNG with captions, no download.",
-        epilog="example:\n  python -m dalle2_jax.data digits digits",
-        formatter_class=raw,
-    )
-    write.add_argument("out", type=Path, help="folder to write; it must not exist, or be empty")
-    preview = commands.add_parser(
-        "preview",
-        help="draw a contact sheet of a data set with its captions",
-        description="Draws the first examples of a data set, each over one of its captions.",
-        epilog="example:\n  python -m dalle2_jax.data preview folder:digits --split val --out digits.png",
-        formatter_class=raw,
-    )
-    preview.add_argument("source", help="shapes, folder:PATH, webdataset:PATH or tfds:PATH")
-    preview.add_argument("--out", type=Path, required=True, help="PNG file to write")
-    preview.add_argument("--split", default="train", help="split to draw (default %(default)s)")
-    preview.add_argument("--num", type=_positive, default=24, help="examples to draw (default %(default)s)")
-    preview.add_argument("--resolution", type=_positive, default=64, help="side of the pictures (default %(default)s)")
-    _add_inspect(commands, raw)
-    _add_embed(commands, raw)
-    _add_convert(commands, raw)
+    added = {}
+    for example, (name, (text, more, _)) in zip(examples, COMMANDS.items(), strict=True):
+        added[name] = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}. {more}",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    for name in ("preview", "inspect", "convert"):
+        added[name].add_argument("source", help="shapes, a path, or its kind too: folder:PATH, webdataset:PATH, tfds:PATH")
+        side = "of shapes (default %(default)s)" if name != "preview" else "of the pictures (default %(default)s)"
+        added[name].add_argument("--resolution", type=entry.positive, default=64, help=f"side {side}")
+    for name in ("digits", "convert"):
+        added[name].add_argument("out", type=Path, help="folder to write; it must not exist, or be empty")
+    for name in ("preview", "inspect", "embed"):
+        added[name].add_argument("--split", default="train", help="which part of the data (default %(default)s)")
+    _complete(added["preview"], added["inspect"], added["convert"])
+    _complete_embed(added["embed"])
     return parser
 
 
-def _add_inspect(commands: argparse.Action, raw: type) -> None:
-    command = commands.add_parser(
-        "inspect",
-        help="tell sizes, caption lengths, duplicates and bad records of a data set",
-        description="Reads every record of a split and tells what is in it: to do before training.",
-        epilog="example:\n  python -m dalle2_jax.data inspect webdataset:shards --num 10000 --out report",
-        formatter_class=raw,
-    )
-    command.add_argument("source", help="shapes, folder:PATH, webdataset:PATH or tfds:PATH")
-    command.add_argument("--out", type=Path, help="folder for report.json and sheet.png (default: print only)")
-    command.add_argument("--split", default="train", help="split to read (default %(default)s)")
-    command.add_argument("--num", type=_positive, help="records to read, evenly spread (default: all)")
-    command.add_argument("--tokenizer", type=Path, help="a sentencepiece .model or a saved tokenizer (default: CLIP's)")
-    command.add_argument("--resolution", type=_positive, default=64, help="side of shapes (default %(default)s)")
+def _complete(preview: argparse.ArgumentParser, inspect: argparse.ArgumentParser, convert: argparse.ArgumentParser):
+    preview.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    preview.add_argument("--num", type=entry.positive, default=24, help="examples to draw (default %(default)s)")
+    inspect.add_argument("--out", type=Path, help="folder for report.json and sheet.png (default: print only)")
+    inspect.add_argument("--num", type=entry.positive, help="records to read, evenly spread (default: all)")
+    inspect.add_argument("--tokenizer", type=Path, help="a sentencepiece .model or a saved tokenizer (default: CLIP's)")
+    convert.add_argument("--to", choices=FORMATS, required=True, help="the format")
+    convert.add_argument("--splits", nargs="+", default=["train"], help="splits to write (default train)")
 
 
-def _add_embed(commands: argparse.Action, raw: type) -> None:
-    command = commands.add_parser(
-        "embed",
-        help="write what CLIP says of pictures and captions, for training a prior",
-        description="Embeds a split with a system's CLIP on all devices; the same command continues a killed run.",
-        epilog="example:\n  python -m dalle2_jax.data embed --system runs/demo --data folder:digits --out embeddings",
-        formatter_class=raw,
-    )
-    command.add_argument("--system", type=Path, required=True, help="the system whose clip embeds")
-    data = command.add_mutually_exclusive_group()
+def _complete_embed(embed: argparse.ArgumentParser) -> None:
+    embed.add_argument("--system", type=Path, required=True, help="the system whose clip embeds")
+    data = embed.add_mutually_exclusive_group()
     data.add_argument("--data", help="as for preview (default: what clip was trained on)")
     data.add_argument("--config", help="FILE:STAGE, whose section data says what is embedded")
-    command.add_argument("--split", default="train", help="split to embed (default %(default)s)")
-    command.add_argument("--out", type=Path, required=True, help="folder of the embeddings, of one clip and any splits")
-    command.add_argument("--text_seq", action="store_true", help="keep text states too, for a prior that reads them")
-    command.add_argument("--batch_size", type=_positive, default=256, help="pictures at a time (default %(default)s)")
-    command.add_argument("--resolution", type=_positive, help="side of the pictures (default: the data's, or clip's)")
-
-
-def _add_convert(commands: argparse.Action, raw: type) -> None:
-    command = commands.add_parser(
-        "convert",
-        help="write a data set in another format",
-        description="Writes pictures and captions as ArrayRecord (read as tfds:PATH) or as tar shards.",
-        epilog="example:\n  python -m dalle2_jax.data convert folder:digits out --to webdataset --splits train val",
-        formatter_class=raw,
-    )
-    command.add_argument("source", help="shapes, folder:PATH, webdataset:PATH or tfds:PATH")
-    command.add_argument("out", type=Path, help="folder to write; it must not exist, or be empty")
-    command.add_argument("--to", choices=FORMATS, required=True, help="the format")
-    command.add_argument("--splits", nargs="+", default=["train"], help="splits to write (default train)")
-    command.add_argument("--resolution", type=_positive, default=64, help="side of shapes (default %(default)s)")
+    refused = "share of bad records of --data above which it ends (default %(default)s)"
+    embed.add_argument("--max_rejected", type=entry.share, default=MAX_REJECTED, help=refused)
+    embed.add_argument("--out", type=Path, required=True, help="folder of the embeddings, of one clip and any splits")
+    embed.add_argument("--text_seq", action="store_true", help="keep text states too, for a prior that reads them")
+    shard = "pictures a shard, which is held in memory (default %(default)s)"
+    embed.add_argument("--shard_size", type=entry.positive, default=SHARD_SIZE, help=shard)
+    embed.add_argument("--batch_size", type=entry.positive, default=256, help="pictures at a time, of a host")
+    embed.add_argument("--resolution", type=entry.positive, help="side of the pictures (default: the data's, or clip's)")
+    embed.add_argument("--multihost", action="store_true", help="share the work with the other hosts of a pod")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Writes the embeddings of a source, shard by shard: `dalle2_jax.data.embeddings` says what lies where.
 
 A shard covers a fixed range of the source's pictures and appears when it is complete, so a run that was killed goes on
-with the first that is missing, and what it writes does not depend on where it was killed.
+with the first that is missing, and what it writes does not depend on where it was killed, nor on how many hosts share
+the shards.
 """
 
 import io
@@ -67,6 +68,7 @@ class Task:
         out: the folder; its ``clip`` must be there.
         states: whether text_seq is kept.
         shard_size: pictures a shard, at most.
+        host: the number of this host, of ``hosts`` that share the work, each with its own devices.
     """
 
     source: Source
@@ -77,6 +79,8 @@ class Task:
     out: Path
     states: bool = False
     shard_size: int = SHARD_SIZE
+    host: int = 0
+    hosts: int = 1
 
     @property
     def folder(self) -> Path:
@@ -99,32 +103,14 @@ class Task:
         }
 
 
-def write_split(task: Task) -> int:
-    """Embeds a split, or what is missing of it, and returns how many pictures it has.
+def claim(task: Task) -> None:
+    """Writes what all hosts agree on, or checks it; clears what a killed run left.
 
-    Pictures that the source refuses are left out. All captions of a picture are kept.
+    Where several hosts share the work, the first does it, before any calls `write_split`.
 
     Raises:
-        UserError: the folder holds embeddings of something else, or the source cannot be read.
+        UserError: the folder holds embeddings of something else.
     """
-    _claim(task)
-    if not (task.out / EMPTY).is_file():
-        empty = task.embedder.empty(*task.tokenizer.encode([""], task.context_length))
-        _write_empty(task.out / EMPTY, empty)
-    with tqdm(total=len(task.source), desc=f"embedding {task.split}", unit="picture") as bar:
-        for number in range(task.shards):
-            if not shard_folder(task.folder, number).is_dir():
-                (task.folder / INDEX).unlink(missing_ok=True)
-                _write_shard(task, number)
-            bar.update(min(task.shard_size, len(task.source) - number * task.shard_size))
-    if not (task.folder / INDEX).is_file():
-        index = [_measured(shard_folder(task.folder, number)) for number in range(task.shards)]
-        write_atomically(task.folder / INDEX, json.dumps({"shards": index}) + "\n")
-    return sum(shard["pictures"] for shard in json.loads((task.folder / INDEX).read_text())["shards"])
-
-
-def _claim(task: Task) -> None:
-    """Writes split.json, or checks that the shards there are of the same task; clears what a killed run left."""
     path = task.folder / SPLIT
     about = json.loads(json.dumps(task.about))
     if path.is_file():
@@ -136,6 +122,38 @@ def _claim(task: Task) -> None:
         write_atomically(path, json.dumps(about, indent=2) + "\n")
     for left in task.folder.glob(".[0-9]*"):
         shutil.rmtree(left, ignore_errors=True)
+    if not (task.out / EMPTY).is_file():
+        empty = task.embedder.empty(*task.tokenizer.encode([""], task.context_length))
+        _write_empty(task.out / EMPTY, empty)
+
+
+def write_split(task: Task) -> int | None:
+    """Embeds a split, or what is missing of this host's share of it.
+
+    Pictures that the source refuses are left out. All captions of a picture are kept.
+
+    Returns:
+        How many pictures the split has, None while other hosts are still at work: the last to end completes it.
+
+    Raises:
+        UserError: the folder holds embeddings of something else, or the source cannot be read.
+    """
+    if task.hosts == 1:
+        claim(task)
+    numbers = range(task.host, task.shards, task.hosts)
+    sizes = [min(task.shard_size, len(task.source) - number * task.shard_size) for number in numbers]
+    with tqdm(total=sum(sizes), desc=f"embedding {task.split}", unit="picture") as bar:
+        for number, size in zip(numbers, sizes, strict=True):
+            if not shard_folder(task.folder, number).is_dir():
+                (task.folder / INDEX).unlink(missing_ok=True)
+                _write_shard(task, number)
+            bar.update(size)
+    if not (task.folder / INDEX).is_file():
+        shards = [shard_folder(task.folder, number) for number in range(task.shards)]
+        if not all(shard.is_dir() for shard in shards):
+            return None
+        write_atomically(task.folder / INDEX, json.dumps({"shards": [*map(_measured, shards)]}) + "\n")
+    return sum(shard["pictures"] for shard in json.loads((task.folder / INDEX).read_text())["shards"])
 
 
 def _write_shard(task: Task, number: int) -> None:

@@ -54,6 +54,11 @@ class MixtureSource:
         counts = {(name, cause): count for name, causes in refused.items() for cause, count in causes.items()}
         return +Counter({f"{name}: {cause}": count for (name, cause), count in counts.items()})
 
+    def refusals(self) -> dict[str, str]:
+        """Returns why each record was refused since the opening, by part and name."""
+        told = {name: getattr(part, "refusals", dict)() for name, part in self.parts.items()}
+        return {f"{name}: {place}": f"{name}: {cause}" for name, one in told.items() for place, cause in one.items()}
+
     def __getitem__(self, index: int) -> dict:
         """Returns the example of the source whose turn it is."""
         source, own = self._find(index)

@@ -82,11 +82,15 @@ class PictureSource:
 
     @property
     def rejected(self) -> Counter[str]:
-        """How many records were refused, by cause: when the data set was opened, and since.
+        """How many records were refused, by cause: when the data set was opened, and since."""
+        return self._left_out.counts + Counter(self._refused.causes().values())
 
-        Copies in other processes of this machine count too, a record that several of them refuse once.
+    def refusals(self) -> dict[str, str]:
+        """Returns why each record was refused since the opening, here and by copies in other processes, by its name.
+
+        The names are the same on every machine that opens the data set.
         """
-        return self._left_out.counts + self._refused.counts()
+        return {str(place): cause for place, cause in self._refused.causes().items()}
 
     @property
     def marred(self) -> int:
@@ -178,7 +182,7 @@ class PictureSource:
         if refused > self.max_rejected * max(tried, _FEW):
             raise UserError(
                 f"{refused} of {tried} records of {self.records} are bad (found so far: {self._causes()}), "
-                f"more than max_rejected={self.max_rejected:g}: mend the data set or raise config.data.max_rejected"
+                f"more than max_rejected={self.max_rejected:g}: mend the data set, or raise max_rejected"
             )
 
     def _causes(self) -> str:

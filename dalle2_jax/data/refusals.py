@@ -5,7 +5,6 @@ import json
 import os
 import tempfile
 import weakref
-from collections import Counter
 from typing import Any
 
 
@@ -56,9 +55,9 @@ class Refusals:
                 os.close(handle)
         return new
 
-    def counts(self) -> Counter[str]:
-        """Returns how many records were refused, by cause, here and in the copies."""
-        return Counter({**self._listen(), **self._causes}.values())
+    def causes(self) -> dict[int, str]:
+        """Returns the places that were refused here and in the copies, and why each was."""
+        return {**self._listen(), **self._causes}
 
     def _listen(self) -> dict[int, str]:
         """Returns what copies have reported so far."""

@@ -186,9 +186,9 @@ def _make_embedded(config: EmbeddingsConfig, split: str) -> Embedded:
 
 
 def source_named(name: str, split: str, resolution: int, max_rejected: float = MAX_REJECTED) -> Source:
-    """Opens a data set by its name on a command line: ``shapes`` (one or two objects) or KIND:PATH.
+    """Opens a data set by its name on a command line: ``shapes`` (one or two objects), KIND:PATH or a path alone.
 
-    ``max_rejected`` is as in `PictureSource`.
+    What lies at a path tells its kind. ``max_rejected`` is as in `PictureSource`.
 
     Raises:
         UserError: on any other name, or when the data set cannot be read.
@@ -197,6 +197,20 @@ def source_named(name: str, split: str, resolution: int, max_rejected: float = M
         return make_source(ShapesConfig(resolution, max_objects=2), split)
     kind, _, path = name.partition(":")
     kinds = {"folder": FolderConfig, "webdataset": WebdatasetConfig, "tfds": TfdsConfig}
-    if kind in kinds and path:
-        return make_source(kinds[kind](path, resolution=resolution, max_rejected=max_rejected), split)
-    raise UserError(f"unknown data set {name!r}: write shapes, folder:PATH, webdataset:PATH or tfds:PATH")
+    if kind not in kinds:
+        kind, path = _kind_of(name, split), name
+    if kind is None or not path:
+        raise UserError(f"unknown data set {name!r}: write shapes, folder:PATH, webdataset:PATH or tfds:PATH")
+    return make_source(kinds[kind](path, resolution=resolution, max_rejected=max_rejected), split)
+
+
+def _kind_of(path: str, split: str) -> str | None:
+    """The kind of data set that lies at a path, None if that cannot be told."""
+    if path.endswith(".tar"):
+        return "webdataset"
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    if (folder / "features.json").is_file():
+        return "tfds"
+    return "webdataset" if any(any(place.glob("*.tar")) for place in (folder, folder / split)) else "folder"

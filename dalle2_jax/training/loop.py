@@ -22,11 +22,16 @@ from dalle2_jax.training import metrics as metrics_lib
 from dalle2_jax.training.sharding import shard_batch, with_shardings
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.training.step import abstract_state, init_state, make_train_step, state_shardings
-from dalle2_jax.types import Batch, Params, UserError
+from dalle2_jax.types import Batch, Metrics, Params, UserError
 from dalle2_jax.workdir import Checkpoints, StageFolder
 
 PREFETCH = 2
 """Batches on the device beyond the one in use."""
+
+AHEAD = 2
+"""Steps that wait on the devices behind the one they compute: enough that they never idle, and few enough that the host
+does not rush through the batches that lie ready, as it would after each log.
+"""
 
 
 class Stream(Protocol):
@@ -60,7 +65,7 @@ class Job:
     Parts may be missing; its parameters are given away.
 
     ``rejected`` tells for the metrics how many records of the data set were refused, by cause: when it was opened, and
-    by this process since. What the worker processes of a stream refuse they count for themselves.
+    by all hosts since, so that each of them must ask whenever one does.
     """
 
     run: RunConfig
@@ -88,6 +93,11 @@ def prefetched(stream: Stream, mesh: Mesh) -> Iterator[tuple[Batch, dict[str, An
             queue.append((shard_batch(rows, mesh), stream.get_state()))
         batch, state = queue.popleft()
         yield batch, state, waited
+
+
+def idle(history: list[tuple[int, Metrics]]) -> bool:
+    """Whether the devices have computed all steps that they were given."""
+    return not history or all(value.is_ready() for value in history[-1][1].values())
 
 
 class Interrupt:
@@ -180,9 +190,11 @@ def _run(job, key, state, first, checkpoints, writer, interrupt) -> TrainState:
     batches = prefetched(job.stream, job.mesh) if first < run.total_steps else iter(())
     for step in range(first + 1, run.total_steps + 1):
         batch, data_state, wait = next(batches)
+        waited += wait if idle(history) else 0.0  # else the devices had steps to compute meanwhile
         state, metrics = step_fn(state, job.frozen, key, batch)
         history.append((step, metrics))
-        waited += wait
+        if len(history) > AHEAD:
+            jax.block_until_ready(history[-1 - AHEAD])
         if clock is None:  # the first step compiles; time is counted from its end
             jax.block_until_ready(metrics)
             clock, waited, timed_from = time.perf_counter(), 0.0, step

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
 from dalle2_jax.types import UserError
 
@@ -35,6 +36,16 @@ def truncate_after(path: pathlib.Path, step: int) -> None:
 def progress(title: str, unit: str) -> tqdm.tqdm:
     """Returns a bar of unknown length, shown by process 0. A context manager."""
     return tqdm.tqdm(desc=title, unit=unit, dynamic_ncols=True, file=sys.stdout, disable=jax.process_index() != 0)
+
+
+def from_all_hosts(told: Mapping[str, str]) -> dict[str, str]:
+    """Returns what all processes tell; every one of them must call it."""
+    if jax.process_count() == 1:
+        return dict(told)
+    letters = np.frombuffer(json.dumps(dict(told)).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.array(len(letters))).max())
+    rows = multihost_utils.process_allgather(np.pad(letters, (0, longest - len(letters)), constant_values=ord(" ")))
+    return {name: value for row in rows for name, value in json.loads(row.tobytes()).items()}
 
 
 class MetricWriter:

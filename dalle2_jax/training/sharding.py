@@ -39,10 +39,10 @@ class MeshConfig:
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """Returns the mesh over all devices. UserError when the sizes do not fit the device count."""
+def make_mesh(config: MeshConfig, local: bool = False) -> Mesh:
+    """Returns the mesh over all devices, or over this host's. UserError when the sizes do not fit their count."""
     sizes = [config.data, config.fsdp, config.tensor]
-    devices = jax.device_count()
+    devices = jax.local_device_count() if local else jax.device_count()
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh sizes {sizes} must be positive, with at most one -1")
@@ -53,7 +53,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not fit the {devices} device(s) "
             "here: change --config.mesh.* or start on more devices"
         )
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    chosen = jax.local_devices() if local else jax.devices()
+    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=chosen)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.data import EmbeddingsConfig, EmbeddingSource, FolderSource, fixed_batch, make_source, make_stream
-from dalle2_jax.data.embed import Task, write_split
+from dalle2_jax.data.embed import Task, claim, write_split
 from dalle2_jax.testing import WordTokenizer
 from dalle2_jax.types import UserError
 
@@ -121,6 +121,24 @@ def test_a_killed_run_goes_on_and_writes_the_same(task, pictures, tmp_path, pati
     assert contents(out) == contents(task.out)
     again = SumEmbedder()
     assert write_split(task_of(pictures, out, again, states=True)) == 10 and again.calls == 0
+
+
+def test_hosts_share_the_work_and_write_the_same(task, pictures, tmp_path):
+    out, shares = tmp_path / "shared", [SumEmbedder() for _ in range(3)]
+    hosts = [
+        task_of(pictures, out, embedder, states=True, host=host, hosts=3) for host, embedder in enumerate(shares)
+    ]
+    claim(hosts[0])
+    (out / "train" / ".00003.tmp").mkdir()  # of a host at work: nobody may clear it
+    assert write_split(hosts[1]) is None and write_split(hosts[0]) is None
+    with pytest.raises(UserError, match=r"train is unfinished \(3 shards are complete"):
+        EmbeddingSource(out)
+    assert write_split(hosts[2]) == 10 == write_split(hosts[0])
+    assert [share.calls for share in shares] == [2, 1, 1]
+    (out / "train" / ".00003.tmp").rmdir()
+    assert contents(out) == contents(task.out)
+    with pytest.raises(UserError, match="holds other embeddings"):
+        claim(dataclasses.replace(hosts[0], shard_size=4))
 
 
 def test_batches_have_no_pictures(task):

@@ -266,7 +266,47 @@ def test_the_rate_counts_steps_and_not_compiling_or_pictures(tmp_path, monkeypat
     same(drawn[-1][1], Variables(state.ema, state.stats))
 
 
-def test_waiting_for_data_is_a_share_of_the_time(tmp_path, monkeypatch):
+class Scalar:
+    """A metric that a device computes when it is asked for it."""
+
+    def __init__(self, step, computed):
+        self.step, self.computed = step, computed
+
+    def block_until_ready(self):
+        self.computed.append(self.step)
+        return self
+
+    def is_ready(self):
+        return self.step in self.computed
+
+    def __array__(self, dtype=None, copy=None):
+        return np.float32(self.block_until_ready().step)
+
+
+def test_the_host_is_few_steps_ahead_of_the_devices(tmp_path, monkeypatch):
+    computed, given, behind, make_train_step = [], [], [], loop.make_train_step
+
+    def slow(*args):
+        step = make_train_step(*args)
+
+        def stepped(*args):
+            given.append(len(given) + 1)
+            behind.append(len(given) - max(computed, default=0))
+            return step(*args)[0], {"loss": Scalar(given[-1], computed)}
+
+        return stepped
+
+    monkeypatch.setattr(loop, "make_train_step", slow)
+    train(make_job(tmp_path, total_steps=40, log_every=20, checkpoint_every=40))
+    assert max(behind) == 1 + loop.AHEAD and len(given) == 40
+    assert loop.idle([]) and loop.idle([(1, {"loss": Scalar(1, [1])})])
+    assert not loop.idle([(1, {"loss": Scalar(1, [1])}), (2, {"loss": Scalar(2, [1])})])
+
+
+@pytest.mark.parametrize(("idle", "share"), [(True, 1 / 4), (False, 0.0)])
+def test_waiting_for_data_is_a_share_of_the_time(tmp_path, monkeypatch, idle, share):
+    """Of the time in which the devices had nothing left to compute."""
+    monkeypatch.setattr(loop, "idle", lambda _: idle)
     clock = types.SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock.seconds))
 
@@ -288,7 +328,7 @@ def test_waiting_for_data_is_a_share_of_the_time(tmp_path, monkeypatch):
     stream = Numbers(dict.fromkeys(range(STEPS + loop.PREFETCH), slow))
     job = make_job(tmp_path, stream, log_every=2, checkpoint_every=STEPS)
     train(job)
-    assert [line["data_wait"] for line in lines(job)] == [1 / 4] * 3
+    assert [line["data_wait"] for line in lines(job)] == [share] * 3
 
 
 def test_refused_records_are_logged_as_they_are_at_that_step(tmp_path):
