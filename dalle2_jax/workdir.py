@@ -42,6 +42,9 @@ GRACE = 0.5
 MAY_CHANGE = ("total_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints", "mesh", "workers")
 """Config fields in which a resumed run may differ from the run that made the folder."""
 
+MAY_CHANGE_IN_DATA = "max_rejected"
+"""Of any data set, likewise: a run that ended for too many bad records goes on with more patience."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
@@ -126,7 +129,7 @@ def difference(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
     """Returns one "field: stored X, wanted Y" for each field that differs and may not."""
     lines = []
     for key in sorted({*stored, *wanted}):
-        if not prefix and key in MAY_CHANGE:
+        if (not prefix and key in MAY_CHANGE) or (prefix.startswith("data.") and key == MAY_CHANGE_IN_DATA):
             continue
         old, new = (json.loads(json.dumps(tree.get(key))) for tree in (stored, wanted))
         if isinstance(old, dict) and isinstance(new, dict):

@@ -180,7 +180,8 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     for name in ("preview", "inspect", "convert"):
-        added[name].add_argument("source", help="shapes, a path, or its kind too: folder:PATH, webdataset:PATH, tfds:PATH")
+        kinds = "folder:PATH, webdataset:PATH, tfds:PATH"
+        added[name].add_argument("source", help=f"shapes, a path, or with its kind: {kinds}")
         side = "of shapes (default %(default)s)" if name != "preview" else "of the pictures (default %(default)s)"
         added[name].add_argument("--resolution", type=entry.positive, default=64, help=f"side {side}")
     for name in ("digits", "convert"):
@@ -214,7 +215,8 @@ def _complete_embed(embed: argparse.ArgumentParser) -> None:
     shard = "pictures a shard, which is held in memory (default %(default)s)"
     embed.add_argument("--shard_size", type=entry.positive, default=SHARD_SIZE, help=shard)
     embed.add_argument("--batch_size", type=entry.positive, default=256, help="pictures at a time, of a host")
-    embed.add_argument("--resolution", type=entry.positive, help="side of the pictures (default: the data's, or clip's)")
+    side = "side of the pictures (default: the data's, or clip's)"
+    embed.add_argument("--resolution", type=entry.positive, help=side)
     embed.add_argument("--multihost", action="store_true", help="share the work with the other hosts of a pod")
 
 

@@ -1,8 +1,9 @@
-"""Where in tar shards the members of each record lie: one scan of the headers, kept in files beside the shards.
+"""Where in tar shards the members of each record lie: one scan of the headers, kept in files.
 
-``SHARD.tar.index.npz`` has the index of one shard, and is valid as long as the shard's size and time are those it was
-made for; one file for the whole list of shards has them joined, and is mapped into memory, so that opening a data set
-costs neither time nor memory for its records.
+``SHARD.tar.index.npz`` beside a shard has its index, and holds as long as the shard's size and time are those it was
+made for. One more file has those of the whole list of shards joined, and is mapped into memory, so that opening a data
+set costs neither time nor memory for its records. What cannot be written beside the shards is kept below
+``~/.cache/dalle2_jax``.
 """
 
 import hashlib
@@ -21,16 +22,20 @@ from tqdm import tqdm
 
 from dalle2_jax.data import images
 from dalle2_jax.data.arrays import Strings, cache_folder, kept, map_arrays
+from dalle2_jax.data.patience import persistently
 from dalle2_jax.data.records import LeftOut
-from dalle2_jax.data.storage import SCAN_TIMEOUT, Files, persistently
+from dalle2_jax.data.storage import Files
 from dalle2_jax.files import write_atomically
 
 IMAGE, TEXT, JSON = 0, 2, 4
 """Columns of `Index.rows`: where the offset of a member is; its size is the next. -1 for a member that is not there."""
 
+SCAN_TIMEOUT = 600.0
+"""Seconds that reading the headers of a shard may take."""
+
 _VERSION = 2
 _SCANNERS = 8
-_CACHE = "shards"
+_CACHE, _ENDING = "shards", ".index.npz"
 
 _WHOLE = ("shard lost", "not a tar")
 """Causes of a whole shard, which counts as many records as the others have on average."""
@@ -150,15 +155,15 @@ def _scan_all(files: Files) -> list[Index | None]:
 
 
 def _shard(files: Files, number: int) -> Index | None:
-    """Returns the index of a shard, from its cache or from a scan; None if it cannot be read."""
-    path, stamp = files.paths[number], files.stamps[number]
+    """Returns the index of a shard, from where it is kept or from a scan; None if it cannot be read."""
+    stamp = files.stamps[number]
     if stamp[0] < 0:
         return None
-    name = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    homes = [Path(f"{path}.index.npz")] * files.local + [cache_folder(_CACHE) / f"{name}.npz"]
-    for home in homes:
+    name = hashlib.sha256(files.paths[number].encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    cached = cache_folder(_CACHE) / f"{name}.npz"
+    for read in (lambda: files.beside(number, _ENDING), cached.read_bytes):
         try:
-            with open(home, "rb") as file, np.load(file) as stored:
+            with np.load(io.BytesIO(read()), allow_pickle=False) as stored:
                 if stored["version"] == _VERSION and np.array_equal(stored["stamp"], stamp):
                     return Index(*(stored[field] for field in Index._fields))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -169,9 +174,10 @@ def _shard(files: Files, number: int) -> Index | None:
         return None
     content = io.BytesIO()
     np.savez(content, version=_VERSION, stamp=stamp, **index._asdict())
-    for home in homes:
+    writes = (lambda text: files.write_beside(number, _ENDING, text), lambda text: write_atomically(cached, text))
+    for write in writes:
         try:
-            write_atomically(home, content.getvalue())
+            write(content.getvalue())
             break
         except OSError:
             continue

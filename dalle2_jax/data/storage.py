@@ -1,35 +1,31 @@
 """Parts of large files, read from disk or over the network by any number of threads, within a time limit.
 
-A path with ``://`` is a URL of any file system that fsspec knows; the extra ``remote`` installs it with those for gs://
-and s3://. All other paths are local, and read with ``pread``.
+A path with ``://`` is a URL: see `remote`. All other paths are local, and read with ``pread``.
 """
 
 import glob
 import itertools
 import os
-import queue
 import re
 import threading
-import time
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
 
+from dalle2_jax.data.patience import persistently
+from dalle2_jax.data.remote import Reader, Remote
+from dalle2_jax.files import write_atomically
 from dalle2_jax.types import UserError
 
-TIMEOUT, SCAN_TIMEOUT = 60.0, 600.0
-"""Seconds that reading a part of a file may take, and reading a whole one."""
-
-PAUSES = (0.2, 2.0, 10.0)
-"""Seconds to wait before each new attempt at a read that failed."""
+TIMEOUT = 60.0
+"""Seconds that reading parts of a file may take."""
 
 _AT_ONCE = getattr(os, "RWF_NOWAIT", None)  # Linux alone has it
 _OPEN_FILES = 128
-_STAMP_FIELDS = ("mtime", "LastModified", "updated", "last_modified", "created", "ETag", "etag")
 _BRACES = re.compile(r"\{([^{}]*(?:\.\.|,)[^{}]*)\}")
 
 
@@ -64,15 +60,19 @@ class Files:
         pattern: a file, a folder (its files that end with ``suffix``), a glob, or a pattern with braces.
 
     Raises:
-        UserError: no file is there, or the file system is not known.
+        UserError: no file is there, or the file system is not known or gives no answer.
     """
 
     def __init__(self, pattern: str, suffix: str) -> None:
-        self._system = _file_system(pattern) if "://" in pattern else None
-        self.paths = [path for one in expand_braces(pattern) for path in self._matching(one, suffix)]
-        self.stamps = self._stamps()
-        if not (self.stamps[:, 0] >= 0).any():
+        self._remote = Remote(pattern) if "://" in pattern else None
+        matching = _matching if self.local else self._remote.matching
+        self.paths = [path for one in expand_braces(pattern) for path in matching(one, suffix)]
+        self.stamps = _stamps(self.paths) if self.local else self._remote.stamps(self.paths)
+        there = np.flatnonzero(self.stamps[:, 0] >= 0)
+        if not len(there):
             raise UserError(f"there are no {suffix} files at {pattern}")
+        if not self.local:
+            self._remote.check_parts(self.paths[there[0]])
         self._open_none()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,12 +89,21 @@ class Files:
     @property
     def local(self) -> bool:
         """Whether the files lie on this machine's file system."""
-        return self._system is None
+        return self._remote is None
 
-    def scan(self, number: int) -> BinaryIO:
-        """Opens a file to read it from its beginning."""
-        path = self.paths[number]
-        return open(path, "rb") if self.local else self._system.open(path, "rb")
+    def scan(self, number: int) -> BinaryIO | Reader:
+        """Opens a file to read it from its beginning. OSError if it cannot be read."""
+        return open(self.paths[number], "rb") if self.local else self._remote.open(self.paths[number])
+
+    def beside(self, number: int, ending: str) -> bytes:
+        """Returns the file whose name has an ending more. OSError if it cannot be read."""
+        path = self.paths[number] + ending
+        return Path(path).read_bytes() if self.local else self._remote.content(path)
+
+    def write_beside(self, number: int, ending: str, content: bytes) -> None:
+        """Writes a file whose name has an ending more. OSError if it cannot be written."""
+        path = self.paths[number] + ending
+        write_atomically(path, content) if self.local else self._remote.write(path, content)
 
     def read(self, number: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """Returns parts of a file, each of (offset, size); shorter ones where the file ends.
@@ -126,8 +135,7 @@ class Files:
 
     def _read(self, number: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         if not self.local:
-            path = self.paths[number]
-            return [self._system.cat_file(path, offset, offset + size) if size else b"" for offset, size in spans]
+            return self._remote.read(self.paths[number], spans)
         file = self._opened(number)
         return [os.pread(file.handle, size, offset) for offset, size in spans]
 
@@ -152,41 +160,6 @@ class Files:
         with self._lock:
             self._open.pop(number, None)
 
-    def _matching(self, pattern: str, suffix: str) -> list[str]:
-        if self.local:
-            if os.path.isdir(pattern):
-                return sorted(entry.path for entry in os.scandir(pattern) if entry.name.endswith(suffix))
-            return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        path = self._system._strip_protocol(pattern)
-        if glob.has_magic(path):
-            return sorted(self._system.glob(path))
-        if path.endswith(suffix):
-            return [path]
-        return sorted(found for found in self._system.ls(path, detail=False) if found.endswith(suffix))
-
-    def _stamps(self) -> Int64[np.ndarray, "files 2"]:
-        """Size and time of each file, -1 for those that are not there."""
-        stamps = np.full((len(self.paths), 2), -1, np.int64)
-        if self.local:
-            for number, path in enumerate(self.paths):
-                try:
-                    stamps[number] = _stamp(os.stat(path))
-                except OSError:
-                    continue
-            return stamps
-        told = {}
-        for parent in {path.rpartition("/")[0] for path in self.paths}:
-            try:
-                told.update((info["name"], info) for info in self._system.ls(parent, detail=True))
-            except FileNotFoundError:
-                continue
-        for number, path in enumerate(self.paths):
-            if path in told:
-                info = told[path]
-                changes = repr([str(info.get(field)) for field in _STAMP_FIELDS])
-                stamps[number] = info["size"], zlib.crc32(changes.encode())
-        return stamps
-
 
 class _LocalFile:
     """An open file, closed when nobody uses it any more: never under a thread that is reading."""
@@ -201,83 +174,22 @@ class _LocalFile:
             os.close(self.handle)
 
 
+def _matching(pattern: str, suffix: str) -> list[str]:
+    if os.path.isdir(pattern):
+        return sorted(entry.path for entry in os.scandir(pattern) if entry.name.endswith(suffix))
+    return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+
+
+def _stamps(paths: Sequence[str]) -> Int64[np.ndarray, "files 2"]:
+    """Size and time of each file, -1 for those that are not there."""
+    stamps = np.full((len(paths), 2), -1, np.int64)
+    for number, path in enumerate(paths):
+        try:
+            stamps[number] = _stamp(os.stat(path))
+        except OSError:
+            continue
+    return stamps
+
+
 def _stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
-
-
-def _file_system(url: str) -> Any:
-    try:
-        from fsspec.core import url_to_fs
-
-        return url_to_fs(url)[0]
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{url} cannot be read ({error}): install the extra, pip install -e '.[remote]'") from None
-
-
-def persistently(attempt: Callable[[], Any], seconds: float, between: Callable[[], None] = lambda: None) -> Any:
-    """Returns what ``attempt`` does, tried again after `PAUSES` while it fails with OSError or takes too long.
-
-    Args:
-        seconds: for each attempt.
-        between: called before each new one.
-
-    Raises:
-        OSError: that of the last attempt.
-    """
-    for pause in (*PAUSES, None):
-        try:
-            return within(seconds, attempt)
-        except OSError:
-            if pause is None:
-                raise
-            time.sleep(pause)
-            between()
-
-
-def within(seconds: float, action: Callable[[], Any]) -> Any:
-    """Returns what ``action`` does, in a thread of its own, which is left behind when it takes too long.
-
-    The thread waits for the next action of the same caller: to start one for every read takes longer than the read.
-
-    Raises:
-        TimeoutError: it took longer.
-    """
-    helper = getattr(_helpers, "helper", None)
-    if helper is None or helper.process != os.getpid():  # threads do not live on in a process that was forked
-        helper = _helpers.helper = _Helper()
-    helper.actions.put(action)
-    try:
-        answer, error = helper.answers.get(timeout=seconds)
-    except BaseException as raised:
-        _helpers.helper = None  # its late answer is nobody's
-        if isinstance(raised, queue.Empty):
-            raise TimeoutError(f"no answer within {seconds} s") from None
-        raise
-    if error is not None:
-        raise error
-    return answer
-
-
-class _Helper:
-    """A thread that acts for another, and ends when that has left or forgotten it."""
-
-    def __init__(self) -> None:
-        self.actions: queue.SimpleQueue = queue.SimpleQueue()
-        self.answers: queue.SimpleQueue = queue.SimpleQueue()
-        self.process = os.getpid()
-        threading.Thread(target=_serve, args=(self.actions, self.answers), daemon=True).start()
-
-    def __del__(self) -> None:
-        self.actions.put(None)
-
-
-def _serve(actions: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
-    while (action := actions.get()) is not None:
-        try:
-            answers.put((action(), None))
-        except BaseException as error:  # raised again by the caller
-            answers.put((None, error))
-        del action  # and what it holds open
-
-
-_helpers = threading.local()

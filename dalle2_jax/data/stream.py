@@ -9,8 +9,9 @@ stacked on a host thread while the previous one is in use; ``num_workers`` moves
 slow to decode.
 """
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -49,6 +50,45 @@ class _Prepare:
         return rows
 
 
+class Batches:
+    """An endless iterator over batches, with its place in the stream; what `make_stream` returns."""
+
+    def __init__(self, iterator: grain.DatasetIterator) -> None:
+        self._iterator = iterator
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        """Returns the next batch.
+
+        Raises:
+            UserError: the source cannot be read any more, or a worker process has died.
+        """
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            code = re.search(r"exit code (-?\d+)", str(error))
+            raise UserError(
+                f"a process that prepared batches was ended (exit code {code and code[1]}), as for want of memory: "
+                "lower config.workers, and the same command continues"
+            ) from None
+
+    def get_state(self) -> dict[str, int]:
+        """Returns the place: a few numbers, the same on every process."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Goes to a place that ``get_state`` returned, of this or an equal stream."""
+        self._iterator.set_state(state)
+
+    def close(self) -> None:
+        """Ends the threads and processes that prepare batches."""
+        self._iterator.close()
+
+
 def make_stream(
     source: Source,
     tokenizer: Tokenizer | None,
@@ -60,12 +100,10 @@ def make_stream(
     num_threads: int = 1,
     num_workers: int = 0,
     degrading: Degrading | None = None,
-) -> grain.DatasetIterator:
+) -> Batches:
     """Returns an iterator over `Batch`: image uint8[b, H, W, 3], tokens int32[b, L], mask bool[b, L].
 
     In place of pictures an `Embedded` source gives what CLIP said of them, and tokens where it has them.
-
-    Besides ``next`` it has ``get_state()``, ``set_state(state)`` and ``close()``.
 
     Args:
         tokenizer: None for a stage that reads no text; its batches have the pictures alone.
@@ -99,15 +137,14 @@ def make_stream(
         if not flags.FLAGS.is_parsed():  # grain's workers copy absl's flags and need them parsed
             flags.FLAGS(sys.argv[:1])
         workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=_BATCHES_AHEAD)
-    return iter(
-        grain.experimental.ElasticIterator(
-            examples,
-            batch_size,
-            grain.sharding.ShardOptions(process_index, process_count, drop_remainder=True),
-            read_options=grain.ReadOptions(num_threads, _BATCHES_AHEAD if num_threads else 0),
-            multiprocessing_options=workers,
-        )
+    elastic = grain.experimental.ElasticIterator(
+        examples,
+        batch_size,
+        grain.sharding.ShardOptions(process_index, process_count, drop_remainder=True),
+        read_options=grain.ReadOptions(num_threads, _BATCHES_AHEAD if num_threads else 0),
+        multiprocessing_options=workers,
     )
+    return Batches(iter(elastic))
 
 
 def _check_size(source: Source, degrading: Degrading) -> None:

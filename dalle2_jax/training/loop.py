@@ -164,7 +164,7 @@ def train(job: Job) -> TrainState:
     """Trains to ``total_steps``, from the newest checkpoint if there is one, and returns the last state.
 
     Raises:
-      UserError: a loss is not finite, or the run was interrupted (a checkpoint was written first).
+      UserError: a loss is not finite; or the data are bad, or the run was interrupted, and a checkpoint was written.
     """
     run, key = job.run, rng.root(job.run.seed)
     checkpoints = Checkpoints(job.folder, run.keep_checkpoints)
@@ -186,10 +186,16 @@ def _run(job, key, state, first, checkpoints, writer, interrupt) -> TrainState:
     step_fn = make_train_step(
         job.stage, job.optimizer, job.ema_decay, state_shardings(job.stage, job.optimizer, job.mesh)
     )
-    history, waited, saved, clock = [], 0.0, first, None
+    history, waited, saved, clock, data_state = [], 0.0, first, None, job.stream.get_state()
     batches = prefetched(job.stream, job.mesh) if first < run.total_steps else iter(())
     for step in range(first + 1, run.total_steps + 1):
-        batch, data_state, wait = next(batches)
+        try:
+            batch, next_state, wait = next(batches)
+        except UserError:  # what is wrong with the data takes nothing of what was learnt of them
+            if step - 1 > saved and jax.process_count() == 1:
+                checkpoints.save(step - 1, state.trees(), data_state)
+            raise
+        data_state = next_state
         waited += wait if idle(history) else 0.0  # else the devices had steps to compute meanwhile
         state, metrics = step_fn(state, job.frozen, key, batch)
         history.append((step, metrics))

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import tarfile
+import threading
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from dalle2_jax.data import (
     arrays,
     make_source,
     make_stream,
+    patience,
     shard_index,
     source_named,
     storage,
@@ -30,7 +32,7 @@ from dalle2_jax.types import UserError
 def _alone(tmp_path_factory, monkeypatch):
     """No index of another test, and no waiting."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(storage, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(patience, "PAUSES", (0.01, 0.01))
 
 
 def png(level, shape=(10, 12, 3)):
@@ -126,14 +128,14 @@ def test_an_index_in_another_folder_where_shards_cannot_be_written(shards, monke
             raise PermissionError(path)
         write(path, content)
 
-    for module in (shard_index, arrays):
+    for module in (shard_index, arrays, storage):
         monkeypatch.setattr(module, "write_atomically", refuse)
     assert len(WebdatasetRecords(shards)) == 12
     assert sorted(path.suffix for path in shards.iterdir()) == [".tar"] * 3
     monkeypatch.setattr(shard_index, "scan", None)
     assert WebdatasetRecords(shards).read(11).captions == ("caption 11",)
     monkeypatch.undo()
-    for module in (shard_index, arrays):
+    for module in (shard_index, arrays, storage):
         monkeypatch.setattr(module, "write_atomically", lambda *_: (_ for _ in ()).throw(PermissionError()))
     (shards / "x").mkdir()
     os.rename(shards / "00000.tar", shards / "x" / "00000.tar")
@@ -256,8 +258,8 @@ def test_filters_choose_by_json_once(tmp_path, monkeypatch):
 def test_a_shard_that_vanishes_is_tried_again_then_skipped(shards, monkeypatch):
     source = PictureSource(WebdatasetRecords(shards), 8)
     (shards / "00001.tar").rename(shards / "away")
-    tried, wait = [], storage.time.sleep
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: tried.append(seconds) or wait(seconds))
+    tried, wait = [], patience.time.sleep
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: tried.append(seconds) or wait(seconds))
     levels = _levels(source)
     assert levels[:5] == list(range(5)) and levels[8:] == list(range(8, 12)) and not {5, 6, 7} & set(levels)
     assert source.rejected == {"shard lost": 3} and tried == [0.01, 0.01]
@@ -266,14 +268,14 @@ def test_a_shard_that_vanishes_is_tried_again_then_skipped(shards, monkeypatch):
 def test_a_shard_that_comes_back_is_read(shards, monkeypatch):
     records = WebdatasetRecords(shards)
     (shards / "00001.tar").rename(shards / "away")
-    monkeypatch.setattr(storage.time, "sleep", lambda _: (shards / "away").rename(shards / "00001.tar"))
+    monkeypatch.setattr(patience.time, "sleep", lambda _: (shards / "away").rename(shards / "00001.tar"))
     assert records.read(6).captions == ("caption 6",)
 
 
 def test_a_shard_that_hangs_is_left(shards, monkeypatch):
     monkeypatch.setattr(storage, "TIMEOUT", 0.05)
     records, pread = WebdatasetRecords(shards), os.pread
-    hang = storage.threading.Event()
+    hang = threading.Event()
     monkeypatch.setattr(os, "pread", lambda *place: hang.wait(20) and b"")
     with pytest.raises(Rejected, match="shard lost"):
         records.read(6)
