@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,21 @@ from jax.extend import core
 
 from dalle2_jax import build
 from dalle2_jax.stages import Stage, Variables
-from dalle2_jax.types import Batch, UsageError
+from dalle2_jax.types import Batch, UsageError, UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(*words: object) -> float:
+    """Runs ``python WORDS`` and returns its seconds. UserError with what it said where it fails."""
+    start = time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, words))}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return time.perf_counter() - start
 
 
 def load_config(spec: str, overrides: list[str] = ()) -> dict[str, Any]:

@@ -8,25 +8,20 @@ It is a config file too, of a run that starts from an imported system and takes 
 """
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from common import emit
+from common import command, emit
 from ml_collections import ConfigDict
 
 from dalle2_jax import build, entry
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
 from dalle2_jax.training.step import parameter_count
-from dalle2_jax.types import UserError
 from dalle2_jax.workdir import StageFolder
 
-ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = ("tests/fixtures/karlo_tiny", "tests/fixtures/karlo_tiny_iv/image_encoder")
 COMPARED = 20
 """Logged steps at either end of a run, whose mean losses are compared."""
@@ -63,18 +58,6 @@ def get_config(which: str) -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         }
     )
-
-
-def command(*words: object) -> float:
-    """Runs ``python WORDS`` and returns its seconds. UserError with what it said where it fails."""
-    start = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise UserError(f"{' '.join(map(str, words))}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return time.perf_counter() - start
 
 
 def losses(folder: pathlib.Path) -> tuple[float, float]:

@@ -20,11 +20,20 @@ from dalle2_jax.data.arrays import beside, kept
 from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder_index import METADATA, map_index, open_folder
 from dalle2_jax.data.pictures import MAX_REJECTED, PictureSource, check_arguments
-from dalle2_jax.data.records import MAX_BYTES, LeftOut, Record, Rejected, caption_lines, clean, spread, text_of
+from dalle2_jax.data.records import (
+    MAX_BYTES,
+    OTHER_NAMES,
+    LeftOut,
+    Record,
+    Rejected,
+    caption_lines,
+    clean,
+    spread,
+    text_of,
+)
 from dalle2_jax.types import UserError
 
 _DIVISIONS = ("train", "val", "validation", "test")
-_ALIASES = {"val": "validation", "validation": "val"}
 
 
 class FolderRecords:
@@ -142,7 +151,7 @@ def division(path: Path, split: str) -> Path:
     """
     if not path.is_dir():
         raise UserError(f"there is no folder {path}")
-    for name in (split, _ALIASES.get(split, split)):
+    for name in (split, OTHER_NAMES.get(split, split)):
         if (path / name).is_dir():
             return path / name
     divisions = [name for name in _DIVISIONS if (path / name).is_dir()]

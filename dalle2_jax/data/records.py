@@ -15,6 +15,9 @@ import numpy as np
 MARK = "\ufffd"
 """Stands in a caption for what was not UTF-8."""
 
+OTHER_NAMES = {"val": "validation", "validation": "val"}
+"""What else a split may be called."""
+
 MAX_BYTES = 2**28
 """No picture or text is read that takes more."""
 

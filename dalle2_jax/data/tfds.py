@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle2_jax.data.records import Record, Rejected, clean, json_object, spread, text_of
+from dalle2_jax.data.records import OTHER_NAMES, Record, Rejected, clean, json_object, spread, text_of
 from dalle2_jax.types import UserError
 
 FIELDS = "json_fields"
@@ -29,7 +29,7 @@ class TfdsRecords:
 
     Args:
         path: the folder of a prepared version, which has ``features.json``: ``~/tensorflow_datasets/cifar10/3.0.2``.
-        split: of the data set, slices included: ``train[:90%]``.
+        split: of the data set, slices included: ``train[:90%]``. ``val`` may be called ``validation``.
         image: name of the picture's feature; with "/" between, one inside another.
         text: name of the captions' feature; "" looks for ``caption``, ``captions`` or ``text``.
         label: name of the class's feature, used where there is no text; "" looks for ``label``.
@@ -61,7 +61,9 @@ class TfdsRecords:
             raise UserError(f"{self.path} has neither text nor label: name one of its features, {', '.join(features)}")
         self._key = self._found(features, "key", key, _KEYS)
         self._said = self._templated(features[self._label], templates) if self._label else ()
-        self._data = _open(builder, split, self._image)
+        other = OTHER_NAMES.get(split)
+        found = other if split not in builder.info.splits and other in builder.info.splits else split
+        self._data = _open(builder, found, self._image)
 
     def __len__(self) -> int:
         return len(self._data)

@@ -161,6 +161,13 @@ def test_what_is_not_prepared_is_said_in_one_line(flowers, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_held_out_split_has_two_names(tmp_path):
+    for name, asked in (("validation", "val"), ("val", "validation")):
+        convert({"train": ShapesSource("train", 8, num_examples=3), name: ShapesSource("val", 8, num_examples=2)},
+                tmp_path / name, "arrayrecord")
+        assert len(TfdsRecords(tmp_path / name, asked)) == 2
+
+
 # --- conversion -----------------------------------------------------------------------------
 
 
