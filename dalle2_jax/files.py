@@ -1,11 +1,13 @@
 """Writing to disk: whole or not at all. Files, and pictures as PNG and as captioned grids."""
 
+import contextlib
 import io
 import os
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -17,12 +19,19 @@ _CELL, _LETTERS, _LINE, _LINES, _PAD = 144, 23, 13, 4, 6
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
     """Writes a file so that it appears under its name only when complete; makes its folder if needed."""
+    with written_atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def written_atomically(path: str | Path) -> Iterator[BinaryIO]:
+    """Yields a file to write, as `write_atomically` does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from colleagues

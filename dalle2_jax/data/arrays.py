@@ -5,8 +5,9 @@ What such a file says of other files is kept beside them, or, where their folder
 """
 
 import hashlib
-import io
+import math
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from dalle2_jax.files import write_atomically
+from dalle2_jax.files import written_atomically
 
-_ALIGNED = 64
+_ALIGNED, _IN_MEMORY = 64, 2**29
 
 
 class Strings(NamedTuple):
@@ -38,11 +39,10 @@ class Strings(NamedTuple):
 
 def write_arrays(path: Path, arrays: Sequence[np.ndarray]) -> None:
     """Writes arrays one after the other as .npy, for `map_arrays`. OSError where that cannot be."""
-    content = io.BytesIO()
-    for array in arrays:
-        np.save(content, np.ascontiguousarray(array), allow_pickle=False)
-        content.write(bytes(-content.tell() % _ALIGNED))
-    write_atomically(path, content.getbuffer())
+    with written_atomically(path) as file:
+        for array in arrays:
+            np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+            file.write(bytes(-file.tell() % _ALIGNED))
 
 
 def map_arrays(path: Path, count: int) -> list[np.ndarray]:
@@ -99,6 +99,14 @@ def beside(home: Path | None, *causes: object) -> list[Path]:
         return []
     told = "".join(str(cause.tobytes() if isinstance(cause, np.ndarray) else cause) for cause in causes)
     return [home.with_name(f"{home.name}.{hashlib.sha256(told.encode()).hexdigest()[:16]}")]
+
+
+def room(shape: tuple[int, ...], kind: type) -> np.ndarray:
+    """Returns zeros: in memory, or, where they are many, in a file that goes with them."""
+    if math.prod(shape) * np.dtype(kind).itemsize <= _IN_MEMORY:
+        return np.zeros(shape, kind)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, kind, "w+", shape=shape)
 
 
 def cache_folder(name: str) -> Path:

@@ -21,11 +21,12 @@ from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
 from dalle2_jax.data import images
-from dalle2_jax.data.arrays import Strings, cache_folder, kept, map_arrays
+from dalle2_jax.data.arrays import Strings, cache_folder, kept, map_arrays, room
 from dalle2_jax.data.patience import persistently
 from dalle2_jax.data.records import LeftOut
 from dalle2_jax.data.storage import Files
 from dalle2_jax.files import write_atomically
+from dalle2_jax.types import UserError
 
 IMAGE, TEXT, JSON = 0, 2, 4
 """Columns of `Index.rows`: where the offset of a member is; its size is the next. -1 for a member that is not there."""
@@ -36,6 +37,9 @@ SCAN_TIMEOUT = 600.0
 _VERSION = 2
 _SCANNERS = 8
 _CACHE, _ENDING = "shards", ".index.npz"
+
+_HELD = 2**24
+"""Records whose indices are held in memory while they are joined, which takes about 100 bytes each."""
 
 _WHOLE = ("shard lost", "not a tar")
 """Causes of a whole shard, which counts as many records as the others have on average."""
@@ -135,8 +139,8 @@ def open_index(files: Files) -> tuple[Index, Path | None]:
 
     def make() -> tuple[list[np.ndarray], bool]:
         shards = _scan_all(files)
-        unread = any(shard is None and size >= 0 for shard, (size, _) in zip(shards, files.stamps, strict=True))
-        return [files.stamps, *_joined(files.paths, shards)], not unread  # it may be there the next time
+        unread = any(shard.lost and size >= 0 for shard, (size, _) in zip(shards, files.stamps, strict=True))
+        return [files.stamps, *_joined(files, shards)], not unread  # it may be there the next time
 
     arrays, home = kept(homes, 1 + len(Index._fields), lambda found: np.array_equal(found[0], files.stamps), make)
     return Index(*arrays[1:]), home
@@ -147,11 +151,31 @@ def map_index(home: Path) -> Index:
     return Index(*map_arrays(home, 1 + len(Index._fields))[1:])
 
 
-def _scan_all(files: Files) -> list[Index | None]:
-    numbers = range(len(files.paths))
+class _Shard(NamedTuple):
+    """What is known of a shard; its index is not held where all of them would fill the memory."""
+
+    records: int
+    letters: int
+    left_out: LeftOut
+    index: Index | None
+
+    @property
+    def lost(self) -> bool:
+        return "shard lost" in self.left_out.counts
+
+
+def _scan_all(files: Files) -> list[_Shard]:
+    numbers, found, held = range(len(files.paths)), [], 0
     with ThreadPoolExecutor(_SCANNERS) as pool:
-        found = pool.map(lambda number: _shard(files, number), numbers)
-        return list(tqdm(found, "reading the headers of shards", len(numbers), leave=False, disable=len(numbers) < 20))
+        indices = pool.map(lambda number: _shard(files, number), numbers)
+        title = "reading the headers of shards"
+        for index in tqdm(indices, title, len(numbers), leave=False, disable=len(numbers) < 20):
+            if index is None:
+                found.append(_Shard(0, 0, LeftOut({"shard lost": 1}), None))
+                continue
+            held += len(index.rows)
+            found.append(_Shard(len(index.rows), len(index.names), index.left_out, index if held <= _HELD else None))
+    return found
 
 
 def _shard(files: Files, number: int) -> Index | None:
@@ -189,26 +213,35 @@ def _scan_one(files: Files, number: int) -> Index:
         return scan(file, int(files.stamps[number, 0]))
 
 
-def _joined(paths: Sequence[str], shards: list[Index | None]) -> Index:
-    """Joins the indices of shards, None for those that cannot be read."""
-    there = [shard for shard in shards if shard is not None and "not a tar" not in shard.left_out.counts]
-    counts = [0 if shard is None else len(shard.rows) for shard in shards]
-    usual = max(1, round(sum(counts) / max(1, len(there))))
+def _joined(files: Files, shards: list[_Shard]) -> Index:
+    """Joins the indices of shards; those that are not held are read again."""
+    left_out = _left_out(files.paths, shards)
+    starts = np.cumsum([0] + [shard.records for shard in shards])
+    letters = np.cumsum([0] + [shard.letters for shard in shards])
+    rows, ends = room((int(starts[-1]), 6), np.int64), room((int(starts[-1]),), np.int64)
+    names = room((int(letters[-1]),), np.uint8)
+    for number, shard in enumerate(shards):
+        if not shard.records:
+            continue
+        index = shard.index or _shard(files, number)
+        if index is None or (len(index.rows), len(index.names)) != (shard.records, shard.letters):
+            raise UserError(f"{files.paths[number]} was changed while the headers of its shards were read")
+        own = slice(starts[number], starts[number + 1])
+        rows[own], ends[own] = index.rows, index.ends + letters[number]
+        names[letters[number] : letters[number + 1]] = index.names
+    return Index(rows, ends, names, starts, _packed(left_out))
+
+
+def _left_out(paths: Sequence[str], shards: list[_Shard]) -> LeftOut:
+    """Counts what was left out of all shards, and as many records of each whole one as others have on average."""
+    there = sum(not any(cause in shard.left_out.counts for cause in _WHOLE) for shard in shards)
+    usual = max(1, round(sum(shard.records for shard in shards) / max(1, there)))
     left_out = LeftOut()
-    for path, shard in zip(paths, shards, strict=True):
-        found = LeftOut({"shard lost": 1}) if shard is None else shard.left_out
+    for path, (_, _, found, _) in zip(paths, shards, strict=True):
         for cause, count in found.counts.items():
             name = found.first.get(cause)
             left_out.add(cause, f"{path}: {name}" if name else path, usual if cause in _WHOLE else count)
-    letters = np.cumsum([0] + [len(shard.names) for shard in there])
-    ends = [shard.ends + before for shard, before in zip(there, letters, strict=False)]
-    return Index(
-        np.concatenate([np.zeros((0, 6), np.int64)] + [shard.rows for shard in there]),
-        np.concatenate([np.zeros(0, np.int64)] + ends),
-        np.concatenate([np.zeros(0, np.uint8)] + [shard.names for shard in there]),
-        np.cumsum([0] + counts),
-        _packed(left_out),
-    )
+    return left_out
 
 
 def _packed(left_out: LeftOut) -> np.ndarray:

@@ -4,11 +4,14 @@ import pickle
 import tracemalloc
 
 import numpy as np
+import pytest
 
-from dalle2_jax.data import WebdatasetRecords, shard_index
+from dalle2_jax.data import WebdatasetRecords, arrays, shard_index
 
 
-def test_a_million_records_open_without_an_object_for_each(tmp_path, monkeypatch):
+@pytest.mark.parametrize("held", [10_000_000, 0])
+def test_a_million_records_open_without_an_object_for_each(tmp_path, monkeypatch, held):
+    """Nor does their index need them in memory when it is made."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     paths, each = [], 100
     for number in range(10_000):
@@ -21,7 +24,13 @@ def test_a_million_records_open_without_an_object_for_each(tmp_path, monkeypatch
     )
     monkeypatch.setattr(shard_index, "_shard", lambda files, number: index)
     monkeypatch.setattr(shard_index, "tqdm", lambda found, *_, **__: found)
+    monkeypatch.setattr(shard_index, "_HELD", held)
+    monkeypatch.setattr(arrays, "_IN_MEMORY", held * 50)
+    tracemalloc.start()
     WebdatasetRecords(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held or peak < 40e6
     monkeypatch.setattr(shard_index, "_shard", None)
     tracemalloc.start()
     records = WebdatasetRecords(tmp_path)

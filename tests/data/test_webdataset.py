@@ -3,12 +3,15 @@ import json
 import os
 import pickle
 import tarfile
+import tempfile
 import threading
+import types
 
 import cv2
 import numpy as np
 import pytest
 
+from dalle2_jax import files
 from dalle2_jax.data import (
     Filters,
     FolderSource,
@@ -17,7 +20,6 @@ from dalle2_jax.data import (
     Rejected,
     WebdatasetConfig,
     WebdatasetRecords,
-    arrays,
     make_source,
     make_stream,
     patience,
@@ -121,22 +123,20 @@ def test_the_headers_are_read_once(shards, monkeypatch):
 
 
 def test_an_index_in_another_folder_where_shards_cannot_be_written(shards, monkeypatch):
-    write = shard_index.write_atomically
+    def refuse(prefix, dir):
+        if str(dir).startswith(str(refused)):
+            raise PermissionError(dir)
+        return tempfile.mkstemp(prefix=prefix, dir=dir)
 
-    def refuse(path, content):
-        if str(path).startswith(str(shards)):
-            raise PermissionError(path)
-        write(path, content)
-
-    for module in (shard_index, arrays, storage):
-        monkeypatch.setattr(module, "write_atomically", refuse)
+    refused = shards
+    monkeypatch.setattr(files, "tempfile", types.SimpleNamespace(mkstemp=refuse))
     assert len(WebdatasetRecords(shards)) == 12
     assert sorted(path.suffix for path in shards.iterdir()) == [".tar"] * 3
+    scan = shard_index.scan
     monkeypatch.setattr(shard_index, "scan", None)
     assert WebdatasetRecords(shards).read(11).captions == ("caption 11",)
-    monkeypatch.undo()
-    for module in (shard_index, arrays, storage):
-        monkeypatch.setattr(module, "write_atomically", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    monkeypatch.setattr(shard_index, "scan", scan)
+    refused = "/"
     (shards / "x").mkdir()
     os.rename(shards / "00000.tar", shards / "x" / "00000.tar")
     nowhere = pickle.loads(pickle.dumps(WebdatasetRecords(shards / "x")))
