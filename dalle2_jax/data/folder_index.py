@@ -74,7 +74,8 @@ def open_folder(folder: Path) -> tuple[Index, Path | None]:
 
     def make() -> tuple[Index, bool]:
         index = _read(folder)
-        return index, len(index.name_ends) >= _LARGE
+        unread = "unreadable" in index.description()["left_out"]["counts"]  # it may be readable the next time
+        return index, len(index.name_ends) >= _LARGE and not unread
 
     homes = [cache_folder("folders") / f"{home}.index"]
     arrays, home = kept(homes, len(Index._fields), lambda found: _holds(Index(*found), folder), make)

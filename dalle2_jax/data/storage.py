@@ -68,11 +68,11 @@ class Files:
         matching = _matching if self.local else self._remote.matching
         self.paths = [path for one in expand_braces(pattern) for path in matching(one, suffix)]
         self.stamps = _stamps(self.paths) if self.local else self._remote.stamps(self.paths)
-        there = np.flatnonzero(self.stamps[:, 0] >= 0)
-        if not len(there):
+        if not (self.stamps[:, 0] >= 0).any():
             raise UserError(f"there are no {suffix} files at {pattern}")
-        if not self.local:
-            self._remote.check_parts(self.paths[there[0]])
+        filled = np.flatnonzero(self.stamps[:, 0] > 0)
+        if not self.local and len(filled):
+            self._remote.check_parts(self.paths[filled[0]])
         self._open_none()
 
     def __getstate__(self) -> dict[str, Any]:

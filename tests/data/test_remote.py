@@ -145,6 +145,12 @@ def test_a_shard_whose_headers_cannot_be_read_is_lost_until_the_next_time(site):
     assert len(all_of(site)) == 12
 
 
+def test_an_empty_shard_is_no_tar(site, shards):
+    (shards / "00000.tar").write_bytes(b"")
+    records = all_of(site)
+    assert len(records) == 8 and records.left_out.counts == {"not a tar": 4}
+
+
 def test_a_server_that_knows_no_parts_is_said_in_one_line(site):
     site.fails.update(dict.fromkeys(("00000.tar", "00001.tar", "00002.tar"), "whole"))
     with pytest.raises(UserError, match="sends whole files and no parts of them") as told:
