@@ -19,6 +19,7 @@ from dalle2_jax.sections import expand
 from dalle2_jax.stages import (
     ArPriorStage,
     ClipStage,
+    DecoderStage,
     EmbeddingContract,
     LoraStage,
     PriorStage,
@@ -96,7 +97,7 @@ def build_job(config: ConfigDict, root: pathlib.Path, config_path: str) -> Job:
     )
     frozen = {"clip": clip.variables} if clip and not embedded else {}
     preview = None
-    if run.sample_every and not embedded:  # what is trained on embeddings draws no pictures
+    if run.sample_every and not isinstance(stage, PriorStage | ArPriorStage):
         preview = _preview(config, stage, frozen, tokenizer, context_length, folder)
     job = Job(run, stage, frozen, optimizer, optim.ema_decay, stream, mesh, folder, preview, rejected=_refused(source))
     job, identity = _tuned(job, base, config, clip and clip.stage) if base else (job, None)
@@ -128,6 +129,7 @@ def _preview(
 ) -> Callable[[Variables, int], None] | None:
     """Returns what draws held-out pictures while a stage trains, None for one without pictures."""
     held_out = build.open_source(config, "val")
+    held_out = _telling(held_out, stage, context_length) if isinstance(held_out, data.Embedded) else held_out
     shown = range(min(PREVIEWED, len(held_out)))
     batch, captions = data.fixed_batch(held_out, tokenizer, context_length, shown)
     return make_preview(stage, frozen, batch, captions, folder.path / "samples")
@@ -238,10 +240,17 @@ def _refused(source: data.Source | data.Embedded) -> Callable[[], Mapping[str, i
 
 
 def _telling(source: data.Embedded, stage: Stage, context_length: int) -> data.Embedded:
-    """Returns the embeddings with what the stage reads of them. UserError for a stage that is trained on pictures."""
-    if not isinstance(stage, PriorStage | ArPriorStage):
+    """Returns the embeddings, with the pictures or without, as the stage reads them.
+
+    Raises:
+      UserError: it is trained on pictures, and there are none.
+    """
+    paired = isinstance(source, data.PairedSource)
+    if isinstance(stage, PriorStage | ArPriorStage):
+        return (source.embeddings if paired else source).telling(stage.said, context_length)
+    if not paired:
         raise UserError(f"stage {stage.name} is trained on pictures, and {source} has none: name other data")
-    return source.telling(stage.said, context_length)
+    return source.telling(stage.said, context_length) if isinstance(stage, DecoderStage) else source.alone()
 
 
 def _tokenizer(

@@ -103,6 +103,37 @@ def test_statistics_are_measured_of_embeddings(system, pictures, embedded, tmp_p
     np.testing.assert_allclose(losses(told), losses(seen), rtol=1e-4)
 
 
+@pytest.mark.parametrize("reads", ["tokens", "states"])
+def test_a_decoder_learns_the_same_of_pictures_with_embeddings(system, pictures, embedded, tmp_path, reads):
+    """Without CLIP's weights in memory."""
+    jobs = []
+    for name, told in (("seen", {}), ("told", {"embeddings": str(embedded)})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "clip").symlink_to(system / "clip")
+        config = config_of("decoder", pictures)
+        config.data.update(told)
+        if reads == "states":
+            config.model.text_input = "clip"
+            del config.model["text"]
+        jobs.append(build_job(config, tmp_path / name, "tests/tiny_system.py:decoder"))
+    seen, told = jobs
+    assert seen.frozen and not told.frozen
+    np.testing.assert_allclose(losses(told), losses(seen), rtol=2e-3 if reads == "states" else 1e-5)
+    told.stream.set_state({"global_next_index": 0})
+    assert int(train(told).step) == 3
+    assert StageFolder(tmp_path / "told", "decoder").read_json("contract.json") is not None
+
+
+def test_every_stage_takes_of_pictures_with_embeddings_what_it_reads(system, pictures, embedded, tmp_path):
+    (tmp_path / "clip").symlink_to(system / "clip")
+    for which, names in (("prior", {"image_emb", "text_emb", "tokens", "mask"}), ("upsampler_1", {"image"})):
+        config = config_of(which, pictures)
+        config.data.embeddings = str(embedded)
+        config.data.resolution = 16 if which == "upsampler_1" else 8
+        job = build_job(config, tmp_path, f"tests/tiny_system.py:{which}")
+        assert {*next(job.stream)} == names
+
+
 def test_clip_may_come_later(system, embedded, tmp_path):
     """Without a clip in the workdir its description comes with the embeddings; sampling needs it."""
     job = build_job(config_of("prior", embedded), tmp_path, "tests/tiny_system.py:prior")

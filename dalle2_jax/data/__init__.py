@@ -4,6 +4,7 @@ from dalle2_jax.data.embeddings import Embedded, EmbeddingSource
 from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.folder import FolderRecords, FolderSource
 from dalle2_jax.data.mixture import MixtureSource
+from dalle2_jax.data.paired import PairedSource
 from dalle2_jax.data.pictures import PictureSource
 from dalle2_jax.data.records import Record, Records, Rejected
 from dalle2_jax.data.retrieval import RetrievalSource
@@ -36,6 +37,7 @@ __all__ = [
     "FolderSource",
     "MixtureConfig",
     "MixtureSource",
+    "PairedSource",
     "PictureSource",
     "Record",
     "Records",

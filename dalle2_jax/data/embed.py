@@ -25,13 +25,16 @@ from dalle2_jax.data.embeddings import (
     CAPTIONS,
     EMPTY,
     INDEX,
+    NAMES,
     SPLIT,
     STATES,
     damaged,
+    digest,
     map_array,
     read_contract,
     shard_folder,
 )
+from dalle2_jax.data.records import name_of
 from dalle2_jax.data.sources import Source
 from dalle2_jax.files import write_atomically
 from dalle2_jax.text import Tokenizer
@@ -165,7 +168,9 @@ def _write_shard(task: Task, number: int) -> None:
     embeddings = embeddings or [np.zeros((0, task.about["contract"]["dim"]), np.float32)]  # not one can be used
     captions = [caption for example in examples for caption in example["captions"]]
     starts = np.cumsum([0, *(len(example["captions"]) for example in examples)], dtype=np.int64)
-    arrays = {"captions": starts, "image_emb": np.concatenate(embeddings), **_read_captions(task, captions)}
+    names = np.array([digest(name_of(example["key"])) for example in examples], np.uint64)
+    arrays = {NAMES: names, "captions": starts, "image_emb": np.concatenate(embeddings)}
+    arrays |= _read_captions(task, captions)
     for name in ("image_emb", "text_emb"):
         if not np.isfinite(arrays[name]).all():
             raise UserError(f"{name} of {task.source} is not finite: is this CLIP trained?")

@@ -7,6 +7,7 @@
         split.json       what is embedded there, and how it is divided; written first
         00000/           a folder for each shard, which is there when it is complete
           image_emb.npy  float32[pictures, E]
+          names.npy      uint64[pictures], `digest` of each picture's name
           captions.npy   int64[pictures + 1], the rows below where each picture's captions begin
           text_emb.npy   float32[captions, E]
           tokens.npy     int32[captions, L]
@@ -19,20 +20,20 @@ Everything is mapped into memory and read row by row, so a split may be larger t
 CLIP; the contract in ``clip`` says on whose side it is.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import UInt64
 
 from dalle2_jax.types import UserError
 
 SPLIT, INDEX, EMPTY, CAPTIONS = "split.json", "index.json", "empty.npz", "captions.jsonl"
-ROWS = ("image_emb", "captions", "text_emb", "tokens", "mask")
-"""The arrays of every shard."""
-
-STATES = "text_seq"
+NAMES, STATES = "names", "text_seq"
 _NULLS = ("null_text_emb", "null_text_seq", "null_mask")
 _OPEN = 4096  # shards mapped at a time, well below the maps that a process may have
 
@@ -49,6 +50,11 @@ class Embedded(Protocol):
 
     def telling(self, names: tuple[str, ...], context_length: int) -> "Embedded":
         """Returns the source with these rows, of CLIP's, in its batches. UserError if it lacks one."""
+
+
+def digest(name: str) -> int:
+    """Returns 64 bits of a name, by which it is found among others."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
 def shard_folder(split: Path, number: int) -> Path:
@@ -115,6 +121,7 @@ class EmbeddingSource:
             raise UserError(f"{self._folder} has no {lacking}: embed into a new folder with --{STATES}")
         _check_sizes(self._folder, index["shards"])
         self._starts = np.cumsum([0, *(shard["pictures"] for shard in index["shards"])])
+        self.identity = _identity(self._folder)
         self._empty = _read_empty(self.path, [name for name in fields if name in _NULLS])
         self._opened: dict[int, dict[str, np.ndarray]] = {}
         self._lines: tuple[int, list[dict]] = (-1, [])
@@ -149,9 +156,22 @@ class EmbeddingSource:
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], str]:
         """Returns the rows of a picture and of one of its captions, drawn with ``rng``, and "" for its text."""
+        return self.rows(index, int(rng.integers(self.caption_count(index)))), ""
+
+    def digests(self) -> UInt64[np.ndarray, "pictures"]:
+        """Returns the `digest` of each picture's name, in their order. UserError when a shard has none."""
+        shards = [shard_folder(self._folder, number) for number in range(len(self._starts) - 1)]
+        return np.concatenate([_open_shard(shard, ["captions", NAMES])[NAMES] for shard in shards])
+
+    def caption_count(self, index: int) -> int:
+        """Returns how many captions a picture has."""
         number, row = self._place(index)
         starts = self._shard(number)["captions"]
-        return self._rows(number, row, int(rng.integers(starts[row + 1] - starts[row]))), ""
+        return int(starts[row + 1] - starts[row])
+
+    def rows(self, index: int, caption: int) -> dict[str, np.ndarray]:
+        """Returns the rows of a picture and of one of its captions, by its number."""
+        return self._rows(*self._place(index), caption)
 
     def captions(self, limit: int) -> Iterator[str]:
         """Yields every caption of the first ``limit`` pictures."""
@@ -184,6 +204,12 @@ class EmbeddingSource:
         return shard
 
 
+def _identity(folder: Path) -> str:
+    """Names a split as it now is: another where it lies elsewhere, or was written again."""
+    told = [os.fspath(folder.resolve()), (folder / INDEX).stat().st_mtime_ns]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
 def _check_sizes(folder: Path, shards: list[dict]) -> None:
     for number, shard in enumerate(shards):
         for name, size in shard["bytes"].items():
@@ -206,7 +232,7 @@ def _open_shard(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     except (OSError, ValueError, IndexError) as error:
         raise damaged(folder, str(error).splitlines()[0]) from None
     for name in names:
-        rows = {"captions": pictures + 1, "image_emb": pictures}.get(name, captions)
+        rows = {"captions": pictures + 1, "image_emb": pictures, NAMES: pictures}.get(name, captions)
         if len(arrays[name]) != rows:
             raise damaged(folder, f"{name}.npy has {len(arrays[name])} rows and not {rows}")
     return arrays

@@ -9,7 +9,6 @@ import io
 import logging
 import math
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 
@@ -105,12 +104,13 @@ class PictureSource:
         Raises:
             UserError: when no good record is found, or too many are bad.
         """
-        picture, record, place = self._usable(index)
-        name = record.key.rpartition(".")[0] or record.key  # the same for a picture as file and in a tar
+        return self._example(index, *self._usable(index))
+
+    def _example(self, index: int, picture: np.ndarray, record: Record, place: int) -> dict:
         return {
             "image": images.crop(picture, self.resolution),
             "captions": record.captions,
-            "caption": record.captions[zlib.crc32(name.encode()) % len(record.captions)],
+            "caption": record.captions[record.fixed],
             "key": record.key,
             "stands_in": place != index % len(self),
         }
@@ -121,9 +121,14 @@ class PictureSource:
         Raises:
             UserError: when no good record is found, or too many are bad.
         """
+        image, record, number = self._drawn(index, rng)
+        return image, record.captions[number]
+
+    def _drawn(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "H W 3"], Record, int]:
+        """Draws a crop and the number of a caption."""
         picture, record, _ = self._usable(index)
         image = images.crop(picture, self.resolution, rng if self.crop == "random" else None)
-        return image, record.captions[rng.integers(len(record.captions))]
+        return image, record, int(rng.integers(len(record.captions)))
 
     def captions(self, limit: int) -> Iterator[str]:
         """Yields every caption of at most ``limit`` records."""

@@ -5,12 +5,16 @@ The functions here make strings of it that any tokenizer takes, and refuse what 
 """
 
 import json
+import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+
+from dalle2_jax.data import images
 
 MARK = "\ufffd"
 """Stands in a caption for what was not UTF-8."""
@@ -38,6 +42,16 @@ class Record(NamedTuple):
     image: bytes | np.ndarray | None
     captions: tuple[str, ...]
     fields: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Its key without a picture file's ending: the same in a folder, in a tar and in ArrayRecord."""
+        return name_of(self.key)
+
+    @property
+    def fixed(self) -> int:
+        """The number of the caption that evaluations use, always the same."""
+        return zlib.crc32(self.name.encode()) % len(self.captions)
 
 
 class Rejected(Exception):
@@ -79,6 +93,12 @@ class Records(Protocol):
 
     def captions(self, limit: int) -> Iterator[str]:
         """Yields the captions of at most ``limit`` records; reads no pictures."""
+
+
+def name_of(key: str) -> str:
+    """Returns a key without a picture file's ending."""
+    stem, ending = os.path.splitext(key)
+    return stem if ending.lower() in images.SUFFIXES else key
 
 
 def spread(count: int, limit: int) -> list[int]:

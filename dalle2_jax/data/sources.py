@@ -13,8 +13,9 @@ from jaxtyping import UInt8
 
 from dalle2_jax.data.embeddings import Embedded, EmbeddingSource
 from dalle2_jax.data.filters import Filters
-from dalle2_jax.data.folder import FolderSource
+from dalle2_jax.data.folder import FolderRecords, FolderSource
 from dalle2_jax.data.mixture import MixtureSource
+from dalle2_jax.data.paired import PairedSource
 from dalle2_jax.data.pictures import MAX_REJECTED, PictureSource, check_arguments
 from dalle2_jax.data.records import Records
 from dalle2_jax.data.retrieval import RetrievalSource
@@ -57,13 +58,17 @@ class ShapesConfig:
 
 @dataclass(frozen=True)
 class PicturesConfig:
-    """Records of pictures at a path, and how a `PictureSource` makes examples of them."""
+    """Records of pictures at a path, and how a `PictureSource` makes examples of them.
+
+    ``embeddings``: where `embed` wrote what CLIP says of them, for a `PairedSource`; "" for none.
+    """
 
     path: str = ""
     resolution: int = 64
     crop: str = "center"
     filters: Filters = Filters()
     max_rejected: float = MAX_REJECTED
+    embeddings: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,13 +169,17 @@ def make_source(config: SourceConfig, split: str) -> Source | Embedded:
         weights = dict(config.weights) or {name: 1.0 for name, _ in config.parts}
         return MixtureSource({name: (make_source(part, split), weights[name]) for name, part in config.parts})
     how = config.resolution, config.crop, config.filters, config.max_rejected
+    check_arguments(config.resolution, config.crop, config.max_rejected)  # before much is read
+    if config.embeddings:
+        return PairedSource(EmbeddingSource(config.embeddings, split), _records(config, split), *how)
     if isinstance(config, FolderConfig):
         return FolderSource(config.path, split, *how)
-    check_arguments(config.resolution, config.crop, config.max_rejected)  # before much is read
     return PictureSource(_records(config, split), *how)
 
 
-def _records(config: TfdsConfig | WebdatasetConfig, split: str) -> Records:
+def _records(config: FolderConfig | TfdsConfig | WebdatasetConfig, split: str) -> Records:
+    if isinstance(config, FolderConfig):
+        return FolderRecords(config.path, split, config.filters)
     if isinstance(config, WebdatasetConfig):
         return WebdatasetRecords(config.path, split, config.filters)
     slices = {"train": config.train, "val": config.val}

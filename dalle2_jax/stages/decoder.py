@@ -92,12 +92,14 @@ class DecoderStage(DiffusionStage):
             jnp.ones((1, length), bool),
         )["params"]
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What ``prepare`` asks of CLIP, and a batch with precomputed embeddings has to have."""
+        return (() if self.model.image_emb_dim is None else ("image_emb",)) + self._read
+
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
         """Adds image_emb, and what CLIP says of the caption where the decoder reads it, unless precomputed."""
-        if self.clip is None:
-            return batch
-        image = () if self.model.image_emb_dim is None else ("image_emb",)
-        return self.clip.complete(frozen.get("clip"), batch, image + self._read)
+        return batch if self.clip is None else self.clip.complete(frozen.get("clip"), batch, self.said)
 
     def read(self, clip: Variables | None, batch: Batch) -> Batch:
         """As ``prepare``, of the captions alone; ``clip`` may be None where CLIP has nothing to say."""
