@@ -75,6 +75,10 @@ def test_another_config_is_refused_with_the_difference(folder):
 def test_how_long_and_where_a_run_goes_may_change(folder):
     save(folder, 1)
     folder.claim(CONFIG | {name: 17 for name in MAY_CHANGE})
+    data = {"path": "x", "parts": {"a": {"path": "y"}}}
+    patient = {"path": "x", "max_rejected": 0.5, "parts": {"a": {"path": "y", "max_rejected": 0.3}}}
+    assert difference({"data": data}, {"data": patient}) == []
+    assert difference({"data": data}, {"data": {**patient, "path": "z"}}) == ['data.path: stored "x", wanted "z"']
     assert folder.read_json("config.json")["total_steps"] == 17
     assert difference({"model": {"workers": 1}}, {"model": {"workers": 2}})  # only at the top
 

@@ -1,3 +1,4 @@
+import multiprocessing
 import pickle
 
 import numpy as np
@@ -114,6 +115,27 @@ def test_worker_processes_give_the_same_stream(tokenizer):
     _equal(_take(stream, 3), whole[2:])
     assert stream.get_state() == {"global_next_index": 40}
     stream.close()
+
+
+def test_a_worker_that_is_killed_is_said_in_one_line(tokenizer):
+    stream = make_stream(SOURCE, tokenizer, 24, 8, seed=5, num_workers=1)
+    next(stream)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(UserError, match=r"was ended .exit code -9.*lower config.workers") as told:
+        for _ in range(100):
+            next(stream)
+    assert "\n" not in str(told.value)
+    stream.close()
+
+
+def test_other_failures_keep_their_traceback(tokenizer):
+    class Failing(Numbers):
+        def draw(self, index, rng):
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        next(make_stream(Failing(3), tokenizer, 24, 2, seed=0))
 
 
 def test_fixed_batches_are_fixed(tokenizer):

@@ -139,6 +139,20 @@ def test_a_crash_loses_at_most_one_checkpoint_interval(tmp_path, straight, at):
     assert_equals_straight(job, train(job), straight)
 
 
+@pytest.mark.parametrize("at", [0, 4, 6])
+def test_bad_data_take_nothing_of_what_was_learnt(tmp_path, straight, at):
+    """The run ends at once, its last step is saved, and the same command goes on."""
+
+    def refuse():
+        raise UserError("11 of 41 records are bad")
+
+    with pytest.raises(UserError, match="records are bad"):
+        train(make_job(tmp_path, Numbers({at: refuse}), checkpoint_every=100))
+    job = make_job(tmp_path)
+    assert job.folder.latest_step() == (at - loop.PREFETCH if at > loop.PREFETCH else None)
+    assert_equals_straight(job, train(job), straight)
+
+
 def test_a_damaged_checkpoint_costs_one_interval_more(tmp_path, straight, capsys):
     job = make_job(tmp_path, checkpoint_every=2, keep_checkpoints=3)
     train(job)
