@@ -46,7 +46,7 @@ WORDS = (
     "a photograph of the red flower temple beside garden lake with many people under bright morning light near old "
     "wooden gate and tall green trees on warm summer day in china seen from far away through thin mist"
 ).split()
-EMBEDDED, CLIP_BATCH = 4096, 64
+EMBEDDED, CLIP_BATCH = 50_000, 64
 """Pictures embedded, and the batch of either stream of the prior."""
 
 

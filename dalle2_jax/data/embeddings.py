@@ -20,6 +20,7 @@ Everything is mapped into memory and read row by row, so a split may be larger t
 CLIP; the contract in ``clip`` says on whose side it is.
 """
 
+import bisect
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Int64, UInt64
 
 from dalle2_jax.types import UserError
 
@@ -40,7 +41,11 @@ _OPEN = 4096  # shards mapped at a time, well below the maps that a process may 
 
 @runtime_checkable
 class Embedded(Protocol):
-    """A source of embeddings in place of pictures: its ``draw`` gives rows of a batch by name."""
+    """A source of embeddings, beside pictures or in their place.
+
+    In their place, it has ``choose`` and ``gather``, as `EmbeddingSource` has them; beside them, ``draw`` gives rows of
+    a batch by name.
+    """
 
     path: Path
 
@@ -121,13 +126,14 @@ class EmbeddingSource:
             raise UserError(f"{self._folder} has no {lacking}: embed into a new folder with --{STATES}")
         _check_sizes(self._folder, index["shards"])
         self._starts = np.cumsum([0, *(shard["pictures"] for shard in index["shards"])])
+        self._bounds: list[int] = self._starts.tolist()  # which Python searches sooner
         self.identity = _identity(self._folder)
         self._empty = _read_empty(self.path, [name for name in fields if name in _NULLS])
         self._opened: dict[int, dict[str, np.ndarray]] = {}
         self._lines: tuple[int, list[dict]] = (-1, [])
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._bounds[-1]
 
     def __repr__(self) -> str:
         return f"EmbeddingSource({str(self.path)!r}, {self.split!r}, {self.fields!r})"
@@ -154,9 +160,27 @@ class EmbeddingSource:
         texts = {"captions": tuple(line["captions"]), "caption": line["captions"][line["fixed"]]}
         return {**self._rows(number, row, line["fixed"]), "key": line["key"], **texts}
 
-    def draw(self, index: int, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], str]:
-        """Returns the rows of a picture and of one of its captions, drawn with ``rng``, and "" for its text."""
-        return self.rows(index, int(rng.integers(self.caption_count(index)))), ""
+    def choose(self, index: int, rng: np.random.Generator) -> int:
+        """Draws the number of a picture's caption, as a `PictureSource` of those pictures would."""
+        return int(rng.integers(self.caption_count(index)))
+
+    def gather(
+        self, indices: Int64[np.ndarray, "B"], captions: Int64[np.ndarray, "B"]
+    ) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Returns the rows of a batch of pictures and a caption of each, by its number; and no texts, but tokens."""
+        numbers = np.searchsorted(self._starts, indices, "right") - 1
+        rows: dict[str, np.ndarray] = {}
+        for number in np.unique(numbers).tolist():
+            here = np.flatnonzero(numbers == number)
+            shard, places = self._shard(number), indices[here] - self._starts[number]
+            texts = shard["captions"][places] + captions[here]
+            for name, array in shard.items():
+                if name != "captions":
+                    found = array[places if name == "image_emb" else texts]
+                    kind = np.float32 if name == STATES else array.dtype
+                    rows.setdefault(name, np.empty((len(indices), *array.shape[1:]), kind))[here] = found
+        empty = {name: np.broadcast_to(row, (len(indices), *row.shape)) for name, row in self._empty.items()}
+        return {**rows, **empty}, []
 
     def digests(self) -> UInt64[np.ndarray, "pictures"]:
         """Returns the `digest` of each picture's name, in their order. UserError when a shard has none."""
@@ -183,8 +207,8 @@ class EmbeddingSource:
         if not -len(self) <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")
         index %= len(self)
-        number = int(np.searchsorted(self._starts, index, "right")) - 1
-        return number, index - int(self._starts[number])
+        number = bisect.bisect_right(self._bounds, index) - 1
+        return number, index - self._bounds[number]
 
     def _rows(self, number: int, row: int, caption: int) -> dict[str, np.ndarray]:
         shard = self._shard(number)

@@ -72,13 +72,30 @@ class RetrievalSource:
 
     def __getitem__(self, index: int) -> dict:
         """Returns ``{"image_emb", "text_emb", "key", "captions", "caption"}``."""
-        rows, caption = self._example(index)
+        rows, [caption] = self.gather(np.array([index]), np.zeros(1, np.int64))
+        rows = {name: row[0] for name, row in rows.items()}
         key = self._keys[int(self._pairs[index][0])].as_py()
         return {**rows, "key": key, "captions": (caption,), "caption": caption}
 
-    def draw(self, index: int, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], str]:
-        """Returns the rows of a pair, and its caption."""
-        return self._example(index)
+    def choose(self, index: int, rng: np.random.Generator) -> int:
+        """Returns the number of a pair's caption, of which there is one."""
+        return 0
+
+    def gather(
+        self, indices: Int64[np.ndarray, "B"], captions: Int64[np.ndarray, "B"]
+    ) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Returns the rows of a batch of pairs, and their captions."""
+        rows = {}
+        for name, arrays, starts, found in zip(
+            ("image_emb", "text_emb"), (self._images, self._texts), self._starts, self._pairs[indices].T, strict=True
+        ):
+            numbers = np.searchsorted(starts, found, "right") - 1
+            out = np.empty((len(indices), self.contract["dim"]), np.float32)
+            for number in np.unique(numbers).tolist():
+                here = np.flatnonzero(numbers == number)
+                out[here] = arrays[number][found[here] - starts[number]]
+            rows[name] = self._scaled(out)
+        return rows, self._captions.take(self._pairs[indices, 1]).to_pylist()
 
     def captions(self, limit: int) -> Iterator[str]:
         """Yields the captions of the first ``limit`` pairs."""
@@ -93,21 +110,11 @@ class RetrievalSource:
         maps = {name: [_mapped(Path(path)) for path in state[name]] for name in ("_images", "_texts")}
         self.__dict__.update({**state, **maps})
 
-    def _example(self, index: int) -> tuple[dict[str, np.ndarray], str]:
-        image, text = self._pairs[index]
-        places = (("image_emb", self._images, image), ("text_emb", self._texts, text))
-        rows = {}
-        for (name, arrays, row), starts in zip(places, self._starts, strict=True):
-            number = int(np.searchsorted(starts, row, "right")) - 1
-            rows[name] = self._scaled(arrays[number][row - starts[number]])
-        return rows, self._captions[int(text)].as_py()
-
-    def _scaled(self, row: np.ndarray) -> Float32[np.ndarray, "E"]:
-        """A row in the contract's space, of one that is raw or of unit length."""
-        row = np.array(row, np.float32)
+    def _scaled(self, rows: Float32[np.ndarray, "B E"]) -> Float32[np.ndarray, "B E"]:
+        """Rows in the contract's space, of those that are raw or of unit length."""
         if self.contract["normalisation"] == "unit":
-            row /= max(float(np.linalg.norm(row)), 1e-6)
-        return row * np.float32(self.contract["scale"])
+            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+        return rows * np.float32(self.contract["scale"])
 
 
 class _Table:

@@ -11,7 +11,7 @@ slow to decode.
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -20,12 +20,14 @@ import numpy as np
 from absl import flags
 
 from dalle2_jax.data import degradation
+from dalle2_jax.data.embeddings import Embedded
 from dalle2_jax.data.mixture import MixtureSource
 from dalle2_jax.data.sources import Source
 from dalle2_jax.text import Tokenizer
 from dalle2_jax.types import Batch, Degrading, UserError
 
 _BATCHES_AHEAD = 4
+_POSITION = "global_next_index"
 _WORDS = ("key", "stands_in", "captions", "caption")  # of an example, no rows of a batch
 
 
@@ -40,7 +42,7 @@ class _Prepare:
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         drawn, caption = self.source.draw(index, rng)
-        if isinstance(drawn, dict):  # of an Embedded source; to ask the source itself takes longer than the rest
+        if isinstance(drawn, dict):  # of a `PairedSource`
             rows = dict(drawn)
         else:
             rows = degradation.pair(drawn, self.degrading, rng) if self.degrading else {"image": drawn}
@@ -50,11 +52,42 @@ class _Prepare:
         return rows
 
 
-class Batches:
-    """An endless iterator over batches, with its place in the stream; what `make_stream` returns."""
+@dataclass(frozen=True)
+class _Choose:
+    """Index to itself and the number of a caption."""
 
-    def __init__(self, iterator: grain.DatasetIterator) -> None:
-        self._iterator = iterator
+    source: Embedded
+
+    def __call__(self, index: int, rng: np.random.Generator) -> tuple[int, int]:
+        return index, self.source.choose(index, rng)
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """Chosen examples to a batch."""
+
+    source: Embedded
+    tokenizer: Tokenizer | None
+    context_length: int
+
+    def __call__(self, chosen: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        rows, captions = self.source.gather(*np.array(chosen, np.int64).T)
+        if self.tokenizer is not None and "tokens" not in rows:
+            rows["tokens"], rows["mask"] = self.tokenizer.encode(captions, self.context_length)
+        return rows
+
+
+class Batches:
+    """An endless iterator over batches, with its place in the stream; what `make_stream` returns.
+
+    Args:
+        start: makes the iterator over the batches from a position on.
+        batch_size: examples of a batch, of all processes.
+    """
+
+    def __init__(self, start: Callable[[int], grain.DatasetIterator], batch_size: int) -> None:
+        self._start, self._batch_size, self._position = start, batch_size, 0
+        self._iterator: grain.DatasetIterator | None = None
 
     def __iter__(self) -> "Batches":
         return self
@@ -65,8 +98,10 @@ class Batches:
         Raises:
             UserError: the source cannot be read any more, or a worker process has died.
         """
+        if self._iterator is None:
+            self._iterator = self._start(self._position)
         try:
-            return next(self._iterator)
+            batch = next(self._iterator)
         except RuntimeError as error:
             if "Worker process was terminated" not in str(error):
                 raise
@@ -75,18 +110,23 @@ class Batches:
                 f"a process that prepared batches was ended (exit code {code and code[1]}), as for want of memory: "
                 "lower config.workers, and the same command continues"
             ) from None
+        self._position += self._batch_size
+        return batch
 
     def get_state(self) -> dict[str, int]:
-        """Returns the place: a few numbers, the same on every process."""
-        return self._iterator.get_state()
+        """Returns the position after the last batch, the same on every process."""
+        return {_POSITION: self._position}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to a place that ``get_state`` returned, of this or an equal stream."""
-        self._iterator.set_state(state)
+        """Goes to a position that ``get_state`` returned, of this or an equal stream."""
+        self.close()
+        self._position = state[_POSITION]
 
     def close(self) -> None:
-        """Ends the threads and processes that prepare batches."""
-        self._iterator.close()
+        """Ends the threads and processes that prepare batches, until the next is asked for."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
 
 
 def make_stream(
@@ -130,21 +170,25 @@ def make_stream(
         order = source.order(seed)
     else:
         order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    examples = order.random_map(_Prepare(source, tokenizer, context_length, degrading))
+    if hasattr(source, "gather"):  # a batch at once, which an `Embedded` source does sooner than one by one
+        examples = order.random_map(_Choose(source))
+        stack = _Gather(source, tokenizer, context_length)
+    else:
+        examples = order.random_map(_Prepare(source, tokenizer, context_length, degrading))
+        stack = None
     cv2.setNumThreads(0)  # parallelism is over batches; cv2's own threads would fight with it
-    workers = None
-    if num_workers:
-        if not flags.FLAGS.is_parsed():  # grain's workers copy absl's flags and need them parsed
-            flags.FLAGS(sys.argv[:1])
-        workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=_BATCHES_AHEAD)
-    elastic = grain.experimental.ElasticIterator(
-        examples,
-        batch_size,
-        grain.sharding.ShardOptions(process_index, process_count, drop_remainder=True),
-        read_options=grain.ReadOptions(num_threads, _BATCHES_AHEAD if num_threads else 0),
-        multiprocessing_options=workers,
-    )
-    return Batches(iter(elastic))
+    reading = grain.ReadOptions(num_threads, _BATCHES_AHEAD if num_threads else 0)
+    if num_workers and not flags.FLAGS.is_parsed():  # grain's workers copy absl's flags and need them parsed
+        flags.FLAGS(sys.argv[:1])
+    workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BATCHES_AHEAD)
+
+    def start(position: int) -> grain.DatasetIterator:
+        rows = examples[position + process_index :: process_count]
+        batches = rows.batch(batch_size // process_count, drop_remainder=True, batch_fn=stack)
+        stream = batches.to_iter_dataset(reading)
+        return iter(stream.mp_prefetch(workers) if num_workers else stream)
+
+    return Batches(start, batch_size)
 
 
 def _check_size(source: Source, degrading: Degrading) -> None:
