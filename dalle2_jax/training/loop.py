@@ -193,6 +193,7 @@ def _run(job, key, state, first, checkpoints, writer, interrupt) -> TrainState:
             batch, next_state, wait = next(batches)
         except UserError:  # what is wrong with the data takes nothing of what was learnt of them
             if step - 1 > saved and jax.process_count() == 1:
+                metrics_lib.mean_of_finite(jax.device_get(history), saved)
                 checkpoints.save(step - 1, state.trees(), data_state)
             raise
         data_state = next_state
@@ -207,8 +208,7 @@ def _run(job, key, state, first, checkpoints, writer, interrupt) -> TrainState:
         stop = interrupt.requested  # read once: a signal after this is the next step's to answer
         save = stop or step == run.total_steps or step % run.checkpoint_every == 0
         if step % run.log_every == 0 or save:
-            good = f"step {saved}" if saved else "none"
-            means = metrics_lib.mean_of_finite(jax.device_get(history), good)
+            means = metrics_lib.mean_of_finite(jax.device_get(history), saved)
             seconds = max(time.perf_counter() - clock, 1e-9)
             rate = (step - timed_from) * run.batch_size / seconds
             writer.write(

@@ -99,17 +99,19 @@ class MetricWriter:
             self._events.close()
 
 
-def mean_of_finite(history: list[tuple[int, Mapping[str, np.ndarray]]], last_good: str) -> dict[str, float]:
-    """Returns the mean of each metric over the steps in ``history``.
+def mean_of_finite(history: list[tuple[int, Mapping[str, np.ndarray]]], saved: int) -> dict[str, float]:
+    """Returns the mean of each metric over the steps in ``history``; of none, nothing.
 
     Raises:
-      UserError: a metric is not finite; the message names the step, the metric and the last good checkpoint.
+      UserError: a metric is not finite; the message names the step, the metric and the last checkpoint, that of step
+        ``saved`` or, for 0, none.
     """
     for step, metrics in history:
         for name, value in sorted(metrics.items(), key=lambda item: item[0] != "loss"):  # the loss tells most
             if not np.isfinite(value):
                 raise UserError(
                     f"training stopped: {name} became {float(value)} at step {step}; the last good checkpoint is "
-                    f"{last_good}. Lower --config.optim.lr or raise optim.warmup_steps, then run the same command"
+                    f"{f'step {saved}' if saved else 'none'}. Lower --config.optim.lr or raise optim.warmup_steps, then run the same command"
                 )
-    return {name: float(np.mean([metrics[name] for _, metrics in history])) for name in history[0][1]}
+    names = history[0][1] if history else ()
+    return {name: float(np.mean([metrics[name] for _, metrics in history])) for name in names}

@@ -153,6 +153,16 @@ def test_bad_data_take_nothing_of_what_was_learnt(tmp_path, straight, at):
     assert_equals_straight(job, train(job), straight)
 
 
+def test_a_loss_that_was_lost_before_the_data_were_is_not_saved(tmp_path):
+    def refuse():
+        raise UserError("11 of 41 records are bad")
+
+    job = make_job(tmp_path, Numbers({2: float("nan"), 5: refuse}), checkpoint_every=100, log_every=100)
+    with pytest.raises(UserError, match="loss became nan at step 3; the last good checkpoint is none"):
+        train(job)
+    assert job.folder.latest_step() is None
+
+
 def test_a_damaged_checkpoint_costs_one_interval_more(tmp_path, straight, capsys):
     job = make_job(tmp_path, checkpoint_every=2, keep_checkpoints=3)
     train(job)

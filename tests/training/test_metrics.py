@@ -17,19 +17,19 @@ def history(**values):
 
 
 def test_means_are_over_the_steps():
-    means = mean_of_finite(history(loss=[1, 2, 6], grad_norm=[0, 0, 3]), "none")
+    means = mean_of_finite(history(loss=[1, 2, 6], grad_norm=[0, 0, 3]), 0)
     assert means == {"loss": 3.0, "grad_norm": 1.0}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_named(bad):
     with pytest.raises(UserError, match=f"grad_norm became {bad} at step 12; the last good checkpoint is step 8"):
-        mean_of_finite(history(loss=[1, 2, 3, bad], grad_norm=[0, 0, bad, bad]), "step 8")
+        mean_of_finite(history(loss=[1, 2, 3, bad], grad_norm=[0, 0, bad, bad]), 8)
 
 
 def test_of_several_that_are_not_finite_the_loss_is_named():
     with pytest.raises(UserError, match="loss became nan at step 10"):
-        mean_of_finite(history(grad_norm=[float("nan")], loss=[float("nan")]), "none")
+        mean_of_finite(history(grad_norm=[float("nan")], loss=[float("nan")]), 0)
 
 
 def read(folder):
