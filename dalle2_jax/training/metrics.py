@@ -109,9 +109,10 @@ def mean_of_finite(history: list[tuple[int, Mapping[str, np.ndarray]]], saved: i
     for step, metrics in history:
         for name, value in sorted(metrics.items(), key=lambda item: item[0] != "loss"):  # the loss tells most
             if not np.isfinite(value):
+                good = f"step {saved}" if saved else "none"
                 raise UserError(
                     f"training stopped: {name} became {float(value)} at step {step}; the last good checkpoint is "
-                    f"{f'step {saved}' if saved else 'none'}. Lower --config.optim.lr or raise optim.warmup_steps, then run the same command"
+                    f"{good}. Lower --config.optim.lr or raise optim.warmup_steps, then run the same command"
                 )
     names = history[0][1] if history else ()
     return {name: float(np.mean([metrics[name] for _, metrics in history])) for name in names}
