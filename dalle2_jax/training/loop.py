@@ -43,6 +43,8 @@ class Stream(Protocol):
 
     def set_state(self, state: dict[str, Any]) -> None: ...
 
+    def close(self) -> None: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -178,6 +180,7 @@ def train(job: Job) -> TrainState:
                 return _run(job, key, state, first, checkpoints, writer, interrupt)
         finally:
             checkpoints.wait()
+            job.stream.close()
 
 
 def _run(job, key, state, first, checkpoints, writer, interrupt) -> TrainState:

@@ -228,6 +228,9 @@ class PicturesStream:
     def set_state(self, state):
         self.position = state["position"]
 
+    def close(self):
+        pass
+
 
 def one_device():
     axes = jax.sharding.AxisType.Auto

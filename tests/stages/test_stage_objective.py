@@ -231,6 +231,9 @@ class Rows:
     def set_state(self, state):
         self.number = state["number"]
 
+    def close(self):
+        pass
+
 
 def job(root, total_steps):
     """Trains the probe, with a checkpoint every eight steps."""

@@ -61,6 +61,9 @@ class Numbers:
     def set_state(self, state):
         self.next = state["next"]
 
+    def close(self):
+        self.closed = True
+
 
 def make_job(root, stream=None, mesh=None, preview=None, **run):
     folder = StageFolder(root, "line")
@@ -109,7 +112,7 @@ def test_a_run_reports_every_step(straight):
     assert len({line["noise"] for line in written}) == STEPS  # each step has a key of its own
     assert all(line["examples_per_second"] > 0 for line in written[1:])  # the first step compiles: no time is taken
     assert sorted(os.listdir(job.folder.path / "checkpoints")) == ["3", "6"]
-    assert os.listdir(job.folder.path / "tensorboard")
+    assert os.listdir(job.folder.path / "tensorboard") and job.stream.closed
 
 
 def test_a_longer_run_continues_a_shorter_one(tmp_path, straight, capsys):
