@@ -131,8 +131,8 @@ class MixtureConfig:
         for name, part in self.parts:
             if isinstance(part, MixtureConfig):
                 raise UserError(f"part {name} is a mixture itself: name its parts here, with its weight over theirs")
-            if isinstance(part, EmbeddingsConfig):
-                raise UserError(f"part {name} has embeddings in place of pictures: a mixture is of pictures")
+            if isinstance(part, EmbeddingsConfig) or getattr(part, "embeddings", ""):
+                raise UserError(f"part {name} has embeddings: a mixture is of pictures alone")
             if part.resolution != self.resolution:
                 raise UserError(f"part {name} has resolution {part.resolution}, the mixture {self.resolution}")
         if self.weights and [name for name, _ in self.weights] != [name for name, _ in self.parts]:

@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 
 from dalle2_jax import build
-from dalle2_jax.data import MixtureConfig, MixtureSource, ShapesConfig, Source, fixed_batch, make_source, make_stream
+from dalle2_jax.data import (
+    EmbeddingsConfig,
+    FolderConfig,
+    MixtureConfig,
+    MixtureSource,
+    ShapesConfig,
+    Source,
+    fixed_batch,
+    make_source,
+    make_stream,
+)
 from dalle2_jax.types import UserError
 
 COUNTS = {"a": 7, "b": 3, "c": 3, "d": 12}
@@ -105,6 +115,8 @@ def test_mistakes_are_answered():
     shapes = ShapesConfig()
     for arguments, message in (
         ({"parts": {"a": MixtureConfig({"b": shapes})}}, "part a is a mixture itself"),
+        ({"parts": {"a": EmbeddingsConfig("x")}}, "part a has embeddings: a mixture is of pictures"),
+        ({"parts": {"a": FolderConfig("x", embeddings="y")}}, "part a has embeddings: a mixture is of pictures"),
         ({"parts": {"a": shapes}, "resolution": 32}, "part a has resolution 64, the mixture 32"),
         ({"parts": {"a": shapes}, "weights": {"b": 1.0}}, "weights must name every part and nothing else: a"),
     ):
