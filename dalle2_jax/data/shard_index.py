@@ -9,11 +9,10 @@ set costs neither time nor memory for its records. What cannot be written beside
 import hashlib
 import io
 import json
-import tarfile
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -25,11 +24,14 @@ from dalle2_jax.data.arrays import Strings, cache_folder, kept, map_arrays, room
 from dalle2_jax.data.patience import persistently
 from dalle2_jax.data.records import LeftOut
 from dalle2_jax.data.storage import Files
+from dalle2_jax.data.tar_headers import DamagedError, Member, members
 from dalle2_jax.files import write_atomically
 from dalle2_jax.types import UserError
 
 IMAGE, TEXT, JSON = 0, 2, 4
 """Columns of `Index.rows`: where the offset of a member is; its size is the next. -1 for a member that is not there."""
+
+_COLUMNS = {"txt": TEXT, "json": JSON, **{suffix[1:]: IMAGE for suffix in images.SUFFIXES}}
 
 SCAN_TIMEOUT = 600.0
 """Seconds that reading the headers of a shard may take."""
@@ -81,19 +83,13 @@ def scan(file: BinaryIO, size: int) -> Index:
     rows: dict[str, list[int]] = {}
     left_out = LeftOut()
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()
-                if member.size < 0 or tar.offset <= member.offset:
-                    raise tarfile.ReadError("a header that leads back")
-                if member.isreg() and not member.issparse():
-                    _note(member, size, rows, left_out)
-            file.seek(tar.offset)
-            tail = file.read(tarfile.BLOCKSIZE)
-        if len(tail) < tarfile.BLOCKSIZE or any(tail):
-            left_out.add("shard cut short" if len(tail) < tarfile.BLOCKSIZE else "shard damaged", "")
-    except (tarfile.TarError, ValueError, OverflowError, EOFError):
-        left_out.add("shard cut short" if rows else "not a tar", "")
+        for member in members(file):
+            _note(member, size, rows, left_out)
+    except DamagedError as damage:
+        if damage.place == 0 and not rows:
+            left_out.add("not a tar", "")
+        else:
+            left_out.add("shard cut short" if damage.cut else "shard damaged", "")
     whole = {key: row for key, row in rows.items() if row[IMAGE] >= 0 and max(row[TEXT], row[JSON]) >= 0}
     for key, row in rows.items():
         if key not in whole and min(row) >= -1:
@@ -108,23 +104,25 @@ def scan(file: BinaryIO, size: int) -> Index:
     )
 
 
-def _note(member: tarfile.TarInfo, size: int, rows: dict[str, list[int]], left_out: LeftOut) -> None:
+def _note(member: Member, size: int, rows: dict[str, list[int]], left_out: LeftOut) -> None:
     """Notes where a member lies, in the row of its record."""
-    path = PurePosixPath(member.name)
-    stem, _, kind = path.name.partition(".")
-    column = {"txt": TEXT, "json": JSON}.get(kind.lower(), IMAGE if f".{kind.lower()}" in images.SUFFIXES else None)
+    folder, _, file = member.name.rpartition("/")
+    stem, _, kind = file.partition(".")
+    column = _COLUMNS.get(kind.lower())
     if column is None or not stem:
         return
-    if path.is_absolute() or ".." in path.parts:
+    above = folder.split("/") if folder else []
+    if member.name.startswith("/") or ".." in above:
         left_out.add("unsafe name", member.name, column == IMAGE)
         return
-    row = rows.setdefault(str(path.parent / stem), [-1] * 6)
+    key = "/".join([*(name for name in above if name not in ("", ".")), stem]) if above else stem
+    row = rows.setdefault(key, [-1] * 6)
     if row[column] >= 0:
         left_out.add("named twice", member.name, column == IMAGE)
-    elif member.offset_data + member.size > size:
+    elif member.offset + member.size > size:
         row[:] = [-2] * 6  # the record at the cut
     elif row[column] == -1:
-        row[column : column + 2] = member.offset_data, member.size
+        row[column : column + 2] = member.offset, member.size
 
 
 def open_index(files: Files) -> tuple[Index, Path | None]:
