@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dalle2_jax.data import images
 from dalle2_jax.data.arrays import Strings, cache_folder, kept, map_arrays, room
-from dalle2_jax.data.patience import persistently
+from dalle2_jax.data.patience import Pulse, persistently
 from dalle2_jax.data.records import LeftOut
 from dalle2_jax.data.storage import Files
 from dalle2_jax.data.tar_headers import DamagedError, Member, members
@@ -33,8 +33,8 @@ IMAGE, TEXT, JSON = 0, 2, 4
 
 _COLUMNS = {"txt": TEXT, "json": JSON, **{suffix[1:]: IMAGE for suffix in images.SUFFIXES}}
 
-SCAN_TIMEOUT = 600.0
-"""Seconds that reading the headers of a shard may take."""
+SCAN_TIMEOUT = 60.0
+"""Seconds that reading a header of a shard may take."""
 
 _VERSION = 2
 _SCANNERS = 8
@@ -191,7 +191,8 @@ def _shard(files: Files, number: int) -> Index | None:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             continue
     try:
-        index = persistently(lambda: _scan_one(files, number), SCAN_TIMEOUT)
+        pulse = Pulse()
+        index = persistently(lambda: _scan_one(files, number, pulse), SCAN_TIMEOUT, pulse=pulse)
     except OSError:
         return None
     content = io.BytesIO()
@@ -206,9 +207,22 @@ def _shard(files: Files, number: int) -> Index | None:
     return index
 
 
-def _scan_one(files: Files, number: int) -> Index:
+def _scan_one(files: Files, number: int, pulse: Pulse) -> Index:
     with files.scan(number) as file:
-        return scan(file, int(files.stamps[number, 0]))
+        return scan(_Beating(file, pulse), int(files.stamps[number, 0]))
+
+
+class _Beating:
+    """A file with a pulse."""
+
+    def __init__(self, file: BinaryIO, pulse: Pulse) -> None:
+        self._file, self._pulse = file, pulse
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._pulse.beat()
+        return content
 
 
 def _joined(files: Files, shards: list[_Shard]) -> Index:

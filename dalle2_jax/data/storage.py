@@ -7,6 +7,7 @@ import glob
 import itertools
 import os
 import re
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -181,13 +182,15 @@ def _matching(pattern: str, suffix: str) -> list[str]:
 
 
 def _stamps(paths: Sequence[str]) -> Int64[np.ndarray, "files 2"]:
-    """Size and time of each file, -1 for those that are not there."""
+    """Size and time of each file, -1 for those that are not there, or are none, as a pipe."""
     stamps = np.full((len(paths), 2), -1, np.int64)
     for number, path in enumerate(paths):
         try:
-            stamps[number] = _stamp(os.stat(path))
+            status = os.stat(path)
         except OSError:
             continue
+        if stat.S_ISREG(status.st_mode):
+            stamps[number] = _stamp(status)
     return stamps
 
 

@@ -1,5 +1,6 @@
 import os
 import threading
+import time
 
 import pytest
 
@@ -19,6 +20,28 @@ def test_reads_share_a_thread_until_one_hangs():
     assert not first.is_alive() and third.is_alive()
     with pytest.raises(ZeroDivisionError):
         patience.within(5, lambda: 1 // 0)
+
+
+def test_work_that_gets_on_may_take_its_time():
+    pulse, steps = patience.Pulse(), []
+
+    def work():
+        for step in range(6):
+            time.sleep(0.1)
+            steps.append(step)
+            pulse.beat()
+        return "done"
+
+    assert patience.within(0.3, work, pulse) == "done" and len(steps) == 6
+    with pytest.raises(TimeoutError):
+        patience.within(0.3, work)
+    hang = threading.Event()
+    pulse.beat()
+    before = time.monotonic()
+    with pytest.raises(TimeoutError):
+        patience.within(0.2, lambda: hang.wait(20), pulse)
+    assert time.monotonic() - before < 5
+    hang.set()
 
 
 def test_the_thread_of_reads_ends_with_its_caller():

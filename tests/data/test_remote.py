@@ -1,40 +1,24 @@
 """Tar shards behind a real web server that fails in every way: what hangs, breaks or goes is tried again, then left."""
 
-import io
 import pickle
-import tarfile
 import threading
 
-import cv2
-import numpy as np
 import pytest
+from tar_files import members, png, tar
 from web_server import served
 
-from dalle2_jax.data import PictureSource, Rejected, WebdatasetRecords, make_stream, patience, remote, storage
+from dalle2_jax.data import PictureSource, Rejected, WebdatasetRecords, make_stream, remote, storage
 from dalle2_jax.types import UserError
 
 
-@pytest.fixture(autouse=True)
-def _quickly(tmp_path_factory, monkeypatch):
-    """No index of another test, and little waiting."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(patience, "PAUSES", (0.01, 0.01))
-
-
-def png(level):
-    return cv2.imencode(".png", np.full((10, 12, 3), level, np.uint8))[1].tobytes()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture
 def shards(tmp_path):
     """Three shards of four records each."""
     for shard in range(3):
-        with tarfile.open(tmp_path / f"{shard:05d}.tar", "w") as file:
-            for number in range(4 * shard, 4 * shard + 4):
-                for ending, content in (("png", png(number)), ("txt", f"caption {number}".encode())):
-                    info = tarfile.TarInfo(f"{number:09d}.{ending}")
-                    info.size = len(content)
-                    file.addfile(info, io.BytesIO(content))
+        tar(tmp_path / f"{shard:05d}.tar", members(range(4 * shard, 4 * shard + 4)))
     return tmp_path
 
 

@@ -4,12 +4,12 @@ import os
 import pickle
 import tarfile
 import tempfile
-import threading
 import types
 
 import cv2
 import numpy as np
 import pytest
+from tar_files import levels, members, png, tar
 
 from dalle2_jax import files
 from dalle2_jax.data import (
@@ -22,54 +22,13 @@ from dalle2_jax.data import (
     WebdatasetRecords,
     make_source,
     make_stream,
-    patience,
     shard_index,
     source_named,
     storage,
 )
 from dalle2_jax.types import UserError
 
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path_factory, monkeypatch):
-    """No index of another test, and no waiting."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(patience, "PAUSES", (0.01, 0.01))
-
-
-def png(level, shape=(10, 12, 3)):
-    return cv2.imencode(".png", np.full(shape, level, np.uint8))[1].tobytes()
-
-
-def members(numbers, **fields):
-    """The members of img2dataset's records."""
-    for number in numbers:
-        said = {"key": f"{number:09d}", "number": number, **fields}
-        yield f"{number:09d}.png", png(number % 256)
-        yield f"{number:09d}.txt", f"caption {number}".encode()
-        yield f"{number:09d}.json", json.dumps(said).encode()
-
-
-def tar(path, entries, format=tarfile.PAX_FORMAT):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as file:
-        for name, content in entries:
-            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
-            info.size = len(content)
-            file.addfile(info, io.BytesIO(content))
-    return path
-
-
-@pytest.fixture
-def shards(tmp_path):
-    """Three shards of 5, 3 and 4 records."""
-    for number, (first, last) in enumerate(((0, 5), (5, 8), (8, 12))):
-        tar(tmp_path / f"{number:05d}.tar", members(range(first, last)))
-    return tmp_path
-
-
-def _levels(source):
-    return [int(source[index]["image"][0, 0, 0]) for index in range(len(source))]
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def test_records_of_shards(shards):
@@ -81,7 +40,7 @@ def test_records_of_shards(shards):
         assert record.image == png(index)
     assert list(records.captions(3)) == ["caption 0", "caption 5", "caption 11"]
     assert len(list(records.captions(100))) == 12
-    assert _levels(PictureSource(records, 8)) == list(range(12))
+    assert levels(PictureSource(records, 8)) == list(range(12))
 
 
 @pytest.mark.parametrize("pattern", ["", "/*.tar", "/{00000..00002}.tar", "/0000{0,1,2}.tar", "/{00000..00001}.tar"])
@@ -112,8 +71,10 @@ def test_splits(tmp_path):
 def test_the_headers_are_read_once(shards, monkeypatch):
     WebdatasetRecords(shards)
     assert len(list(shards.glob("*.tar.index.npz"))) == 3 and len(list(shards.glob(".*.index"))) == 1
-    scanned, scan = [], shard_index.scan
-    monkeypatch.setattr(shard_index, "scan", lambda file, size: scanned.append(file.name) or scan(file, size))
+    scanned, opened = [], storage.Files.scan
+    monkeypatch.setattr(
+        storage.Files, "scan", lambda self, number: scanned.append(self.paths[number]) or opened(self, number)
+    )
     assert len(WebdatasetRecords(shards)) == 12 and not scanned
     tar(shards / "00001.tar", members(range(50, 56)))
     assert WebdatasetRecords(shards).read(7).key == "000000052" and scanned == [str(shards / "00001.tar")]
@@ -200,7 +161,7 @@ def test_names_from_the_world(tmp_path):
         assert keys[:4] == ["e", "sub/f", "\u65e5\u672c \u00fc", "long/" * 60 + "i"] and keys[4].startswith("caf")
         keys[4].encode()
         assert records.left_out.counts == {"unsafe name": 3, "no picture": 1}
-        assert [int(level) for level in _levels(PictureSource(records, 8))] == [5, 7, 8, 9, 10]
+        assert [int(level) for level in levels(PictureSource(records, 8))] == [5, 7, 8, 9, 10]
         assert records.read(2).captions == ("\u732b",) and records.read(4).captions == ("coff\ufffde",)
 
 
@@ -228,7 +189,7 @@ def test_bad_records_are_refused_by_cause(tmp_path):
         ("apart",),
         ("",),
     ]
-    _levels(source)
+    levels(source)
     assert source.rejected == {
         **{"no picture": 1, "no caption": 2, "named twice": 1},
         **{"empty": 1, "not a picture": 1, "broken JSON": 2},
@@ -243,7 +204,7 @@ def test_filters_choose_by_json_once(tmp_path, monkeypatch):
         tar(tmp_path / f"{shard}.tar", entries)
     config = {"path": str(tmp_path), "resolution": 8}
     source = make_source(WebdatasetConfig(**config, filters=Filters(ranges={"number": (5, 14)})), "train")
-    assert _levels(source) == list(range(5, 10)) + list(range(11, 15)) and source.rejected == {"broken JSON": 2}
+    assert levels(source) == list(range(5, 10)) + list(range(11, 15)) and source.rejected == {"broken JSON": 2}
     english = Filters(ranges={"number": (None, 14)}, equals={"LANGUAGE": "en"})
     assert len(WebdatasetRecords(tmp_path, filters=english)) == 4
     assert len(WebdatasetRecords(tmp_path, filters=Filters(min_width=13))) == 18  # the JSON says nothing of sizes
@@ -253,54 +214,6 @@ def test_filters_choose_by_json_once(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match="leave not one of the 20 records"):
         WebdatasetRecords(tmp_path, filters=Filters(equals={"language": "en"}))
-
-
-def test_a_shard_that_vanishes_is_tried_again_then_skipped(shards, monkeypatch):
-    source = PictureSource(WebdatasetRecords(shards), 8)
-    (shards / "00001.tar").rename(shards / "away")
-    tried, wait = [], patience.time.sleep
-    monkeypatch.setattr(patience.time, "sleep", lambda seconds: tried.append(seconds) or wait(seconds))
-    levels = _levels(source)
-    assert levels[:5] == list(range(5)) and levels[8:] == list(range(8, 12)) and not {5, 6, 7} & set(levels)
-    assert source.rejected == {"shard lost": 3} and tried == [0.01, 0.01]
-
-
-def test_a_shard_that_comes_back_is_read(shards, monkeypatch):
-    records = WebdatasetRecords(shards)
-    (shards / "00001.tar").rename(shards / "away")
-    monkeypatch.setattr(patience.time, "sleep", lambda _: (shards / "away").rename(shards / "00001.tar"))
-    assert records.read(6).captions == ("caption 6",)
-
-
-def test_a_shard_that_hangs_is_left(shards, monkeypatch):
-    monkeypatch.setattr(storage, "TIMEOUT", 0.05)
-    records, pread = WebdatasetRecords(shards), os.pread
-    hang = threading.Event()
-    monkeypatch.setattr(os, "pread", lambda *place: hang.wait(20) and b"")
-    with pytest.raises(Rejected, match="shard lost"):
-        records.read(6)
-    hang.set()
-    monkeypatch.setattr(os, "pread", pread)
-    assert records.read(0).captions == ("caption 0",)
-
-
-def test_a_shard_written_again_is_not_read_by_the_old_index(shards):
-    records = WebdatasetRecords(shards)
-    tar(shards / "00001.tar", members(range(90, 96)))
-    with pytest.raises(Rejected, match="shard lost"):
-        records.read(6)
-    assert records.read(3).captions == ("caption 3",)
-
-
-def test_few_files_are_open_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_OPEN_FILES", 2)
-    for number in range(6):
-        tar(tmp_path / f"{number}.tar", members([number]))
-    records = WebdatasetRecords(tmp_path)
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(2):
-        assert [records.read(index).image for index in range(6)] == [png(index) for index in range(6)]
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
