@@ -53,7 +53,7 @@ def parse_flags() -> None:
         if not CONFIG.value or not WORKDIR.value:
             raise UsageError("give --config FILE:STAGE and --workdir FOLDER; see python train.py --help")
         _ = CONFIG.value.to_dict  # a file that could not be read shows only when its config is touched
-    except OSError as error:
+    except (OSError, SyntaxError, ImportError, NameError) as error:
         raise UsageError(f"the config file cannot be read: {str(error).splitlines()[-1].strip()}") from error
     except KeyError as error:
         said = " ".join(str(error.args[0]).split())

@@ -1,12 +1,14 @@
 """Writing to disk: whole or not at all. Files, and pictures as PNG and as captioned grids."""
 
 import contextlib
+import errno
 import io
 import os
 import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import numpy as np
@@ -15,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 _CELL, _LETTERS, _LINE, _LINES, _PAD = 144, 23, 13, 4, 6
 """A grid cell's least width and its caption's letters a line, line height and lines, and the gap, in pixels."""
+
+_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
@@ -25,7 +29,7 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def written_atomically(path: str | Path) -> Iterator[BinaryIO]:
-    """Yields a file to write, as `write_atomically` does."""
+    """Yields a file to write, as `write_atomically` does. OSError names the file when the disk is full."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -36,9 +40,24 @@ def written_atomically(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from colleagues
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        reason = disk_full(error)
+        if reason:
+            raise OSError(f"{path} cannot be written ({reason})") from error
         raise
+
+
+def disk_full(error: BaseException) -> str | None:
+    """Returns what the system says of a disk or quota that holds no more, where an error tells of it; else None."""
+    return next((reason for reason in _FULL if reason in str(error)), None)
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    """Writes a .npy file, as `write_atomically` does."""
+    with written_atomically(path) as file:
+        # to a file of the system numpy writes by itself, and has no cause to tell when that fails
+        np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
 
 
 def write_png(path: str | Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:

@@ -1,7 +1,10 @@
 """Files appear whole or not at all; pictures survive; a grid shows what it was given."""
 
+import errno
 import io
 import os
+import resource
+import signal
 import stat
 
 import numpy as np
@@ -46,6 +49,39 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         files.write_atomically(tmp_path / "file", "new")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write, content in ((files.write_atomically, b"new"), (files.write_array, np.zeros(3))):
+        with pytest.raises(OSError) as caught:
+            write(tmp_path / "file", content)
+        assert str(caught.value) == f"{tmp_path / 'file'} cannot be written (No space left on device)"
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_array_that_the_system_cuts_says_why(tmp_path):
+    """Not how many of its numbers were written, which is all that numpy says of a file that it writes itself."""
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"a.npy cannot be written \(File too large\)"):
+            files.write_array(tmp_path / "a.npy", np.zeros(20_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("array", [np.arange(12, dtype=np.float16).reshape(3, 4).T, np.zeros((0, 2), bool)])
+def test_arrays_come_back(tmp_path, array):
+    files.write_array(tmp_path / "a.npy", array)
+    found = np.load(tmp_path / "a.npy", allow_pickle=False)
+    np.testing.assert_array_equal(found, array)
+    assert found.dtype == array.dtype
 
 
 def test_a_png_is_lossless(tmp_path):

@@ -5,6 +5,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from dalle2_jax.data.pictures import MAX_REJECTED
 from dalle2_jax.data.sources import Source, source_named
 from dalle2_jax.files import captioned_grid, write_png
 from dalle2_jax.text import clip_tokenizer, load_tokenizer
-from dalle2_jax.types import UserError
+from dalle2_jax.types import UsageError, UserError
 
 COMMANDS = {
     # name: (what it does, more of that, the words of an example)
@@ -66,13 +67,15 @@ def _run(options: argparse.Namespace) -> None:
         told = f"embeddings of {count} pictures" if count is not None else "this host's share of the embeddings"
         print(f"{options.out}: {told}, split {options.split}")
     elif options.command == "convert":
-        sources = {split: source_named(options.source, split, options.resolution) for split in options.splits}
-        counts = convert(sources, options.out, options.to)
-        print(f"{options.out}: " + ", ".join(f"{count} pictures of {split}" for split, count in counts.items()))
+        how = options.resolution, options.max_rejected
+        sources = {split: source_named(options.source, split, *how) for split in options.splits}
+        counts, left_out = convert(sources, options.out, options.to)
+        told = ", ".join(f"{count} pictures of {split}" for split, count in counts.items())
+        print(f"{options.out}: {told}" + (f"; left out are {left_out}" if left_out.counts else ""))
     elif options.command == "inspect":
         inspect(options)
     else:
-        source = source_named(options.source, options.split, options.resolution)
+        source = source_named(options.source, options.split, options.resolution, options.max_rejected)
         sheet = contact_sheet(source, range(min(options.num, len(source))))
         write_png(options.out, sheet)
         print(f"{options.out}: the first {min(options.num, len(source))} of {source}")
@@ -106,8 +109,10 @@ def embed(options: argparse.Namespace) -> int | None:
         How many pictures the split has; None when other hosts still embed their share.
 
     Raises:
-        UserError: the system has no trained clip, the data cannot be read, or the folder is another CLIP's.
+        UserError: the system has no trained clip, the data cannot be read, or the folder is another CLIP's or holds
+            something else.
     """
+    _check_out(options.out)
     # The networks are for this command alone: the others start without waiting for them.
     import jax
     from jax.experimental import multihost_utils
@@ -143,6 +148,14 @@ def embed(options: argparse.Namespace) -> int | None:
     return write_split(task)
 
 
+def _check_out(out: Path) -> None:
+    """Raises UserError for a folder of something else than embeddings, which more folders would spoil."""
+    there = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
+    # a run that was killed may have left no more than a part of clip, whose contract is written last
+    if there - {"clip"} and not (out / "clip" / "contract.json").is_file():
+        raise UserError(f"{out} is not empty and holds no embeddings: name a new folder with --out")
+
+
 def _embedded_data(options: argparse.Namespace, side: int) -> Source:
     """The pictures to embed: those named, those of a config, or those that CLIP was trained on."""
     from dalle2_jax import build
@@ -156,13 +169,31 @@ def _embedded_data(options: argparse.Namespace, side: int) -> Source:
             file, colon, which = options.config.partition(":")
             if not Path(file).is_file() or not colon:
                 raise UserError(f"--config must be FILE:STAGE, a file and one of its stages, not {options.config!r}")
-            config = runpy.run_path(file)["get_config"](which).to_dict()
+            config = _config(file, which)
         if options.resolution and "resolution" in config.get("data", {}):
             config = {**config, "data": {**config["data"], "resolution": options.resolution}}
         source = build.open_source(config, options.split)
     if isinstance(source, Embedded):
         raise UserError(f"{source} has no pictures to embed: name others with --data or --config")
     return source
+
+
+def _config(file: str, which: str) -> dict[str, Any]:
+    """Returns the config that a file has of a stage. UsageError if it fails."""
+    try:
+        return runpy.run_path(file)["get_config"](which).to_dict()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's program does
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UsageError(f"the config file cannot be read: {file} ends in {reason}; --config is FILE:STAGE") from error
+
+
+def _split(word: str) -> str:
+    """Reads the name of a split, for an argument parser: it becomes a folder's name too."""
+    if word in ("", ".") or ".." in word or {"/", "\\"} & {*word}:
+        raise argparse.ArgumentTypeError(f"{word!r} is not the name of a split")
+    return word
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -187,7 +218,11 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("digits", "convert"):
         added[name].add_argument("out", type=Path, help="folder to write; it must not exist, or be empty")
     for name in ("preview", "inspect", "embed"):
-        added[name].add_argument("--split", default="train", help="which part of the data (default %(default)s)")
+        part = "which part of the data (default %(default)s)"
+        added[name].add_argument("--split", type=_split, default="train", help=part)
+    for name, what in (("preview", "the data"), ("convert", "the data"), ("embed", "--data")):
+        refused = f"share of bad records of {what} above which it ends (default %(default)s)"
+        added[name].add_argument("--max_rejected", type=entry.share, default=MAX_REJECTED, help=refused)
     _complete(added["preview"], added["inspect"], added["convert"])
     _complete_embed(added["embed"])
     return parser
@@ -200,7 +235,7 @@ def _complete(preview: argparse.ArgumentParser, inspect: argparse.ArgumentParser
     inspect.add_argument("--num", type=entry.positive, help="records to read, evenly spread (default: all)")
     inspect.add_argument("--tokenizer", type=Path, help="a sentencepiece .model or a saved tokenizer (default: CLIP's)")
     convert.add_argument("--to", choices=FORMATS, required=True, help="the format")
-    convert.add_argument("--splits", nargs="+", default=["train"], help="splits to write (default train)")
+    convert.add_argument("--splits", type=_split, nargs="+", default=["train"], help="splits to write (default train)")
 
 
 def _complete_embed(embed: argparse.ArgumentParser) -> None:
@@ -208,8 +243,6 @@ def _complete_embed(embed: argparse.ArgumentParser) -> None:
     data = embed.add_mutually_exclusive_group()
     data.add_argument("--data", help="as for preview (default: what clip was trained on)")
     data.add_argument("--config", help="FILE:STAGE, whose section data says what is embedded")
-    refused = "share of bad records of --data above which it ends (default %(default)s)"
-    embed.add_argument("--max_rejected", type=entry.share, default=MAX_REJECTED, help=refused)
     embed.add_argument("--out", type=Path, required=True, help="folder of the embeddings, of one clip and any splits")
     embed.add_argument("--text_seq", action="store_true", help="keep text states too, for a prior that reads them")
     shard = "pictures a shard, which is held in memory (default %(default)s)"

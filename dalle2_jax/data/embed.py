@@ -25,18 +25,22 @@ from dalle2_jax.data.embeddings import (
     CAPTIONS,
     EMPTY,
     INDEX,
+    LOOKS,
     NAMES,
+    SAID,
     SPLIT,
     STATES,
     damaged,
     digest,
+    digest_of,
+    look,
     map_array,
     read_contract,
     shard_folder,
 )
 from dalle2_jax.data.records import name_of
 from dalle2_jax.data.sources import Source
-from dalle2_jax.files import write_atomically
+from dalle2_jax.files import write_array, write_atomically
 from dalle2_jax.text import Tokenizer
 from dalle2_jax.types import UserError
 
@@ -161,17 +165,21 @@ def write_split(task: Task) -> int | None:
 
 def _write_shard(task: Task, number: int) -> None:
     first = number * task.shard_size
-    examples, embeddings = [], []
+    examples, embeddings, looks = [], [], []
     for pictures in _good(task, first, min(first + task.shard_size, len(task.source))):
-        embeddings.append(task.embedder.images(np.stack([picture.pop("image") for picture in pictures])))
+        images = np.stack([picture.pop("image") for picture in pictures])
+        embeddings.append(task.embedder.images(images))
+        looks += [look(image) for image in images]
         examples += pictures
     embeddings = embeddings or [np.zeros((0, task.about["contract"]["dim"]), np.float32)]  # not one can be used
     captions = [caption for example in examples for caption in example["captions"]]
     starts = np.cumsum([0, *(len(example["captions"]) for example in examples)], dtype=np.int64)
     names = np.array([digest(name_of(example["key"])) for example in examples], np.uint64)
-    arrays = {NAMES: names, "captions": starts, "image_emb": np.concatenate(embeddings)}
+    said = np.array([digest_of(example["captions"]) for example in examples], np.uint64)
+    seen = np.array(looks, np.uint8).reshape(len(looks), 8, 8, 3)
+    arrays = {NAMES: names, SAID: said, LOOKS: seen, "captions": starts, "image_emb": np.concatenate(embeddings)}
     arrays |= _read_captions(task, captions)
-    for name in ("image_emb", "text_emb"):
+    for name in {"image_emb", "text_emb", STATES} & arrays.keys():
         if not np.isfinite(arrays[name]).all():
             raise UserError(f"{name} of {task.source} is not finite: is this CLIP trained?")
     lines = [
@@ -180,10 +188,7 @@ def _write_shard(task: Task, number: int) -> None:
     ]
     temporary = Path(tempfile.mkdtemp(prefix=f".{number:05d}.", dir=task.folder))
     for name, array in arrays.items():
-        with (temporary / f"{name}.npy").open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
+        write_array(temporary / f"{name}.npy", array)
     write_atomically(temporary / CAPTIONS, "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines))
     temporary.chmod(0o755)
     os.replace(temporary, shard_folder(task.folder, number))
@@ -230,7 +235,8 @@ def _read_captions(task: Task, captions: list[str]) -> dict[str, np.ndarray]:
         rows = task.embedder.captions(tokens[start : start + size], mask[start : start + size])
         said["text_emb"].append(rows["text_emb"])
         if task.states:
-            said[STATES].append(rows[STATES].astype(np.float16))
+            with np.errstate(over="ignore"):  # what is not finite then is not written
+                said[STATES].append(rows[STATES].astype(np.float16))
     arrays = {"tokens": tokens, "mask": mask, **{name: np.concatenate(rows) for name, rows in said.items() if rows}}
     return {name: array[: len(captions)] for name, array in arrays.items()}
 

@@ -8,6 +8,8 @@
         00000/           a folder for each shard, which is there when it is complete
           image_emb.npy  float32[pictures, E]
           names.npy      uint64[pictures], `digest` of each picture's name
+          said.npy       uint64[pictures], `digest_of` its captions
+          looks.npy      uint8[pictures, 8, 8, 3], its `look`: whoever pairs them with pictures sees that they fit
           captions.npy   int64[pictures + 1], the rows below where each picture's captions begin
           text_emb.npy   float32[captions, E]
           tokens.npy     int32[captions, L]
@@ -24,19 +26,22 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import cv2
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Int64, UInt8, UInt64
 
 from dalle2_jax.types import UserError
 
 SPLIT, INDEX, EMPTY, CAPTIONS = "split.json", "index.json", "empty.npz", "captions.jsonl"
-NAMES, STATES = "names", "text_seq"
+NAMES, SAID, LOOKS, STATES = "names", "said", "looks", "text_seq"
+_OF_PICTURES = ("image_emb", NAMES, SAID, LOOKS)
 _NULLS = ("null_text_emb", "null_text_seq", "null_mask")
 _OPEN = 4096  # shards mapped at a time, well below the maps that a process may have
+_SIDE = 8
 
 
 @runtime_checkable
@@ -60,6 +65,25 @@ class Embedded(Protocol):
 def digest(name: str) -> int:
     """Returns 64 bits of a name, by which it is found among others."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def digest_of(captions: Iterable[str]) -> int:
+    """Returns 64 bits of captions and their order; white space, which not every format keeps, is all one."""
+    return digest("\n".join(" ".join(caption.split()) for caption in captions))
+
+
+def look(picture: UInt8[np.ndarray, "S S 3"]) -> UInt8[np.ndarray, "8 8 3"]:
+    """Returns what is left of a picture in 8 by 8 pixels, about the same at any resolution."""
+    return cv2.resize(picture, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
+
+
+def look_alike(one: UInt8[np.ndarray, "8 8 3"], other: UInt8[np.ndarray, "8 8 3"]) -> bool:
+    """Whether two `look`s may be of one picture, scaled, cut and coded in different ways.
+
+    They differ by no more than a tenth of what two pictures without relation do, or by no more than 8 levels.
+    """
+    one, other = one.astype(np.float32), other.astype(np.float32)
+    return bool(np.mean((one - other) ** 2) <= max(0.1 * (np.var(one) + np.var(other)), 8**2))
 
 
 def shard_folder(split: Path, number: int) -> Path:
@@ -130,6 +154,7 @@ class EmbeddingSource:
         self.identity = _identity(self._folder)
         self._empty = _read_empty(self.path, [name for name in fields if name in _NULLS])
         self._opened: dict[int, dict[str, np.ndarray]] = {}
+        self._witnesses: dict[int, dict[str, np.ndarray]] = {}
         self._lines: tuple[int, list[dict]] = (-1, [])
 
     def __len__(self) -> int:
@@ -139,7 +164,8 @@ class EmbeddingSource:
         return f"EmbeddingSource({str(self.path)!r}, {self.split!r}, {self.fields!r})"
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_opened": {}, "_lines": (-1, [])}  # maps are opened anew where it is sent
+        anew = {"_opened": {}, "_witnesses": {}, "_lines": (-1, [])}  # maps are opened where it is sent
+        return {**self.__dict__, **anew}
 
     def telling(self, names: tuple[str, ...], context_length: int) -> "EmbeddingSource":
         """Returns the source with these rows, of CLIP's, in its batches. UserError if it lacks one."""
@@ -187,6 +213,12 @@ class EmbeddingSource:
         shards = [shard_folder(self._folder, number) for number in range(len(self._starts) - 1)]
         return np.concatenate([_open_shard(shard, ["captions", NAMES])[NAMES] for shard in shards])
 
+    def witness(self, index: int) -> tuple[int, UInt8[np.ndarray, "8 8 3"]]:
+        """Returns `digest_of` the captions of a picture, and its `look`. UserError when a shard has none."""
+        number, row = self._place(index)
+        shard = self._mapped(self._witnesses, number, ("captions", SAID, LOOKS))
+        return int(shard[SAID][row]), shard[LOOKS][row]
+
     def caption_count(self, index: int) -> int:
         """Returns how many captions a picture has."""
         number, row = self._place(index)
@@ -218,13 +250,15 @@ class EmbeddingSource:
         return rows | self._empty
 
     def _shard(self, number: int) -> dict[str, np.ndarray]:
-        shard = self._opened.get(number)
+        return self._mapped(self._opened, number, {"captions", "tokens", "mask", *self.fields} - {*_NULLS})
+
+    def _mapped(self, opened: dict[int, dict[str, np.ndarray]], number: int, names: Iterable[str]) -> dict:
+        shard = opened.get(number)
         if shard is None:
-            names = {"captions", "tokens", "mask", *self.fields} - {*_NULLS}
             shard = _open_shard(shard_folder(self._folder, number), sorted(names))
-            if len(self._opened) >= _OPEN:
-                self._opened.clear()
-            self._opened[number] = shard
+            if len(opened) >= _OPEN:
+                opened.clear()
+            opened[number] = shard
         return shard
 
 
@@ -256,7 +290,7 @@ def _open_shard(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     except (OSError, ValueError, IndexError) as error:
         raise damaged(folder, str(error).splitlines()[0]) from None
     for name in names:
-        rows = {"captions": pictures + 1, "image_emb": pictures, NAMES: pictures}.get(name, captions)
+        rows = {"captions": pictures + 1, **dict.fromkeys(_OF_PICTURES, pictures)}.get(name, captions)
         if len(arrays[name]) != rows:
             raise damaged(folder, f"{name}.npy has {len(arrays[name])} rows and not {rows}")
     return arrays

@@ -8,6 +8,7 @@ undivided folder is all ``train``. Lines that are broken and pictures without a 
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,13 @@ class FolderRecords:
         filters: pictures not wanted by their fields are left out.
 
     Raises:
-        UserError: when the folder or the split is not there, or has no picture with a caption.
+        UserError: when the folder or the split is not there, or has no picture with a caption, or the path is empty.
     """
 
     def __init__(self, path: str | Path, split: str = "train", filters: Filters = Filters()) -> None:
-        self.path, self.split = Path(path), split
+        if path == "":
+            raise UserError("a folder has no path: set config.data.path, such as 'data/pictures', or '.' for this one")
+        self.path, self.split = Path(os.path.expanduser(path)), split
         self._folder = division(self.path, split)
         self._index, self._home = open_folder(self._folder)
         self.left_out = LeftOut(**self._index.description()["left_out"])
@@ -112,14 +115,22 @@ class FolderRecords:
 def _content(path: Path, lacking: str) -> bytes:
     """Reads a file. Raises Rejected, ``lacking`` when it is not there."""
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise Rejected("unreadable")
+            if status.st_size > MAX_BYTES:
                 raise Rejected("far too large")
             return file.read()
     except FileNotFoundError:
         raise Rejected(lacking) from None
     except OSError:
         raise Rejected("unreadable") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file; a pipe too, to which a link may lead since it was indexed, without waiting for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class FolderSource(PictureSource):

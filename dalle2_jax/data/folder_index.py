@@ -8,6 +8,7 @@ pictures are not in it, but read with them.
 import csv
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
@@ -19,15 +20,17 @@ from tqdm import tqdm
 
 from dalle2_jax.data import images
 from dalle2_jax.data.arrays import Strings, cache_folder, kept, map_arrays
-from dalle2_jax.data.records import LeftOut, captions_in, json_object, text_of
+from dalle2_jax.data.records import LeftOut, captions_in, clean, json_object, text_of
 from dalle2_jax.types import UserError
 
 METADATA, TABLE, SIDECARS = "metadata.jsonl", "metadata.csv", ""
 """Where captions come from; the last stands for files beside the pictures."""
 
-_VERSION = 1
+_VERSION = 2
 _LARGE, _SLOW = 20_000, 2**25
 """Pictures from which on the index is kept, and bytes of metadata that take seconds to read."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class Index(NamedTuple):
@@ -36,7 +39,8 @@ class Index(NamedTuple):
     Attributes:
         names, name_ends: relative to the folder, as `Strings` packs them.
         told, told_ends: of each, ``[captions, fields]`` as JSON; empty where captions lie beside the pictures.
-        about: JSON: where captions come from, the folders, and what was left out, as `LeftOut` has it.
+        about: JSON: where captions come from, the folders, how many pictures metadata does not name and the first of
+            them, and what was left out, as `LeftOut` has it.
         times: when metadata and folders were last changed, in nanoseconds.
     """
 
@@ -60,12 +64,14 @@ class Index(NamedTuple):
         return tuple(captions), fields
 
     def description(self) -> dict[str, Any]:
-        """Returns what ``about`` says: "captions", "folders" and "left_out"."""
+        """Returns what ``about`` says: "captions", "folders", "unnamed" and "left_out"."""
         return json.loads(bytes(self.about))
 
 
 def open_folder(folder: Path) -> tuple[Index, Path | None]:
     """Returns the index of a folder, and the file that it is mapped from, None if it is not kept.
+
+    Pictures that metadata does not name are no part of it, and a warning tells of them.
 
     Raises:
         UserError: there is no picture, or none with a caption.
@@ -79,7 +85,12 @@ def open_folder(folder: Path) -> tuple[Index, Path | None]:
 
     homes = [cache_folder("folders") / f"{home}.index"]
     arrays, home = kept(homes, len(Index._fields), lambda found: _holds(Index(*found), folder), make)
-    return Index(*arrays), home
+    index = Index(*arrays)
+    about = index.description()
+    unnamed, first = about["unnamed"]
+    if unnamed:
+        _LOG.warning("%d pictures in %s are not named in %s, the first %s", unnamed, folder, about["captions"], first)
+    return index, home
 
 
 def map_index(home: Path) -> Index:
@@ -117,6 +128,7 @@ def _read(folder: Path) -> Index:
         pictures.update(_pictures(below, names))
     if not pictures:
         raise UserError(f"there are no pictures in {folder} ({', '.join(sorted(images.SUFFIXES))})")
+    unnamed: set[str] = set()
     if captions == SIDECARS:
         told = {name: b"" for name in sorted(pictures) if pictures[name]}
         if not told:
@@ -128,7 +140,7 @@ def _read(folder: Path) -> Index:
         for name in sorted(pictures.keys() - told.keys()):
             left_out.add("no caption", name)
     else:
-        told = _read_metadata(folder / captions, pictures, left_out)
+        told, unnamed = _read_metadata(folder / captions, pictures, left_out)
         if not told:
             causes = str(left_out) or "it is empty"
             raise UserError(
@@ -136,7 +148,12 @@ def _read(folder: Path) -> Index:
                 f"({causes})"
             )
     _, *folders = times
-    about = {"captions": captions, "folders": folders, "left_out": vars(left_out)}
+    about = {
+        "captions": captions,
+        "folders": folders,
+        "unnamed": [len(unnamed), clean(min(unnamed, default=""))],
+        "left_out": vars(left_out),
+    }
     names, said = Strings.of([os.fsencode(name) for name in told]), Strings.of([*told.values()])
     description = np.frombuffer(json.dumps(about).encode(), np.uint8)
     return Index(*names, *said, description, np.array([*times.values()], np.int64))
@@ -158,10 +175,13 @@ def _walk(folder: Path, times: dict[str, int], left_out: LeftOut) -> Iterator[tu
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir():
-                        inner.append(entry.name)
-                    elif entry.is_file() or entry.is_symlink():  # no pipe, of which reading has no end
-                        files.append(entry.name)
+                    try:
+                        if entry.is_dir():
+                            inner.append(entry.name)
+                        elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+                            files.append(entry.name)  # no pipe and no device, of which reading has no end
+                    except OSError:  # a link that leads to itself, or where nobody may look
+                        left_out.add("unreadable", str(PurePosixPath(below, entry.name)))
         except OSError:
             left_out.add("unreadable", below)
         below = below.removeprefix("./")
@@ -178,12 +198,13 @@ def _pictures(below: str, names: list[str]) -> Iterator[tuple[str, bool]]:
             yield f"{below}{name}", stem in texts
 
 
-def _read_metadata(path: Path, pictures: Collection[str], left_out: LeftOut) -> dict[str, bytes]:
-    """Returns ``[captions, fields]`` of each picture, as JSON; leaves out bad lines.
+def _read_metadata(path: Path, pictures: Collection[str], left_out: LeftOut) -> tuple[dict[str, bytes], set[str]]:
+    """Returns ``[captions, fields]`` of each picture, as JSON, and those that no line names; leaves out bad lines.
 
     A file named twice has the captions of both lines, and the fields of the first.
     """
     told: dict[str, bytes] = {}
+    unnamed = set(pictures)
     missing: dict[str, str] = {}
     for number, line in _lines(path, left_out):
         where = f"{path.name}:{number}"
@@ -193,6 +214,7 @@ def _read_metadata(path: Path, pictures: Collection[str], left_out: LeftOut) -> 
             left_out.add("broken metadata", f"{where}, {error}")
             continue
         name = name if name in pictures else PurePosixPath(name).as_posix()  # of ./a.png
+        unnamed.discard(name)
         if name not in pictures:
             missing.setdefault(name, where)
         elif not captions:
@@ -202,7 +224,7 @@ def _read_metadata(path: Path, pictures: Collection[str], left_out: LeftOut) -> 
             told[name] = json.dumps([[*earlier, *captions], first]).encode()
     for name, where in missing.items():
         left_out.add("missing", f"{where}, {name}")
-    return told
+    return told, unnamed
 
 
 def _lines(path: Path, left_out: LeftOut) -> Iterator[tuple[int, str | dict[str, Any]]]:

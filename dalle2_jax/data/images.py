@@ -24,12 +24,14 @@ def reduction(height: int, width: int, side: int) -> int:
 def decode(content: bytes, factor: int = 1) -> UInt8[np.ndarray, "H W 3"]:
     """Decodes a picture file to RGB, upright as its EXIF says; transparency is laid on white.
 
+    Gray levels that are floats are taken to be of 0 to 1 if none lies outside, else of 0 to 255.
+
     Args:
         factor: a JPEG is decoded so many times smaller, 2, 4 or 8, sizes rounded up, which leaves out the fine
             frequencies of its blocks and the time they take. Other kinds come in full.
 
     Raises:
-        ValueError: when the bytes are not a whole picture.
+        ValueError: when the bytes are not a whole picture, or one with levels that are not finite.
     """
     # cv2 is quicker, but drops transparency, and before version 5 fills what is missing of a cut JPEG with
     # gray; so it gets whole JPEGs only. Pillow decodes the rest, and refuses a cut file.
@@ -42,16 +44,28 @@ def decode(content: bytes, factor: int = 1) -> UInt8[np.ndarray, "H W 3"]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content)) as file:
-                return np.asarray(_on_white(ImageOps.exif_transpose(file)))
+                upright = ImageOps.exif_transpose(file)
+                gray = upright.mode.startswith(("I", "F"))
+                return np.asarray(_eight_bits(upright, file.format) if gray else _on_white(upright))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Warning) as error:
         raise ValueError(f"not a readable picture ({type(error).__name__})") from None
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith(("I", "F")):  # 16-bit gray: Pillow's conversion would clip it, not scale it
-        levels = np.asarray(picture, np.float64)
+def _eight_bits(picture: Image.Image, kind: str | None) -> Image.Image:
+    """Scales gray levels of more bits to RGB of eight; Pillow's conversion would clip them."""
+    levels = np.asarray(picture, np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError("a level is not finite")
+    if picture.mode == "F":
+        top = 1 if 0 <= levels.min() and levels.max() <= 1 else 255
+    elif picture.mode == "I" and kind == "TIFF":  # 32 bits, and nothing tells how many of them are used
         top = 65535 if levels.max() > 255 else 255
-        return Image.fromarray(np.rint(levels * (255 / top)).clip(0, 255).astype(np.uint8)).convert("RGB")
+    else:  # of a PNG too, of which older versions of Pillow make 32 bits
+        top = 65535
+    return Image.fromarray(np.rint(levels * (255 / top)).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

@@ -34,8 +34,8 @@ class MixtureSource:
         for name, (source, weight) in parts.items():
             if not len(source):
                 raise UserError(f"part {name} of the mixture, {source}, has no examples")
-            if not 0 < weight < float("inf"):
-                raise UserError(f"the weight of part {name} must be a positive number, not {weight}")
+            if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise UserError(f"the weight of part {name} must be a positive number, not {weight!r}")
         self.parts = {name: source for name, (source, _) in parts.items()}
         self.weights = {name: float(weight) for name, (_, weight) in parts.items()}
         self._names = sorted(self.parts, key=lambda name: len(self.parts[name]))

@@ -9,7 +9,7 @@ import numpy as np
 
 from dalle2_jax.data import images
 from dalle2_jax.data.arrays import cache_folder, kept, map_arrays
-from dalle2_jax.data.embeddings import STATES, EmbeddingSource, digest
+from dalle2_jax.data.embeddings import STATES, EmbeddingSource, digest, digest_of, look, look_alike
 from dalle2_jax.data.filters import Filters
 from dalle2_jax.data.pictures import MAX_REJECTED, PictureSource
 from dalle2_jax.data.records import Record, Records, Rejected
@@ -18,8 +18,9 @@ from dalle2_jax.data.records import Record, Records, Rejected
 class PairedSource(PictureSource):
     """A `PictureSource` whose examples have the stored embeddings of their record too, found by its name.
 
-    The two may be of different forms and orders. Pictures that were not embedded are refused, as are those of another
-    number of captions than was embedded. Embeddings are of the centre crop, whatever ``crop`` is.
+    The two may be of different forms, orders and resolutions. Pictures that were not embedded are refused, and those
+    that have other captions or look otherwise than what was embedded under their name. Embeddings are of the centre
+    crop, whatever ``crop`` is.
 
     Args:
         embeddings: of the same split; all else is as for `PictureSource`.
@@ -88,8 +89,13 @@ class PairedSource(PictureSource):
 
     def _fitted(self, record: Record) -> np.ndarray | None:
         picture = super()._fitted(record)
-        if picture is not None and self.embeddings.caption_count(self._row(record)) != len(record.captions):
+        if picture is None:
+            return None
+        said, seen = self.embeddings.witness(self._row(record))
+        if said != digest_of(record.captions):
             raise Rejected("other captions")
+        if not look_alike(seen, look(images.crop(picture, self.resolution))):
+            raise Rejected("other picture")
         return picture
 
     def _told(self, record: Record, caption: int) -> dict[str, np.ndarray]:

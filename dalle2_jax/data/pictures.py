@@ -9,7 +9,7 @@ import io
 import logging
 import math
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 
 import cv2
@@ -24,13 +24,18 @@ from dalle2_jax.data.refusals import Refusals
 from dalle2_jax.types import UserError
 
 MAX_REJECTED = 0.1
-"""The share of refused records above which a run ends."""
+"""The share of refused records above which a run ends; of a small data set ten may be bad, if they are no third."""
 
 MAX_PIXELS, MAX_ASPECT = 90_000_000, 50
 """No picture worth training on is larger, or longer for its width; decoding or scaling one would fill the memory."""
 
-_FEW = 100
-"""Of fewer records than this a share says nothing."""
+_FEW, _RECENT = 100, 1000
+"""Of fewer records a share says nothing; and how many of those asked for last are looked at."""
+
+_SURE = 5
+"""Standard deviations by which the share of those must be too large: chance alone never ends a run."""
+
+_MARRED = "not UTF-8 (used)"
 
 _FRUITLESS = 10_000
 """Records tried for one example before it is clear that none will do."""
@@ -66,11 +71,10 @@ class PictureSource:
         self._left_out: LeftOut = getattr(records, "left_out", LeftOut())
         self._refused = Refusals()
         self._unwanted: set[int] = set()
-        self._marred: set[int] = set()
-        self._asked, self._asked_bad = 0, set()
-        count = self._left_out.counts.total()
-        self._check_share(count, count + len(records))
-        if count:
+        self._marred = Refusals()
+        self._recent: deque[bool] = deque(maxlen=_RECENT)  # which of those asked for last were bad
+        self._check_share()
+        if self._left_out.counts:
             _LOG.warning("%s: left out are %s", self, self._left_out)
 
     def __len__(self) -> int:
@@ -87,14 +91,11 @@ class PictureSource:
     def refusals(self) -> dict[str, str]:
         """Returns why each record was refused since the opening, here and by copies in other processes, by its name.
 
-        The names are the same on every machine that opens the data set.
+        Records whose captions had bytes that are not UTF-8 are in it too, though they are used. The names are the same
+        on every machine that opens the data set.
         """
-        return {str(place): cause for place, cause in self._refused.causes().items()}
-
-    @property
-    def marred(self) -> int:
-        """How many of the pictures that this process gave have a caption with bytes that were not UTF-8."""
-        return len(self._marred)
+        marred = {f"{place}, caption": cause for place, cause in self._marred.causes().items()}
+        return {str(place): cause for place, cause in self._refused.causes().items()} | marred
 
     def __getitem__(self, index: int) -> dict:
         """Returns ``{"image", "captions", "caption", "key", "stands_in"}``, with the centre crop whatever ``crop`` is.
@@ -138,15 +139,16 @@ class PictureSource:
         """Returns the fitted picture, the record and its place, of ``index`` or of the next that can be used."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")
-        self._asked += 1
         for place in self._places(index % len(self)):
             if place not in self._refused and place not in self._unwanted:
                 found = self._try(place)
                 if found:
+                    if place == index % len(self):
+                        self._recent.append(False)
                     return *found, place
             if place == index % len(self) and place in self._refused:
-                self._asked_bad.add(place)
-                self._check_share(len(self._asked_bad), self._asked)
+                self._recent.append(True)
+                self._check_recent()
         raise UserError(f"not one picture of {self.records} can be used ({self._causes()})")
 
     def _places(self, index: int) -> Iterator[int]:
@@ -165,14 +167,17 @@ class PictureSource:
             name += f" ({record.key})"
             picture = self._fitted(record)
         except Rejected as rejection:
+            name += "".join(f" ({note})" for note in getattr(rejection, "__notes__", ()))  # of one that was not read
             if self._refused.add(place, rejection.cause):
                 _LOG.warning("%s: %s is refused (%s); others are only counted", self, name, rejection.cause)
+            self._check_share()
             return None
         if picture is None:
             self._unwanted.add(place)
             return None
         if place not in self._marred and any(MARK in caption for caption in record.captions):
-            self._marred.add(place)
+            if self._marred.add(place, _MARRED):
+                _LOG.warning("%s: %s has a caption that is not UTF-8, and is used; others are only counted", self, name)
         return picture, record
 
     def _fitted(self, record: Record) -> np.ndarray | None:
@@ -182,18 +187,35 @@ class PictureSource:
         picture, (height, width) = picture_of(record, self.resolution)
         return images.fit(picture, self.resolution) if self.filters.want_size(height, width) else None
 
-    def _check_share(self, refused: int, tried: int) -> None:
-        """Raises UserError for too many; of those asked for, so that stand-ins among bad neighbours do not count."""
-        if refused > self.max_rejected * max(tried, _FEW):
-            raise UserError(
-                f"{refused} of {tried} records of {self.records} are bad (found so far: {self._causes()}), "
-                f"more than max_rejected={self.max_rejected:g}: mend the data set, or raise max_rejected"
-            )
+    def _check_share(self) -> None:
+        """Raises UserError if too many of all records are known to be bad, whoever met them."""
+        left_out = self._left_out.counts.total()
+        bad, count = left_out + len(self._refused), left_out + len(self)
+        if bad > bearable(count, self.max_rejected):
+            raise self._too_many(f"{bad} of {count} records")
+
+    def _check_recent(self) -> None:
+        """Raises UserError if too many are bad of those asked for last: stand-ins among bad neighbours do not count."""
+        asked, bad = len(self._recent), self._recent.count(True)
+        share = min(1.0, bearable(len(self), self.max_rejected) / len(self))
+        if asked >= _FEW and bad > share * asked + _SURE * math.sqrt(share * (1 - share) * asked):
+            raise self._too_many(f"{bad} of the last {asked} records")
+
+    def _too_many(self, found: str) -> UserError:
+        return UserError(
+            f"{found} of {self.records} are bad (found so far: {self._causes()}), "
+            f"more than max_rejected={self.max_rejected:g}: mend the data set, or raise max_rejected"
+        )
 
     def _causes(self) -> str:
         causes = LeftOut(self.rejected, self._left_out.first)
         unwanted = [f"{len(self._unwanted)} not wanted by the filters"] * bool(self._unwanted)
         return ", ".join([str(causes)] * bool(causes.counts) + unwanted)
+
+
+def bearable(count: int, max_rejected: float) -> float:
+    """Returns how many of so many records may be bad: of fewer than a hundred more than that share, but no third."""
+    return max(max_rejected * count, min(max_rejected * _FEW, max(1, count / 3)))
 
 
 def check_arguments(resolution: int, crop: str, max_rejected: float) -> None:

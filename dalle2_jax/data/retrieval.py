@@ -8,14 +8,15 @@
       ...                          1, 2 and so on
 
 The texts may be embedded by another run, into a folder of their own with its own metadata; then its rows find theirs
-here by key, whatever their order. What has no counterpart is left out and counted.
+here by key, whatever their order. What has no counterpart is left out and counted. Rows that are not finite are passed
+over, and counted too.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow
@@ -24,9 +25,15 @@ import pyarrow.parquet
 from jaxtyping import Float32, Int64
 
 from dalle2_jax.data.embeddings import read_contract
+from dalle2_jax.data.refusals import Refusals
 from dalle2_jax.types import UserError
 
 _KEYS, _TEXTS = ("key", "image_path"), ("caption", "text", "TEXT")
+
+_FRUITLESS = 100
+"""Pairs in a row that are not finite: there will be no other."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class RetrievalSource:
@@ -53,15 +60,25 @@ class RetrievalSource:
                 width, dim = arrays[0].shape[1], self.contract["dim"]
                 raise UserError(f"{self.path} has embeddings of {width} numbers, and its contract says {dim}")
         self._starts = [np.cumsum([0, *map(len, arrays)]) for arrays in (self._images, self._texts)]
-        self._pairs, self.rejected = _joined(told, spoken)
+        self._pairs, self._left_out = _joined(told, spoken)
+        self._refused = Refusals()
         if not len(self._pairs):
-            raise UserError(f"no picture of {self.path} has a text of the same key ({dict(self.rejected)})")
+            raise UserError(f"no picture of {self.path} has a text of the same key ({dict(self._left_out)})")
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def __repr__(self) -> str:
         return f"RetrievalSource({str(self.path)!r}, {self.split!r}, {str(self.text_path)!r})"
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """How many rows were left out, by cause: when the folder was opened, and since."""
+        return self._left_out + Counter(self._refused.causes().values())
+
+    def refusals(self) -> dict[str, str]:
+        """Returns why each pair was passed over since the opening, here and by copies in other processes."""
+        return {str(place): cause for place, cause in self._refused.causes().items()}
 
     def telling(self, names: tuple[str, ...], context_length: int) -> "RetrievalSource":
         """Returns the source itself. UserError if its batches lack one of ``names``."""
@@ -72,10 +89,10 @@ class RetrievalSource:
 
     def __getitem__(self, index: int) -> dict:
         """Returns ``{"image_emb", "text_emb", "key", "captions", "caption"}``."""
-        rows, [caption] = self.gather(np.array([index]), np.zeros(1, np.int64))
-        rows = {name: row[0] for name, row in rows.items()}
-        key = self._keys[int(self._pairs[index][0])].as_py()
-        return {**rows, "key": key, "captions": (caption,), "caption": caption}
+        rows, [found] = self._sound(np.array([index]))
+        picture, text = self._pairs[found].tolist()
+        key, caption = self._keys[picture].as_py(), self._captions[text].as_py()
+        return {**{name: row[0] for name, row in rows.items()}, "key": key, "captions": (caption,), "caption": caption}
 
     def choose(self, index: int, rng: np.random.Generator) -> int:
         """Returns the number of a pair's caption, of which there is one."""
@@ -84,7 +101,25 @@ class RetrievalSource:
     def gather(
         self, indices: Int64[np.ndarray, "B"], captions: Int64[np.ndarray, "B"]
     ) -> tuple[dict[str, np.ndarray], list[str]]:
-        """Returns the rows of a batch of pairs, and their captions."""
+        """Returns the rows of a batch of pairs, and their captions. UserError if too many are not finite."""
+        rows, found = self._sound(indices)
+        return rows, self._captions.take(self._pairs[found, 1]).to_pylist()
+
+    def _sound(self, indices: Int64[np.ndarray, "B"]) -> tuple[dict[str, np.ndarray], Int64[np.ndarray, "B"]]:
+        """Returns the rows of pairs and which they are: the next stands in for one that is not finite."""
+        for _ in range(_FRUITLESS):
+            rows = self._rows(indices)
+            sound = np.all([np.isfinite(one).all(1) for one in rows.values()], axis=0)
+            if sound.all():
+                return rows, indices
+            for index in indices[~sound].tolist():
+                if self._refused.add(index, "not finite"):
+                    key = self._keys[int(self._pairs[index, 0])].as_py()
+                    _LOG.warning("%s: %s is refused (not finite); others are only counted", self, key)
+            indices = np.where(sound, indices, (indices + 1) % len(self))
+        raise UserError(f"{_FRUITLESS} embeddings of {self.path} in a row are not finite: they are damaged")
+
+    def _rows(self, indices: Int64[np.ndarray, "B"]) -> dict[str, Float32[np.ndarray, "B E"]]:
         rows = {}
         for name, arrays, starts, found in zip(
             ("image_emb", "text_emb"), (self._images, self._texts), self._starts, self._pairs[indices].T, strict=True
@@ -95,7 +130,7 @@ class RetrievalSource:
                 here = np.flatnonzero(numbers == number)
                 out[here] = arrays[number][found[here] - starts[number]]
             rows[name] = self._scaled(out)
-        return rows, self._captions.take(self._pairs[indices, 1]).to_pylist()
+        return rows
 
     def captions(self, limit: int) -> Iterator[str]:
         """Yields the captions of the first ``limit`` pairs."""
@@ -113,7 +148,8 @@ class RetrievalSource:
     def _scaled(self, rows: Float32[np.ndarray, "B E"]) -> Float32[np.ndarray, "B E"]:
         """Rows in the contract's space, of those that are raw or of unit length."""
         if self.contract["normalisation"] == "unit":
-            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+            with np.errstate(invalid="ignore"):  # of rows that are not finite, which `gather` sees to
+                rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
         return rows * np.float32(self.contract["scale"])
 
 

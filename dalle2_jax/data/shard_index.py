@@ -36,7 +36,7 @@ _COLUMNS = {"txt": TEXT, "json": JSON, **{suffix[1:]: IMAGE for suffix in images
 SCAN_TIMEOUT = 60.0
 """Seconds that reading a header of a shard may take."""
 
-_VERSION = 2
+_VERSION, _JOINED_VERSION = 2, 3
 _SCANNERS = 8
 _CACHE, _ENDING = "shards", ".index.npz"
 
@@ -44,7 +44,10 @@ _HELD = 2**24
 """Records whose indices are held in memory while they are joined, which takes about 100 bytes each."""
 
 _WHOLE = ("shard lost", "not a tar")
-"""Causes of a whole shard, which counts as many records as the others have on average."""
+"""Causes of all of a shard, which counts as many records as whole ones have on average."""
+
+_PART = ("shard cut short", "shard damaged")
+"""Causes of the rest of a shard, which counts as many records as it has fewer than that."""
 
 
 class Index(NamedTuple):
@@ -71,7 +74,17 @@ class Index(NamedTuple):
     @property
     def left_out(self) -> LeftOut:
         """What was left out."""
-        return LeftOut(**json.loads(bytes(self.about)))
+        return unpacked(self.about)
+
+
+def packed(left_out: LeftOut) -> UInt8[np.ndarray, "json"]:
+    """Returns what was left out as JSON."""
+    return np.frombuffer(json.dumps(vars(left_out)).encode(), np.uint8)
+
+
+def unpacked(about: UInt8[np.ndarray, "json"]) -> LeftOut:
+    """Returns what `packed` was given."""
+    return LeftOut(**json.loads(bytes(about)))
 
 
 def scan(file: BinaryIO, size: int) -> Index:
@@ -100,7 +113,7 @@ def scan(file: BinaryIO, size: int) -> Index:
         keys.ends,
         keys.letters,
         np.array([0, len(whole)], np.int64),
-        _packed(left_out),
+        packed(left_out),
     )
 
 
@@ -128,9 +141,10 @@ def _note(member: Member, size: int, rows: dict[str, list[int]], left_out: LeftO
 def open_index(files: Files) -> tuple[Index, Path | None]:
     """Returns the index of all shards, and the file that it is mapped from, None if none could be written.
 
-    Of shards that are not there, or are no tars, as many records are left out as the others have on average.
+    Of shards that are not there, or are no tars, as many records are left out as whole ones have on average; of those
+    that are cut short or damaged, as many as they have fewer than that, but at least one.
     """
-    lasting = hashlib.sha256(json.dumps([_VERSION, files.paths]).encode()).hexdigest()[:16]
+    lasting = hashlib.sha256(json.dumps([_JOINED_VERSION, files.paths]).encode()).hexdigest()[:16]
     homes = [cache_folder(_CACHE) / f"{lasting}.index"]
     if files.local:
         homes.insert(0, Path(files.paths[0]).parent / f".{lasting}.index")
@@ -159,7 +173,11 @@ class _Shard(NamedTuple):
 
     @property
     def lost(self) -> bool:
-        return "shard lost" in self.left_out.counts
+        return self.has("shard lost")
+
+    def has(self, *causes: str) -> bool:
+        """Whether anything was left out for one of the causes."""
+        return any(cause in self.left_out.counts for cause in causes)
 
 
 def _scan_all(files: Files) -> list[_Shard]:
@@ -241,20 +259,18 @@ def _joined(files: Files, shards: list[_Shard]) -> Index:
         own = slice(starts[number], starts[number + 1])
         rows[own], ends[own] = index.rows, index.ends + letters[number]
         names[letters[number] : letters[number + 1]] = index.names
-    return Index(rows, ends, names, starts, _packed(left_out))
+    return Index(rows, ends, names, starts, packed(left_out))
 
 
 def _left_out(paths: Sequence[str], shards: list[_Shard]) -> LeftOut:
-    """Counts what was left out of all shards, and as many records of each whole one as others have on average."""
-    there = sum(not any(cause in shard.left_out.counts for cause in _WHOLE) for shard in shards)
-    usual = max(1, round(sum(shard.records for shard in shards) / max(1, there)))
+    """Counts what was left out of all shards, by estimate where a whole shard or the rest of one is gone."""
+    whole = [shard.records for shard in shards if not shard.has(*_WHOLE, *_PART)]
+    # with no whole one, as many as the largest has
+    usual = max(1, round(sum(whole) / len(whole)) if whole else max(shard.records for shard in shards))
     left_out = LeftOut()
-    for path, (_, _, found, _) in zip(paths, shards, strict=True):
+    for path, (records, _, found, _) in zip(paths, shards, strict=True):
+        estimates = dict.fromkeys(_WHOLE, usual) | dict.fromkeys(_PART, max(1, usual - records))
         for cause, count in found.counts.items():
             name = found.first.get(cause)
-            left_out.add(cause, f"{path}: {name}" if name else path, usual if cause in _WHOLE else count)
+            left_out.add(cause, f"{path}: {name}" if name else path, estimates.get(cause, count))
     return left_out
-
-
-def _packed(left_out: LeftOut) -> np.ndarray:
-    return np.frombuffer(json.dumps(vars(left_out)).encode(), np.uint8)

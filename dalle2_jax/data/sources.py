@@ -197,7 +197,7 @@ def _make_embedded(config: EmbeddingsConfig, split: str) -> Embedded:
 def source_named(name: str, split: str, resolution: int, max_rejected: float = MAX_REJECTED) -> Source:
     """Opens a data set by its name on a command line: ``shapes`` (one or two objects), KIND:PATH or a path alone.
 
-    What lies at a path tells its kind. ``max_rejected`` is as in `PictureSource`.
+    What lies at a path tells its kind; a URL alone is of tar shards. ``max_rejected`` is as in `PictureSource`.
 
     Raises:
         UserError: on any other name, or when the data set cannot be read.
@@ -215,9 +215,9 @@ def source_named(name: str, split: str, resolution: int, max_rejected: float = M
 
 def _kind_of(path: str, split: str) -> str | None:
     """The kind of data set that lies at a path, None if that cannot be told."""
-    if path.endswith(".tar"):
+    if path.endswith(".tar") or "://" in path:
         return "webdataset"
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         return None
     if (folder / "features.json").is_file():

@@ -3,6 +3,7 @@
 A path with ``://`` is a URL: see `remote`. All other paths are local, and read with ``pread``.
 """
 
+import functools
 import glob
 import itertools
 import os
@@ -54,11 +55,24 @@ def _options(inside: str, pattern: str) -> list[str]:
     return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
 
 
+def literal_part(path: str) -> str:
+    """Returns the longest beginning of a local path that is there as it is written, and so is no pattern; "" of a URL.
+
+    So a folder may be named ``a{b,c}`` or ``a[b]``.
+    """
+    if "://" in path:
+        return ""
+    while path and not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
 class Files:
     """A list of files on one file system, in which parts are read; picklable, open files are not.
 
     Args:
-        pattern: a file, a folder (its files that end with ``suffix``), a glob, or a pattern with braces.
+        pattern: a file, a folder (its files that end with ``suffix``), a glob, or a pattern with braces; what of it
+            is there as it is written is no pattern.
 
     Raises:
         UserError: no file is there, or the file system is not known or gives no answer.
@@ -66,8 +80,9 @@ class Files:
 
     def __init__(self, pattern: str, suffix: str) -> None:
         self._remote = Remote(pattern) if "://" in pattern else None
-        matching = _matching if self.local else self._remote.matching
-        self.paths = [path for one in expand_braces(pattern) for path in matching(one, suffix)]
+        base = literal_part(pattern)
+        matching = functools.partial(_matching, base) if self.local else self._remote.matching
+        self.paths = [path for one in expand_braces(pattern[len(base) :]) for path in matching(one, suffix)]
         self.stamps = _stamps(self.paths) if self.local else self._remote.stamps(self.paths)
         if not (self.stamps[:, 0] >= 0).any():
             raise UserError(f"there are no {suffix} files at {pattern}")
@@ -98,12 +113,12 @@ class Files:
 
     def beside(self, number: int, ending: str) -> bytes:
         """Returns the file whose name has an ending more. OSError if it cannot be read."""
-        path = self.paths[number] + ending
+        path = _with_ending(self.paths[number], ending)
         return Path(path).read_bytes() if self.local else self._remote.content(path)
 
     def write_beside(self, number: int, ending: str, content: bytes) -> None:
         """Writes a file whose name has an ending more. OSError if it cannot be written."""
-        path = self.paths[number] + ending
+        path = _with_ending(self.paths[number], ending)
         write_atomically(path, content) if self.local else self._remote.write(path, content)
 
     def read(self, number: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -175,10 +190,20 @@ class _LocalFile:
             os.close(self.handle)
 
 
-def _matching(pattern: str, suffix: str) -> list[str]:
-    if os.path.isdir(pattern):
-        return sorted(entry.path for entry in os.scandir(pattern) if entry.name.endswith(suffix))
-    return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+def _matching(base: str, pattern: str, suffix: str) -> list[str]:
+    """The files at ``pattern``, which goes on where ``base``, which is none, ends."""
+    path = base + pattern
+    if os.path.isdir(path):
+        return sorted(entry.path for entry in os.scandir(path) if entry.name.endswith(suffix))
+    if glob.has_magic(pattern) and not os.path.lexists(path):
+        return sorted(glob.glob(glob.escape(base) + pattern))
+    return [path]
+
+
+def _with_ending(path: str, ending: str) -> str:
+    """A path whose name has an ending more: before the query of a URL, or a server would send the file itself."""
+    name, mark, query = path.partition("?") if "://" in path else (path, "", "")
+    return f"{name}{ending}{mark}{query}"
 
 
 def _stamps(paths: Sequence[str]) -> Int64[np.ndarray, "files 2"]:

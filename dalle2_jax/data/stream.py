@@ -10,6 +10,7 @@ slow to decode.
 """
 
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from dalle2_jax.types import Batch, Degrading, UserError
 
 _BATCHES_AHEAD = 4
 _POSITION = "global_next_index"
+_QUIET = "ignore:resource_tracker:UserWarning"
+"""A worker that is stopped leaves batches in shared memory: Python clears them, and need not say so."""
+
 _WORDS = ("key", "stands_in", "captions", "caption")  # of an example, no rows of a batch
 
 
@@ -156,14 +160,10 @@ def make_stream(
 
     Raises:
         UserError: when ``batch_size`` is not a positive multiple of ``process_count``, ``seed`` is not a 32-bit
-            number from 0, the source is empty, or its pictures are not of the size that ``degrading`` is of.
+            number from 0, ``num_workers`` is less, the source is empty, or its pictures are not of the size that
+            ``degrading`` is of.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch_size {batch_size} is not a positive multiple of the {process_count} processes")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"the seed of a stream must be from 0 to 2**32 - 1, not {seed}")
-    if len(source) == 0:
-        raise UserError(f"{source} has no examples")
+    _check(source, batch_size, seed, process_count, num_workers)
     if degrading:
         _check_size(source, degrading)
     if isinstance(source, MixtureSource):
@@ -178,17 +178,40 @@ def make_stream(
         stack = None
     cv2.setNumThreads(0)  # parallelism is over batches; cv2's own threads would fight with it
     reading = grain.ReadOptions(num_threads, _BATCHES_AHEAD if num_threads else 0)
-    if num_workers and not flags.FLAGS.is_parsed():  # grain's workers copy absl's flags and need them parsed
-        flags.FLAGS(sys.argv[:1])
+    if num_workers:
+        _make_ready_for_workers()
     workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BATCHES_AHEAD)
 
     def start(position: int) -> grain.DatasetIterator:
         rows = examples[position + process_index :: process_count]
         batches = rows.batch(batch_size // process_count, drop_remainder=True, batch_fn=stack)
         stream = batches.to_iter_dataset(reading)
-        return iter(stream.mp_prefetch(workers) if num_workers else stream)
+        return iter(stream.mp_prefetch(workers, _await_orders) if num_workers else stream)
 
     return Batches(start, batch_size)
+
+
+def _check(source: Source, batch_size: int, seed: int, process_count: int, num_workers: int) -> None:
+    if num_workers < 0:
+        raise UserError(f"workers must be 0 or more, not {num_workers}")
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch_size {batch_size} is not a positive multiple of the {process_count} processes")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the seed of a stream must be from 0 to 2**32 - 1, not {seed}")
+    if len(source) == 0:
+        raise UserError(f"{source} has no examples")
+
+
+def _make_ready_for_workers() -> None:
+    if not flags.FLAGS.is_parsed():  # grain's workers copy absl's flags and need them parsed
+        flags.FLAGS(sys.argv[:1])
+    if _QUIET not in sys.warnoptions:
+        sys.warnoptions.append(_QUIET)
+
+
+def _await_orders(worker: int, workers: int) -> None:
+    """Leaves it to the process that started this one when both end, also when a user interrupts them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check_size(source: Source, degrading: Degrading) -> None:

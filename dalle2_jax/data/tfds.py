@@ -33,8 +33,8 @@ class TfdsRecords:
         image: name of the picture's feature; with "/" between, one inside another.
         text: name of the captions' feature; "" looks for ``caption``, ``captions`` or ``text``.
         label: name of the class's feature, used where there is no text; "" looks for ``label``.
-        key: name of the feature that names a record; "" looks for ``key``, ``id`` .., and takes its number if there is
-            none.
+        key: name of the feature that names a record; "" looks for ``key``, ``id`` ... Without one a record is named by
+            its split and row, ``train-123``, the same in every slice.
         templates: captions of a class, its name in place of {}.
 
     Raises:
@@ -64,6 +64,7 @@ class TfdsRecords:
         other = OTHER_NAMES.get(split)
         found = other if split not in builder.info.splits and other in builder.info.splits else split
         self._data = _open(builder, found, self._image)
+        self._spans = _spans(builder.info.splits, found)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -73,12 +74,9 @@ class TfdsRecords:
 
     def read(self, index: int) -> Record:
         """Returns the picture's file, its captions and the rest of its features. Raises Rejected when unreadable."""
-        try:
-            example = self._data[index]
-        except (OSError, ValueError, RuntimeError):
-            raise Rejected("unreadable") from None
+        example = self._example(index)
         image = _value(example, self._image)
-        key = str(index) if self._key is None else _string(_value(example, self._key))
+        key = self._place(index) if self._key is None else _string(_value(example, self._key))
         used = (self._image, self._text, self._label, self._key)
         rest = {name: value for name, value in example.items() if name not in used and not isinstance(value, dict)}
         fields = {name: _plain(value) for name, value in rest.items() if np.ndim(value) == 0}
@@ -87,9 +85,34 @@ class TfdsRecords:
         return Record(key, image, self._captions(example), fields)
 
     def captions(self, limit: int) -> Iterator[str]:
-        """Yields the captions of at most ``limit`` records from all over the data set."""
-        for index in spread(len(self), limit):
-            yield from self._captions(self._data[index])
+        """Yields the captions of at most ``limit`` records from all over the data set; bad ones are passed over.
+
+        Raises:
+            UserError: not one can be read.
+        """
+        indices, refused = spread(len(self), limit), 0
+        for index in indices:
+            try:
+                yield from self._captions(self._example(index))
+            except Rejected as rejection:
+                refused += 1
+                if refused == len(indices):
+                    reason = str(rejection.__cause__).partition("\n")[0]
+                    raise UserError(f"not one record of {self} can be read ({reason})") from None
+
+    def _example(self, index: int) -> dict[str, Any]:
+        try:
+            return self._data[index]
+        except Exception as error:  # whatever its parsers say of a damaged file
+            raise Rejected("unreadable") from error
+
+    def _place(self, index: int) -> str:
+        """The split and the row in it, whatever slices were asked for."""
+        for split, first, last in self._spans:
+            if index < last - first:
+                return f"{split}-{first + index}"
+            index -= last - first
+        raise IndexError(f"{index} records beyond the last")
 
     def _captions(self, example: dict[str, Any]) -> tuple[str, ...]:
         """The texts of an example, or what is said of its classes; one without a class (-1) has none."""
@@ -151,6 +174,18 @@ def _open(builder: Any, split: str, image: str) -> Any:
         there = ", ".join(builder.info.splits) or "none, for it is not prepared"
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{builder.info.name} cannot be read as {split!r} ({reason}); its splits: {there}") from None
+
+
+def _spans(splits: Any, asked: str) -> list[tuple[str, int, int]]:
+    """Returns (split, first row, the row after the last) of each piece of what was asked for, in their order."""
+    import tensorflow_datasets as tfds
+
+    pieces = tfds.core.ReadInstruction.from_spec(asked).to_absolute(splits)
+    counts = [splits[piece.splitname].num_examples for piece in pieces]
+    return [
+        (piece.splitname, piece.from_ or 0, count if piece.to is None else piece.to)
+        for piece, count in zip(pieces, counts, strict=True)
+    ]
 
 
 def _flat(features: Any, prefix: str = "") -> dict[str, Any]:

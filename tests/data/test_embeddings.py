@@ -232,7 +232,13 @@ def test_embeddings_that_are_not_finite_are_not_written(pictures, tmp_path):
         def images(self, pictures):
             return super().images(pictures) * np.float32(np.nan)
 
-    task = task_of(pictures, tmp_path / "embedded", Broken())
-    with pytest.raises(UserError, match="image_emb of .* is not finite"):
-        write_split(task)
-    assert not [*task.folder.glob("*0*")]
+    class Loud(SumEmbedder):
+        def captions(self, tokens, mask):
+            said = super().captions(tokens, mask)
+            return {**said, "text_seq": said["text_seq"] * 1e6}
+
+    for embedder, name in ((Broken(), "image_emb"), (Loud(), "text_seq")):
+        task = task_of(pictures, tmp_path / name, embedder, states=True)
+        with pytest.raises(UserError, match=f"{name} of .* is not finite"):
+            write_split(task)
+        assert not [*task.folder.glob("*0*")]

@@ -6,7 +6,17 @@ import cv2
 import numpy as np
 import pytest
 
-from dalle2_jax.data import Filters, FolderRecords, FolderSource, folder_index, images, make_stream
+from dalle2_jax.data import (
+    Filters,
+    FolderConfig,
+    FolderRecords,
+    FolderSource,
+    Rejected,
+    folder_index,
+    images,
+    make_source,
+    make_stream,
+)
 from dalle2_jax.text import train_sentencepiece
 from dalle2_jax.types import UserError
 
@@ -122,14 +132,14 @@ def test_the_index_of_a_large_folder_is_kept_until_something_changes(folder, kep
         if place == len(changes) + 1:
             (folder / "0.txt").write_text("zero")
         change()
-        found = FolderSource(folder, resolution=8)
+        found = FolderSource(folder, resolution=8, max_rejected=1.0)
         assert len(read_again) == place
     assert [*found.captions(9)] == ["zero"] and found.rejected == {"no caption": 4}
     (folder / "0.txt").write_text("a text is read with its picture")
-    assert FolderSource(folder)[0]["caption"] == "a text is read with its picture"
+    assert FolderSource(folder, max_rejected=1.0)[0]["caption"] == "a text is read with its picture"
     [home] = kept.iterdir()
     home.write_bytes(home.read_bytes()[:200])
-    assert FolderSource(folder).rejected == {"no caption": 4}
+    assert FolderSource(folder, max_rejected=1.0).rejected == {"no caption": 4}
 
 
 def test_a_choice_is_kept_with_the_index(folder, kept, monkeypatch):
@@ -163,7 +173,7 @@ def test_a_bad_picture_does_not_stop_the_run(folder):
     (folder / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:60])
     _metadata(folder, *({"file_name": f"{number}.png", "text": f"a {number}"} for number in range(5)))
-    source = FolderSource(folder, resolution=8)
+    source = FolderSource(folder, resolution=8, max_rejected=1.0)
     assert source.rejected == {"missing": 1} and len(source) == 4
     assert source[1]["caption"] == "a 2" and (source[1]["image"] == 2).all()
     assert source[3]["caption"] == "a 0"  # the next after the last is the first
@@ -184,9 +194,48 @@ def test_files_that_are_no_pictures_to_read(folder):
     os.mkfifo(folder / "2.png")
     (folder / "3.png").unlink()
     (folder / "3.png").symlink_to("nothing")
-    source = FolderSource(folder, resolution=8)
+    source = FolderSource(folder, resolution=8, max_rejected=1.0)
     assert [source[index]["caption"].split()[1] for index in range(len(source))] == ["0"] * 3
     assert source.rejected == {"missing": 2, "far too large": 1}
+
+
+def test_a_link_leads_to_a_file_or_to_nothing(folder, tmp_path_factory):
+    """Not to a pipe or a device, of which reading has no end; one that leads to itself is no reason to stop."""
+    pipe = tmp_path_factory.mktemp("elsewhere") / "pipe"
+    os.mkfifo(pipe)
+    for number, target in enumerate((pipe, "/dev/zero", "3.png", "nothing"), 1):
+        (folder / f"{number}.png").unlink(missing_ok=True)
+        (folder / f"{number}.png").symlink_to(target)
+    (folder / "metadata.jsonl").unlink()
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(f"a {number}")
+    records = FolderRecords(folder)
+    assert [*records.captions(9)] == ["a 0", "a 4"]
+    assert records.left_out.counts == {"unreadable": 1} and records.left_out.first == {"unreadable": "3.png"}
+    with pytest.raises(Rejected, match="missing"):
+        records.read(1)
+    (folder / "4.png").unlink()
+    for number in (0, 4):
+        _picture(folder / f"{number}.png", number)
+    for number, target in ((0, pipe), (4, "nothing")):
+        (folder / f"{number}.txt").unlink()
+        (folder / f"{number}.txt").symlink_to(target)
+    records = FolderRecords(folder)
+    assert len(records) == 1 and records.left_out.counts == {"unreadable": 1, "no caption": 1}
+    with pytest.raises(Rejected, match="no caption"):
+        records.read(0)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_link_that_leads_elsewhere_since_the_index_was_kept(folder, kept, tmp_path_factory, kind):
+    target = tmp_path_factory.mktemp("elsewhere") / "0.png"
+    (folder / "0.png").rename(target)
+    (folder / "0.png").symlink_to(target)
+    assert FolderRecords(folder).read(0).image
+    target.unlink()
+    os.mkfifo(target) if kind == "pipe" else target.symlink_to("/dev/null")
+    with pytest.raises(Rejected, match="unreadable"):
+        FolderRecords(folder).read(0)
 
 
 def test_a_refused_picture_is_not_read_again(folder, monkeypatch):
@@ -216,7 +265,7 @@ def test_a_refused_picture_is_not_read_again(folder, monkeypatch):
 )
 def test_a_broken_line_is_left_out_and_the_first_is_named(folder, caplog, line, cause, where):
     _metadata(folder, {"file_name": "0.png", "text": "a"}, line, {"file_name": "1.png", "text": "b"}, line)
-    source = FolderSource(folder, resolution=8)
+    source = FolderSource(folder, resolution=8, max_rejected=1.0)
     assert [source[index]["caption"] for index in range(2)] == ["a", "b"] and len(source) == 2
     count = 1 if cause == "missing" else 2  # a picture that is not there is one, however often it is named
     assert source.rejected == {cause: count} and f"{count} {cause} (first {where}" in caplog.text
@@ -232,7 +281,7 @@ def test_pictures_without_a_text_beside_them_are_left_out(folder):
     (folder / "metadata.jsonl").unlink()
     for number in (1, 3):
         (folder / f"{number}.txt").write_text(f"a {number}")
-    source = FolderSource(folder, resolution=8)
+    source = FolderSource(folder, resolution=8, max_rejected=1.0)
     assert [source[index]["caption"] for index in range(len(source))] == ["a 1", "a 3"]
     assert source.rejected == {"no caption": 2} and source.records.left_out.first == {"no caption": "0.png"}
     (folder / "3.txt").unlink()
@@ -245,7 +294,7 @@ def test_bytes_that_are_not_utf8_are_marked_and_counted(folder):
     (folder / "metadata.jsonl").write_bytes(b"\n".join([*lines, '{"file_name": "2.png", "text": "é"}'.encode()]))
     source = FolderSource(folder, resolution=8)
     assert [source[index]["caption"] for index in range(3)] == ["caf\ufffd", "\ufffd half", "é"]
-    assert source.marred == 2 and not source.rejected
+    assert source.refusals() == {f"{place}, caption": "not UTF-8 (used)" for place in (0, 1)} and not source.rejected
     train_sentencepiece(source.captions(3), 300).encode(["\ufffd half"], 8)
     (folder / "metadata.jsonl").unlink()
     for number in range(4):
@@ -283,6 +332,36 @@ def test_filters_on_fields_leave_records_out(folder):
 def test_a_picture_named_twice_has_both_captions(folder):
     _metadata(folder, {"file_name": "0.png", "text": "a"}, "", {"file_name": "./0.png", "text": "b"})
     assert FolderSource(folder)[0]["captions"] == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_pictures_that_metadata_does_not_name_are_told_of_each_time(folder, kept, caplog, name):
+    (folder / "metadata.jsonl").unlink()
+    for more in ("sub/a.png", "3.bmp"):
+        _picture(folder / more, 9)
+    lines = {
+        "metadata.jsonl": '{"file_name": "./0.png", "text": "a"}\n{"file_name": "1.png", "text": []}\n',
+        "metadata.csv": "file_name,text\n./0.png,a\n1.png\n1.png,b\n",
+    }
+    (folder / name).write_text(lines[name])
+    for _ in range(2):
+        caplog.clear()
+        records = FolderRecords(folder)
+        assert caplog.messages == [f"4 pictures in {folder} are not named in {name}, the first 2.png"]
+        assert records.left_out.counts.total() == 1  # a line is broken or has no caption
+    (folder / name).unlink()
+    caplog.clear()
+    (folder / "0.txt").write_text("a")
+    assert len(FolderRecords(folder)) == 1 and not caplog.messages
+
+
+def test_a_path_may_begin_at_home_or_be_this_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert len(FolderRecords(f"~/{folder.name}")) == 4
+    monkeypatch.chdir(folder)
+    assert len(make_source(FolderConfig("."), "train")) == 4
+    with pytest.raises(UserError, match="a folder has no path: set config.data.path"):
+        make_source(FolderConfig(), "train")
 
 
 def test_mistakes_are_answered(folder, tmp_path):

@@ -48,6 +48,41 @@ def test_other_modes_become_rgb(mode):
         assert np.abs(decoded.astype(int) - gray[:, :, None]).max() <= 6
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_sixteen_bits_are_sixteen_bits_however_dark(kind, order):
+    for level, expected in ((200, 1), (255, 1), (128, 0), (51400, 200), (65535, 255)):
+        decoded = images.decode(_encoded(Image.fromarray(np.full((4, 6), level, order)), kind))
+        assert decoded.shape == (4, 6, 3) and (decoded == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ([0, 0.25, 1], [0, 64, 255]),
+        ([0, 0.25, 1.5], [0, 0, 2]),
+        ([-0.25, 0.25, 1], [0, 0, 1]),
+        ([0, 128, 255], [0, 128, 255]),
+        ([-9, 128, 1e38], [0, 128, 255]),
+    ],
+)
+def test_floats_are_of_one_or_of_255(levels, expected):
+    decoded = images.decode(_encoded(Image.fromarray(np.array([levels], np.float32)), "TIFF"))
+    assert decoded[0].tolist() == [[level] * 3 for level in expected]
+
+
+@pytest.mark.parametrize("level", [np.nan, np.inf, -np.inf])
+def test_levels_that_are_not_finite_are_no_picture(level):
+    with pytest.raises(ValueError, match="not a readable picture"):
+        images.decode(_encoded(Image.fromarray(np.array([[0.5, level]], np.float32)), "TIFF"))
+
+
+@pytest.mark.parametrize(("level", "expected"), [(200, 200), (51400, 200), (70_000, 255), (-1, 0)])
+def test_a_tiff_of_32_bits_may_use_8_or_16_of_them(level, expected):
+    decoded = images.decode(_encoded(Image.fromarray(np.full((4, 6), level, np.int32)), "TIFF"))
+    assert (decoded == expected).all()
+
+
 def test_transparency_is_laid_on_white():
     clear = np.zeros((4, 4, 4), np.uint8)
     clear[0, 0] = (255, 0, 0, 255)

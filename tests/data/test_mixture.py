@@ -127,6 +127,7 @@ def test_mistakes_are_answered():
         ({"a": (Marked(0, 0), 1)}, "part a of the mixture, .* no examples"),
         ({"a": (Marked(0, 1), 0)}, "weight of part a must be a positive"),
         ({"a": (Marked(0, 1), float("nan"))}, "weight of part a must be a positive"),
+        ({"a": (Marked(0, 1), "much")}, "weight of part a must be a positive number, not 'much'"),
     ):
         with pytest.raises(UserError, match=message):
             MixtureSource(parts)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import cv2
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 from test_embeddings import DIM, LENGTH, SumEmbedder, task_of
 
 from dalle2_jax.data import EmbeddingSource, FolderConfig, FolderSource, PairedSource, TfdsConfig, WebdatasetConfig
-from dalle2_jax.data import make_source, make_stream
+from dalle2_jax.data import digits, make_source, make_stream
 from dalle2_jax.data.convert import convert
 from dalle2_jax.data.embed import write_split
+from dalle2_jax.data.embeddings import look, look_alike
 from dalle2_jax.testing import WordTokenizer
 from dalle2_jax.types import UserError
 
@@ -98,13 +100,47 @@ def test_batches_have_pictures_and_what_is_asked_for(embedded):
 
 
 def test_what_does_not_fit_is_refused_by_cause(embedded, tmp_path):
-    folder = write(tmp_path / "other", range(8, 16), lambda number: ["red"] * (4 if number == 9 else number % 3 + 1))
-    source = make_source(FolderConfig(str(folder), 8, embeddings=str(embedded.out)), "train")
+    folder = write(tmp_path / "other", range(8, 16))
+    lines = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text(lines.replace("red 9 0", "green 9 0").replace("red 8 0", "  red\\t8 0"))
+    (folder / "10.png").write_bytes((folder / "15.png").read_bytes())
+    how = {"max_rejected": 1.0, "embeddings": str(embedded.out)}
+    source = make_source(FolderConfig(str(folder), 8, **how), "train")
     keys = {source[index]["key"] for index in range(len(source))}
-    assert keys == {"8.png", "10.png", "11.png"}
-    assert source.rejected == {"not embedded": 4, "other captions": 1}
+    assert keys == {"8.png", "11.png"}
+    assert source.rejected == {"not embedded": 4, "other captions": 1, "other picture": 1}
     with pytest.raises(UserError, match="no embeddings of split 'val', only train"):
         make_source(FolderConfig(str(folder), 8, embeddings=str(embedded.out)), "val")
+
+
+def test_files_that_changed_names_are_refused(embedded, tmp_path):
+    """Pictures and captions both moved on by three, so that even the numbers of captions agree."""
+    write(tmp_path / "pictures", range(12))
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    lines = []
+    for number in range(12):
+        shutil.copy(tmp_path / "pictures" / f"{number}.png", folder / f"{(number + 3) % 12}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": ["red"] * (number % 3 + 1)}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="5 of 12 records .*found so far: 5 other captions"):
+        make_source(FolderConfig(str(folder), 8, embeddings=str(embedded.out)), "train")[0]
+    shutil.copy(tmp_path / "pictures" / "metadata.jsonl", folder)
+    with pytest.raises(UserError, match="5 of 12 records .*found so far: 5 other picture"):
+        make_source(FolderConfig(str(folder), 8, embeddings=str(embedded.out)), "train")[0]
+
+
+def test_looks_tell_pictures_apart_at_any_resolution(tmp_path):
+    """Handwritten digits, the hardest: plain, and alike within a class; and cut or coded otherwise they still fit."""
+    digits.write(tmp_path / "digits")
+    scans = [FolderSource(tmp_path / "digits", resolution=side) for side in (8, 64)]
+    looks = [[look(source[index]["image"]) for index in range(60)] for source in scans]
+    alike = np.array([[look_alike(small, large) for large in looks[1]] for small in looks[0]])
+    assert alike.diagonal().all() and alike.mean() < 1 / 60 + 0.03
+    jpeg = cv2.imencode(".jpg", scans[1][7]["image"], [cv2.IMWRITE_JPEG_QUALITY, 40])[1]
+    assert look_alike(looks[0][7], look(cv2.imdecode(jpeg, cv2.IMREAD_COLOR)))
+    black, gray = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 30, np.uint8)
+    assert look_alike(black, black) and not look_alike(black, gray)
 
 
 def test_names_that_are_there_twice_are_found_by_neither(tmp_path):
@@ -114,6 +150,6 @@ def test_names_that_are_there_twice_are_found_by_neither(tmp_path):
     (folder / "metadata.jsonl").write_text(lines)
     task = task_of(folder, tmp_path / "embedded")
     write_split(task)
-    source = make_source(FolderConfig(str(folder), 8, embeddings=str(task.out)), "train")
+    source = make_source(FolderConfig(str(folder), 8, max_rejected=1.0, embeddings=str(task.out)), "train")
     assert {source[index]["key"] for index in range(4)} == {"2.png", "3.png"}
     assert source.rejected == {"not embedded": 2}

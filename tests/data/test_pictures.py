@@ -1,3 +1,4 @@
+import contextlib
 import io
 import pickle
 import struct
@@ -112,7 +113,7 @@ def test_a_large_jpeg_is_decoded_smaller_and_judged_by_its_whole_size(size, foun
 
 
 def test_each_cause_is_logged_once_and_counted(caplog):
-    source = PictureSource(Listed("torn", "torn", "lost", _record(1, captions=()), _record(2)), 8)
+    source = PictureSource(Listed("torn", "torn", "lost", _record(1, captions=()), _record(2)), 8, max_rejected=1)
     for index in range(5):
         assert (source[index]["image"] == 2).all()
     assert source.rejected == {"torn": 2, "lost": 1, "no caption": 1}
@@ -120,21 +121,71 @@ def test_each_cause_is_logged_once_and_counted(caplog):
     assert source.records.reads == 4 + 5  # a refused record is not read again
 
 
+def _partly(count, *bad):
+    return Listed(*("torn" if number in bad else _record(number % 200) for number in range(count)))
+
+
 def test_a_run_ends_when_too_many_are_bad():
-    mostly = ["torn" if number % 4 == 0 else _record(number % 200) for number in range(400)]
-    source = PictureSource(Listed(*mostly), 8)
-    with pytest.raises(UserError, match="11 of 41 records of Listed are bad .found so far: 11 torn., more than max"):
+    source = PictureSource(_partly(400, *range(0, 400, 4)), 8)
+    with pytest.raises(UserError, match="26 of the last 101 records of Listed are bad .found so far: 26 torn., more"):
         for index in range(400):
             source[index]
-    patient = PictureSource(Listed(*mostly), 8, max_rejected=0.3)
-    assert [patient[index]["image"][0, 0, 0] for index in range(4)] == [1, 1, 2, 3]
+    patient = PictureSource(_partly(400, *range(0, 400, 4)), 8, max_rejected=0.3)
     for index in range(400):
         patient[index]
     assert patient.rejected == {"torn": 100}
     with pytest.raises(UserError, match="30 of 130 records of Listed are bad .found so far: 30 lost .first b.tar.."):
         PictureSource(Listed(*[_record(1)] * 100, left_out={"lost": 30}), 8)
-    opened = PictureSource(Listed(*[_record(1)] * 300, left_out={"lost": 30}), 8)
-    assert opened.rejected == {"lost": 30}
+    both = PictureSource(Listed("torn", *[_record(1)] * 269, left_out={"lost": 30}), 8)
+    assert both.rejected == {"lost": 30}
+    with pytest.raises(UserError, match="31 of 300 records of Listed are bad"):
+        both[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whether_a_run_ends_is_no_matter_of_chance(seed):
+    """Just under the limit no order and no share of a worker ends it; just over it every order does."""
+    noise = np.random.default_rng(seed)
+    order, bad = noise.permutation(1000), noise.permutation(1000)
+    for share in (slice(None), slice(0, None, 4), slice(3, None, 16)):
+        source = PictureSource(_partly(1000, *bad[:98]), 8)
+        for index in order[share].tolist() * 3:
+            source[index]
+    source = PictureSource(_partly(1000, *bad[:101]), 8)
+    with pytest.raises(UserError, match="101 of 1000 records"):
+        for index in order.tolist():
+            source[index]
+
+
+def test_most_of_a_large_data_set_need_not_be_read_to_see_that_it_is_bad():
+    source = PictureSource(_partly(100_000, *range(0, 100_000, 2)), 8)
+    with pytest.raises(UserError, match=r"\d\d of the last 1\d\d records of Listed are bad"):
+        for index in np.random.default_rng(0).permutation(100_000).tolist():
+            source[index]
+    assert source.records.reads < 500
+
+
+def test_pictures_that_vanish_end_a_long_run():
+    source = PictureSource(_partly(200), 8)
+    for index in [*range(200)] * 34:
+        source[index]
+    source.records = _partly(200, *range(170))
+    with pytest.raises(UserError, match="21 of 200 records"):
+        for index in range(200):
+            source[index]
+
+
+@pytest.mark.parametrize(("count", "bearable"), [(3, 1), (20, 6), (40, 10), (100, 10), (120, 12)])
+def test_of_a_small_data_set_some_may_be_bad(count, bearable):
+    for bad in (bearable, bearable + 1):
+        source = PictureSource(_partly(count, *range(bad)), 8)
+        ends = pytest.raises(UserError, match=f"{bad} of {count}") if bad > bearable else contextlib.nullcontext()
+        with ends:
+            for index in [*range(count)] * 3:
+                source[index]
+        strict = PictureSource(_partly(count, 0), 8, max_rejected=0)
+        with pytest.raises(UserError, match=f"1 of {count}"):
+            strict[0]
 
 
 def test_stand_ins_of_neighbours_are_spread():

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -39,6 +40,18 @@ def test_the_file_of_reports_goes_with_the_original():
     assert not os.path.exists(path)
     copy.add(1, "late")
     assert Counter(copy.causes().values()) == {"late": 1}
+
+
+def test_copies_made_at_once_report_to_one_file():
+    original = Refusals()
+    with ThreadPoolExecutor(8) as pool:
+        copies = [pickle.loads(content) for content in pool.map(pickle.dumps, [original] * 64)]
+    for place, copy in enumerate(copies):
+        copy.add(place, "torn")
+    assert len(original) == 64 and {len(copy) for copy in copies} == {64}
+    original.add(3, "torn")
+    original.add(99, "torn")
+    assert len(original) == 65 == len(original.causes())
 
 
 def test_half_a_report_waits_for_the_rest():
@@ -86,7 +99,7 @@ CAUSES = {"missing": 1, "broken metadata": 1, "not a picture": 2, "empty": 1}
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_workers_refuse_is_counted(folder, workers):
-    source = FolderSource(folder, resolution=8)
+    source = FolderSource(folder, resolution=8, max_rejected=0.5)
     mixture = MixtureSource({"mine": (source, 1.0)})
     for one, prefix in ((source, ""), (mixture, "mine: ")):
         stream = make_stream(one, None, 8, 6, seed=0, num_workers=workers)

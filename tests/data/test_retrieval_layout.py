@@ -104,6 +104,27 @@ def test_raw_embeddings_keep_their_length(tmp_path):
     np.testing.assert_allclose(RetrievalSource(tmp_path)[0]["image_emb"], 3.0 * emb(3), rtol=1e-5)
 
 
+def test_rows_that_are_not_finite_are_passed_over_and_counted(tmp_path, caplog):
+    write(tmp_path, PARTS)
+    for kind, number, value in (("img_emb", 0, np.nan), ("text_emb", 4, np.inf)):
+        path = tmp_path / kind / f"{kind}_{number}.npy"
+        rows = np.load(path)
+        rows[0, 2] = value
+        np.save(path, rows)
+    source = RetrievalSource(tmp_path)
+    stream = make_stream(source, WordTokenizer(), 5, 4, seed=0)
+    for _ in range(4):
+        assert all(np.isfinite(rows).all() for rows in next(stream).values())
+    assert_pair(source, 0, 1, "ein ü")
+    assert source.rejected == {"no caption": 1, "repeated key": 1, "not finite": 2}
+    assert sorted(source.refusals()) == ["0", "5"] and caplog.text.count("not finite") == 1
+    for number in range(len(PARTS)):
+        path = tmp_path / "img_emb" / f"img_emb_{number}.npy"
+        np.save(path, np.full_like(np.load(path), np.nan))
+    with pytest.raises(UserError, match="in a row are not finite"):
+        RetrievalSource(tmp_path)[0]
+
+
 def _break(folder, kind):
     """Spoils something; returns what the error must say."""
     if kind == "rows":

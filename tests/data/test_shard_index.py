@@ -7,6 +7,25 @@ import numpy as np
 import pytest
 
 from dalle2_jax.data import WebdatasetRecords, arrays, shard_index
+from dalle2_jax.data.records import LeftOut
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (
+            [(10, ""), (14, "no caption"), (3, "shard cut short"), (2, "shard damaged")],
+            {"no caption": 1, "shard cut short": 12 - 3, "shard damaged": 12 - 2},
+        ),
+        ([(10, ""), (12, "shard cut short"), (11, "shard damaged")], {"shard cut short": 1, "shard damaged": 1}),
+        ([(9, "shard damaged"), (3, "shard damaged"), (0, "shard lost")], {"shard damaged": 1 + 6, "shard lost": 9}),
+        ([(10, ""), (2, "shard damaged"), (0, "not a tar")], {"shard damaged": 10 - 2, "not a tar": 10}),
+        ([(0, "shard lost"), (0, "shard lost")], {"shard lost": 2}),
+    ],
+)
+def test_other_shards_tell_how_many_records_are_lost(found, expected):
+    shards = [shard_index._Shard(count, 0, LeftOut({cause: 1} if cause else {}), None) for count, cause in found]
+    assert shard_index._left_out([f"{number}.tar" for number in range(len(shards))], shards).counts == expected
 
 
 @pytest.mark.parametrize("held", [10_000_000, 0])

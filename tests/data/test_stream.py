@@ -1,5 +1,7 @@
 import multiprocessing
+import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -112,7 +114,10 @@ def test_worker_processes_give_the_same_stream(tokenizer):
     whole = _take(make_stream(SOURCE, tokenizer, 24, 8, seed=5), 5)
     stream = make_stream(SOURCE, tokenizer, 24, 8, seed=5, num_workers=1)
     stream.set_state({"global_next_index": 16})
-    _equal(_take(stream, 3), whole[2:])
+    _equal(_take(stream, 1), whole[2:3])
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)  # which a user's Ctrl-C sends to all, and the main process answers
+    _equal(_take(stream, 2), whole[3:])
     assert stream.get_state() == {"global_next_index": 40}
     stream.close()
 
@@ -154,5 +159,7 @@ def test_mistakes_are_answered(tokenizer):
     for seed in (-1, 2**32):
         with pytest.raises(UserError, match="seed of a stream"):
             make_stream(SOURCE, tokenizer, 24, 8, seed)
+    with pytest.raises(UserError, match="workers must be 0 or more, not -1"):
+        make_stream(SOURCE, tokenizer, 24, 8, 0, num_workers=-1)
     with pytest.raises(UserError, match="no examples"):
         make_stream(Numbers(0), tokenizer, 24, 8, 0)

@@ -1,5 +1,3 @@
-import io
-import json
 import os
 import pickle
 import tarfile
@@ -10,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from tar_files import levels, members, png, tar
+from web_server import served
 
 from dalle2_jax import files
 from dalle2_jax.data import (
@@ -66,6 +65,23 @@ def test_splits(tmp_path):
         WebdatasetRecords(f"{tmp_path}/train/0.tar", "val")
     with pytest.raises(UserError, match="no sub-folder 'test'"):
         WebdatasetRecords(tmp_path, "test")
+
+
+@pytest.mark.parametrize("name", ["a{b,c}", "a[b]", "{3..1}", "a*", "{split}"])
+def test_a_folder_that_is_named_like_a_pattern_is_none(tmp_path, name):
+    for split, count in (("train", 3), ("val", 2)):
+        tar(tmp_path / name / split / "0[1].tar", members(range(count)))
+        for pattern in ("", "/{split}", "/{split}/*.tar", "/{split}/{0,}0[[]1].tar"):
+            assert len(WebdatasetRecords(f"{tmp_path}/{name}{pattern}", split)) == count
+        assert len(WebdatasetRecords(f"{tmp_path}/{name}/{split}/0[1].tar")) == count
+    with pytest.raises(UserError, match=r"has no sub-folder 'test' \(it has train, val\)"):
+        WebdatasetRecords(tmp_path / name, "test")
+
+
+def test_a_path_may_begin_at_home(shards, monkeypatch):
+    monkeypatch.setenv("HOME", str(shards.parent))
+    for pattern in ("", "/*.tar", "/{00000..00002}.tar"):
+        assert len(WebdatasetRecords(f"~/{shards.name}{pattern}")) == 12
 
 
 def test_the_headers_are_read_once(shards, monkeypatch):
@@ -133,7 +149,7 @@ def test_a_shard_damaged_in_the_middle_or_no_shard_at_all(shards):
     (shards / "00000.tar").write_bytes(content)
     (shards / "00001.tar").write_bytes(b"<html>no such shard</html>" * 100)
     records = WebdatasetRecords(shards)
-    assert len(records) == 2 + 4 and records.left_out.counts == {"shard damaged": 1, "not a tar": 3}
+    assert len(records) == 2 + 4 and records.left_out.counts == {"shard damaged": 4 - 2, "not a tar": 4}
     (shards / "00001.tar").write_bytes(b"")
     (shards / "00002.tar").unlink()
     records = WebdatasetRecords(f"{shards}/{{00000..00002}}.tar")
@@ -161,7 +177,7 @@ def test_names_from_the_world(tmp_path):
         assert keys[:4] == ["e", "sub/f", "\u65e5\u672c \u00fc", "long/" * 60 + "i"] and keys[4].startswith("caf")
         keys[4].encode()
         assert records.left_out.counts == {"unsafe name": 3, "no picture": 1}
-        assert [int(level) for level in levels(PictureSource(records, 8))] == [5, 7, 8, 9, 10]
+        assert [int(level) for level in levels(PictureSource(records, 8, max_rejected=1.0))] == [5, 7, 8, 9, 10]
         assert records.read(2).captions == ("\u732b",) and records.read(4).captions == ("coff\ufffde",)
 
 
@@ -180,7 +196,7 @@ def test_bad_records_are_refused_by_cause(tmp_path):
         *(("10.txt", b"apart"), ("11.png", png(11)), ("11.txt", b""), ("10.png", png(10))),
         *(("12.mp4", b"film"), ("12.wav", b"sound")),
     ]
-    source = PictureSource(WebdatasetRecords(tar(tmp_path / "0.tar", entries)), 8)
+    source = PictureSource(WebdatasetRecords(tar(tmp_path / "0.tar", entries)), 8, max_rejected=1.0)
     assert len(source) == 10
     assert [source[index]["captions"] for index in (0, 6, 7, 8, 9)] == [
         ("one", "two"),
@@ -214,6 +230,37 @@ def test_filters_choose_by_json_once(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match="leave not one of the 20 records"):
         WebdatasetRecords(tmp_path, filters=Filters(equals={"language": "en"}))
+
+
+@pytest.mark.parametrize(("cause", "first"), [("shard lost", "00001.tar: 000000005"), ("cut short", "00001.tar: 0")])
+def test_what_cannot_be_read_for_its_fields_is_counted_by_cause_and_asked_for_again(shards, monkeypatch, cause, first):
+    tar(shards / "00002.tar", [("8.png", png(8)), ("8.txt", b"a"), ("8.json", b"{"), *members(range(9, 12))])
+    WebdatasetRecords(shards)
+    read = storage.Files.read
+
+    def failing(files, number, spans):
+        if number == 1 and cause == "shard lost":
+            raise OSError
+        return [content[: -1 if number == 1 else None] for content in read(files, number, spans)]
+
+    monkeypatch.setattr(storage.Files, "read", failing)
+    high = Filters(ranges={"number": (2, None)})
+    records = WebdatasetRecords(shards, filters=high)
+    assert len(records) == 3 + 3 and records.left_out.counts == {cause: 3, "broken JSON": 1}
+    assert records.left_out.first[cause].startswith(f"{shards}/{first}")
+    assert records.left_out.first["broken JSON"] == f"{shards}/00002.tar: 8"
+    monkeypatch.setattr(storage.Files, "read", read)
+    records = WebdatasetRecords(shards, filters=high)
+    assert len(records) == 3 + 3 + 3 and records.left_out.counts == {"broken JSON": 1}
+
+
+def test_a_refused_record_is_named(tmp_path):
+    path = tar(tmp_path / "0.tar", [("a.png", png(0)), ("a.json", b"{"), ("b.png", png(1)), ("b.json", b"{}")])
+    records = WebdatasetRecords(path)
+    for index, cause in ((0, "broken JSON"), (1, "no caption")):
+        with pytest.raises(Rejected, match=cause) as told:
+            records.read(index)
+        assert told.value.__notes__ == [f"{path}: {'ab'[index]}"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -271,6 +318,19 @@ def test_shards_below_a_url(shards):
         system.rm("/data", recursive=True)
     with pytest.raises(UserError, match="install the extra"):
         WebdatasetRecords("nosuch://data/9.tar")
+
+
+def test_a_url_alone_is_of_shards(shards):
+    signed = shards / "signed"
+    tar(signed / "0.tar?sig={ab}", members(range(3)))  # as a server that looks at the query has it
+    with served(signed) as site:
+        assert len(source_named(f"{site.url}/0.tar?sig={{ab}}", "train", 8)) == 3
+        asked = {name for _, name, _ in site.asked}
+        assert "0.tar.index.npz?sig={ab}" in asked and not any("?" in name.rpartition("=")[2] for name in asked)
+        with pytest.raises(UserError, match="there are no .tar files at http://"):
+            source_named(f"{site.url}/", "train", 8)
+    with served(shards) as site:
+        assert len(source_named(f"{site.url}/", "train", 8)) == 12
 
 
 def test_mistakes_are_answered(tmp_path):
