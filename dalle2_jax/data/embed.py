@@ -187,11 +187,15 @@ def _write_shard(task: Task, number: int) -> None:
         for example in examples
     ]
     temporary = Path(tempfile.mkdtemp(prefix=f".{number:05d}.", dir=task.folder))
-    for name, array in arrays.items():
-        write_array(temporary / f"{name}.npy", array)
-    write_atomically(temporary / CAPTIONS, "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines))
-    temporary.chmod(0o755)
-    os.replace(temporary, shard_folder(task.folder, number))
+    try:
+        for name, array in arrays.items():
+            write_array(temporary / f"{name}.npy", array)
+        write_atomically(temporary / CAPTIONS, "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines))
+        temporary.chmod(0o755)
+        os.replace(temporary, shard_folder(task.folder, number))
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _good(task: Task, first: int, last: int) -> Iterator[list[dict]]:

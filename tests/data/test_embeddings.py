@@ -1,7 +1,9 @@
 """Embeddings on disk: what `write_split` writes, however often it is killed, `EmbeddingSource` reads, row for row."""
 
 import dataclasses
+import errno
 import json
+import os
 import pickle
 import shutil
 
@@ -242,3 +244,16 @@ def test_embeddings_that_are_not_finite_are_not_written(pictures, tmp_path):
         with pytest.raises(UserError, match=f"{name} of .* is not finite"):
             write_split(task)
         assert not [*task.folder.glob("*0*")]
+
+
+def test_a_full_disk_leaves_nothing_half_written(task, pictures, tmp_path, monkeypatch):
+    def fsync(handle):
+        if "tokens" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    other = task_of(pictures, tmp_path / "full", states=True)
+    with monkeypatch.context() as full, pytest.raises(OSError, match="tokens.npy cannot be written .No space left"):
+        full.setattr(os, "fsync", fsync)
+        write_split(other)
+    assert [path.name for path in other.folder.iterdir()] == ["split.json"]
+    assert write_split(other) == 10 and contents(other.out) == contents(task.out)
