@@ -13,7 +13,6 @@ import os
 import shutil
 import tarfile
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dalle2_jax.data.pictures import MAX_ASPECT, MAX_PIXELS, PictureSource, bearable
+from dalle2_jax.data.pictures import PictureSource, bearable, check_aspect, header, too_many
 from dalle2_jax.data.records import LeftOut, Rejected, caption_lines, captions_in, clean, name_of, text_of
 from dalle2_jax.data.sources import Source
 from dalle2_jax.data.tfds import FIELDS
@@ -92,8 +91,7 @@ def records_of(source: Source, split: str, found: Conversion) -> Iterator[Writte
         UserError: it is nothing, or too many records are bad.
     """
     known = getattr(source.records, "left_out", LeftOut()) if isinstance(source, PictureSource) else LeftOut()
-    for cause, count in known.counts.items():
-        found.left_out.add(cause, known.first.get(cause, ""), count)
+    found.left_out.include(known)
     bad = known.counts.total()
     total = bad + len(source)
     for index in tqdm(range(len(source)), desc=split, unit="picture"):
@@ -104,10 +102,8 @@ def records_of(source: Source, split: str, found: Conversion) -> Iterator[Writte
             [where] = getattr(rejection, "__notes__", [f"record {index} of {split}"])[:1]
             found.left_out.add(rejection.cause, where)
             if bad > bearable(total, source.max_rejected):
-                raise UserError(
-                    f"{bad} of {total} records of {source} are bad ({found.left_out}), more than "
-                    f"max_rejected={source.max_rejected:g}: mend the data set, or raise max_rejected"
-                ) from None
+                told = f"{bad} of {total} records of {source}"
+                raise too_many(told, str(found.left_out), source.max_rejected) from None
             continue
         found.counts[split] += 1
         yield record
@@ -127,20 +123,11 @@ def _stored(source: PictureSource, index: int) -> Written:
 
 def _suffix(content: bytes) -> str:
     """The ending of a picture file, by its header. Raises Rejected for one that no training would take."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as file:
-                suffix, (width, height) = _SUFFIXES[file.format], file.size
-    except Image.DecompressionBombError:
-        raise Rejected("far too large") from None
-    except Exception:
-        raise Rejected("not a picture" if content else "empty") from None  # whatever a parser says of bytes
-    if width * height > MAX_PIXELS:
-        raise Rejected("far too large")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise Rejected("far too long")
-    return suffix
+    kind, size = header(content)
+    if kind not in _SUFFIXES:
+        raise Rejected("not a picture")
+    check_aspect(*size)
+    return _SUFFIXES[kind]
 
 
 def _drawn(source: Source, index: int) -> Written:

@@ -202,10 +202,7 @@ class PictureSource:
             raise self._too_many(f"{bad} of the last {asked} records")
 
     def _too_many(self, found: str) -> UserError:
-        return UserError(
-            f"{found} of {self.records} are bad (found so far: {self._causes()}), "
-            f"more than max_rejected={self.max_rejected:g}: mend the data set, or raise max_rejected"
-        )
+        return too_many(f"{found} of {self.records}", f"found so far: {self._causes()}", self.max_rejected)
 
     def _causes(self) -> str:
         causes = LeftOut(self.rejected, self._left_out.first)
@@ -216,6 +213,13 @@ class PictureSource:
 def bearable(count: int, max_rejected: float) -> float:
     """Returns how many of so many records may be bad: of fewer than a hundred more than that share, but no third."""
     return max(max_rejected * count, min(max_rejected * _FEW, max(1, count / 3)))
+
+
+def too_many(found: str, causes: str, max_rejected: float) -> UserError:
+    """Returns the error of a data set of which too much is bad."""
+    return UserError(
+        f"{found} are bad ({causes}), more than max_rejected={max_rejected:g}: mend the data set, or raise max_rejected"
+    )
 
 
 def check_arguments(resolution: int, crop: str, max_rejected: float) -> None:
@@ -246,9 +250,36 @@ def picture_of(record: Record, side: int | None = None) -> tuple[UInt8[np.ndarra
         picture, (height, width) = record.image, record.image.shape[:2]
     else:
         picture, (height, width) = decoded(record.image, side)
+    check_aspect(height, width)
+    return picture, (height, width)
+
+
+def header(content: bytes) -> tuple[str, tuple[int, int]]:
+    """Returns what the header of a picture file says: its format, as Pillow calls it, and its height and width.
+
+    Raises:
+        Rejected: ``empty``, ``far too large`` or ``not a picture``.
+    """
+    if not content:
+        raise Rejected("empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as file:
+                kind, (width, height) = file.format, file.size
+    except Image.DecompressionBombError:
+        raise Rejected("far too large") from None
+    except Exception:
+        raise Rejected("not a picture") from None  # whatever a parser says of bytes from the world
+    if width * height > MAX_PIXELS:
+        raise Rejected("far too large")
+    return kind, (height, width)
+
+
+def check_aspect(height: int, width: int) -> None:
+    """Raises Rejected, ``far too long``, for a picture of no use."""
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise Rejected("far too long")
-    return picture, (height, width)
 
 
 def decoded(content: bytes, side: int | None = None) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[int, int]]:
@@ -261,19 +292,7 @@ def decoded(content: bytes, side: int | None = None) -> tuple[UInt8[np.ndarray, 
     Raises:
         Rejected: ``empty``, ``far too large`` or ``not a picture``.
     """
-    if not content:
-        raise Rejected("empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as file:  # reads the header alone
-                width, height = file.size
-    except Image.DecompressionBombError:
-        raise Rejected("far too large") from None
-    except Exception:
-        raise Rejected("not a picture") from None  # whatever a parser says of bytes from the world
-    if width * height > MAX_PIXELS:
-        raise Rejected("far too large")
+    _, (height, width) = header(content)
     factor = 1 if side is None else images.reduction(height, width, side)
     upright, turned = ((-(-height // factor), -(-width // factor)), (-(-width // factor), -(-height // factor)))
     if upright == turned and height != width:

@@ -74,6 +74,11 @@ class LeftOut:
             self.counts[cause] += count
             self.first.setdefault(cause, where)
 
+    def include(self, other: "LeftOut") -> None:
+        """Counts what another counted too."""
+        for cause, count in other.counts.items():
+            self.add(cause, other.first.get(cause, ""), count)
+
     def __str__(self) -> str:
         told = [(f"{count} {cause}", self.first.get(cause)) for cause, count in self.counts.most_common()]
         return ", ".join(f"{text} (first {where})" if where else text for text, where in told)

@@ -62,8 +62,7 @@ class WebdatasetRecords:
         self._chosen = None
         if filters != Filters():
             self._chosen, unread = self._choice(filters)
-            for cause, count in unread.counts.items():
-                self.left_out.add(cause, unread.first[cause], count)
+            self.left_out.include(unread)
             if not len(self._chosen):
                 raise UserError(f"the filters leave not one of the {len(self._index.rows)} records: {filters}")
 

@@ -86,12 +86,17 @@ class Flowers(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             )
 
 
+def _prepared(builder, folder):
+    """Prepares a data set; returns where it lies."""
+    tfds.disable_progress_bar()
+    prepared = builder(data_dir=str(folder), file_format="array_record")
+    prepared.download_and_prepare()
+    return str(prepared.data_dir)
+
+
 @pytest.fixture(scope="module")
 def flowers(tmp_path_factory):
-    tfds.disable_progress_bar()
-    builder = Flowers(data_dir=str(tmp_path_factory.mktemp("tfds")), file_format="array_record")
-    builder.download_and_prepare()
-    return str(builder.data_dir)
+    return _prepared(Flowers, tmp_path_factory.mktemp("tfds"))
 
 
 def test_texts_inside_other_features_are_found(flowers):
@@ -174,10 +179,7 @@ class Plain(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    tfds.disable_progress_bar()
-    builder = Plain(data_dir=str(tmp_path_factory.mktemp("plain")), file_format="array_record")
-    builder.download_and_prepare()
-    return str(builder.data_dir)
+    return _prepared(Plain, tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.parametrize(
