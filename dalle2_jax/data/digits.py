@@ -19,7 +19,7 @@ from jaxtyping import Int, UInt8
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-from dalle2_jax.data.folder import METADATA
+from dalle2_jax.data.folder_index import METADATA
 from dalle2_jax.types import UserError
 
 SIDE = 32

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dalle2_jax.data.arrays import beside, kept
 from dalle2_jax.data.filters import Filters
-from dalle2_jax.data.folder_index import METADATA, map_index, open_folder
+from dalle2_jax.data.folder_index import map_index, open_folder
 from dalle2_jax.data.pictures import MAX_REJECTED, PictureSource, check_arguments
 from dalle2_jax.data.records import (
     MAX_BYTES,
