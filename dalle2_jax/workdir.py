@@ -25,7 +25,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +35,23 @@ from dalle2_jax.files import write_atomically
 from dalle2_jax.types import UserError
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs each array, and the traceback of what it raises
+
+
+def _closed_loops_unsaid(said: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Returns a ``sys.unraisablehook`` that leaves out what follows from an array that could not be written.
+
+    Orbax raises the first failure and closes its event loop; tensorstore then prints a traceback for
+    each array that ends later, from threads of its own, at any time.
+    """
+
+    def say(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            said(unraisable)
+
+    return say
+
+
+sys.unraisablehook = _closed_loops_unsaid(sys.unraisablehook)
 
 GRACE = 0.5
 """Seconds given to the threads that still read a checkpoint found to be damaged, or write one that cannot be."""

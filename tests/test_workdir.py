@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -245,3 +247,41 @@ def test_a_place_that_cannot_be_written_is_named(folder):
     with pytest.raises(UserError, match="cannot be written to .*Not a directory"):
         checkpoints.save(1, trees(1), {})
         checkpoints.wait()
+
+
+ENDS_LATE = """
+import asyncio, sys
+import tensorstore
+import dalle2_jax.workdir
+
+promise, late = tensorstore.Promise.new()
+
+async def ended():
+    await late
+
+async def failed():
+    await asyncio.sleep(0.01)
+    raise OSError("the disk is full")
+
+async def both():
+    await asyncio.gather(ended(), failed())
+
+loop = asyncio.new_event_loop()
+try:
+    loop.run_until_complete(both())
+except OSError:
+    loop.close()
+promise.set_result(0)
+
+class Other:
+    def __del__(self):
+        raise RuntimeError("another mistake")
+
+Other()
+"""
+
+
+def test_arrays_that_end_after_the_first_failed_say_nothing():
+    done = subprocess.run([sys.executable, "-c", ENDS_LATE], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Event loop is closed" not in done.stderr and "another mistake" in done.stderr
