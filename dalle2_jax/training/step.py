@@ -61,6 +61,7 @@ def _create(
     return TrainState.create(params, {**variables.stats, **known}, optimizer)
 
 
+@functools.lru_cache(maxsize=8)  # tracing a large network takes seconds, and a run asks for its shapes several times
 def abstract_state(stage: Stage, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state's shapes; no array is made."""
     return jax.eval_shape(lambda key: _create(stage, optimizer, key), jax.random.key(0))

@@ -121,8 +121,9 @@ def test_each_cause_is_logged_once_and_counted(caplog):
     assert source.records.reads == 4 + 5  # a refused record is not read again
 
 
-def _partly(count, *bad):
-    return Listed(*("torn" if number in bad else _record(number % 200) for number in range(count)))
+def _partly(count, *torn):
+    torn = frozenset(torn)
+    return Listed(*("torn" if number in torn else _record(number % 200) for number in range(count)))
 
 
 def test_a_run_ends_when_too_many_are_bad():
