@@ -62,7 +62,7 @@ def both(which, system, pictures, embedded, tmp_path, edit=lambda config: None, 
 
 def losses(job, count=2):
     """The losses of a job's first batches under fresh weights."""
-    variables = job.stage.init(jax.random.key(0))
+    variables = jax.jit(job.stage.init)(jax.random.key(0))
     stats = calibrated(job) or variables.stats
 
     @jax.jit
