@@ -55,7 +55,7 @@ sys.unraisablehook = _closed_loops_unsaid(sys.unraisablehook)
 
 LEAST_SLICE = 2**20
 """Bytes: of an array that many devices hold alike each writes a part, unless parts are smaller than this. Cutting one
-is a dispatch, for which the run waits: four times as long for hundreds of small arrays cut in eight."""
+is a dispatch, for which the run waits: two to five times as long on eight devices (benchmarks/checkpoint.py)."""
 
 GRACE = 0.5
 """Seconds given to the threads that still read a checkpoint found to be damaged, or write one that cannot be."""

@@ -33,6 +33,9 @@ _KEYS, _TEXTS = ("key", "image_path"), ("caption", "text", "TEXT")
 _FRUITLESS = 100
 """Pairs in a row that are not finite: there will be no other."""
 
+_BLOCK = 2**16
+"""Keys that are compared at a time: a copy of all would take as much memory as they do."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -185,12 +188,13 @@ class _Table:
 def _columns(path: Path) -> list[pyarrow.LargeStringArray]:
     """Reads keys and captions. UserError if one is not there."""
     try:
-        names = pyarrow.parquet.read_schema(path).names
-        wanted = [next((name for name in group if name in names), None) for group in (_KEYS, _TEXTS)]
-        if None in wanted:
-            columns = " or ".join(_KEYS), " or ".join(_TEXTS)
-            raise UserError(f"{path} has no column {columns[0]}, or none {columns[1]}")
-        table = pyarrow.parquet.read_table(path, columns=wanted)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            wanted = [next((name for name in group if name in names), None) for group in (_KEYS, _TEXTS)]
+            if None in wanted:
+                columns = " or ".join(_KEYS), " or ".join(_TEXTS)
+                raise UserError(f"{path} has no column {columns[0]}, or none {columns[1]}")
+            table = file.read(columns=wanted, use_threads=False)  # threads keep more memory than the columns take
         return [table[name].cast(pyarrow.large_string()).combine_chunks() for name in wanted]
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
@@ -222,9 +226,10 @@ def _joined(images: _Table, texts: _Table) -> tuple[Int64[np.ndarray, "pairs 2"]
 def _firsts(keys: pyarrow.LargeStringArray) -> Int64[np.ndarray, "different"]:
     """Returns the places of the keys that did not come before."""
     order = pyarrow.compute.array_sort_indices(keys)  # stable; hashing them takes more memory
-    ordered = keys.take(order)
     new = np.ones(len(keys), bool)
-    new[1:] = pyarrow.compute.not_equal(ordered[1:], ordered[:-1])
+    for start in range(0, len(keys) - 1, _BLOCK):
+        ordered = keys.take(order[start : start + _BLOCK + 1])
+        new[start + 1 : start + _BLOCK + 1] = pyarrow.compute.not_equal(ordered[1:], ordered[:-1])
     return np.sort(np.asarray(order)[new]).astype(np.int64)
 
 
