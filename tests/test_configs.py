@@ -37,10 +37,8 @@ NAMED = [(family, which) for family, module in FILES.items() for which in module
 
 
 def variants(module, which):
-    """Yields the config of a stage, and each entry of its sweep. Another form of a stage has the same sweep."""
+    """Yields the config of a stage, and each entry of its sweep."""
     yield module.get_config(which)
-    if "," in which:
-        return
     for overrides in getattr(module, "sweep", lambda which: ())(which):
         config = module.get_config(which)
         config.unlock()
