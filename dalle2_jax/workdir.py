@@ -58,7 +58,7 @@ LEAST_SLICE = 2**20
 is a dispatch, for which the run waits: two to five times as long on eight devices (benchmarks/checkpoint.py)."""
 
 GRACE = 0.5
-"""Seconds given to the threads that still read a checkpoint found to be damaged, or write one that cannot be."""
+"""Seconds given to the threads that still read a checkpoint found to be damaged."""
 
 MAY_CHANGE = ("total_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints", "mesh", "workers")
 """Config fields in which a resumed run may differ from the run that made the folder."""
@@ -205,14 +205,9 @@ class Checkpoints:
         context = _context()
         context.memory.deepcopy_host_arrays = False
         context.array.saving.use_compression = False
-        with context, _hushed():
-            try:
-                self.save(step, trees, {})
-                self.wait()
-            except UserError:
-                time.sleep(GRACE)  # the threads that still write are hushed too
-                gc.collect()
-                raise
+        with context:
+            self.save(step, trees, {})
+            self.wait()
 
     def wait(self) -> None:
         """Returns when every started checkpoint is on disk. UserError when one could not be written."""
