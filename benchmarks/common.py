@@ -17,20 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from dalle2_jax import build
+from dalle2_jax.config.experiment import Experiment
+from dalle2_jax.errors import UsageError, UserError
 from dalle2_jax.stages import Stage, Variables
-from dalle2_jax.types import Batch, UsageError, UserError
+from dalle2_jax.types import Batch
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def command(*words: object) -> float:
-    """Runs ``python WORDS`` and returns its seconds. UserError with what it said where it fails."""
+    """Runs ``python WORDS`` and returns its seconds. Raises UserError with its output if it fails."""
     start = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(map(str, words))}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     return time.perf_counter() - start
@@ -56,18 +55,18 @@ def load_config(spec: str, overrides: list[str] = ()) -> dict[str, Any]:
 
 
 def build_with_clip(spec: str, overrides: list[str] = ()) -> tuple[dict[str, Any], Stage]:
-    """Returns a config and its stage; the CLIP it borrows is of the same file."""
+    """Returns a config and its stage; the CLIP it requires is of the same file."""
     config = load_config(spec, overrides)
-    vocab_size = config["text"]["vocab_size"]
+    vocab_size, experiment = config["text"]["vocab_size"], Experiment.from_config(config)
     clip = None
-    if config["stage"] not in ("clip", "upsampler_1", "upsampler_2"):
-        clip = build.build_stage(load_config(f"{spec.partition(':')[0]}:clip"), vocab_size, None)
-    return config, build.build_stage(config, vocab_size, clip)
+    if "clip" in experiment.requires:
+        clip = Experiment.from_config(load_config(f"{spec.partition(':')[0]}:clip")).build(vocab_size, None)
+    return config, experiment.build(vocab_size, clip)
 
 
 def frozen_for(stage: Stage) -> dict[str, Variables]:
-    """Returns random weights for what a stage borrows."""
-    return {"clip": jax.jit(stage.clip.init)(jax.random.key(1))} if stage.borrows else {}
+    """Returns random weights for what a stage requires."""
+    return {"clip": jax.jit(stage.clip.init)(jax.random.key(1))} if stage.requires else {}
 
 
 def random_batch(config: dict[str, Any], size: int) -> Batch:
@@ -84,7 +83,7 @@ def random_batch(config: dict[str, Any], size: int) -> Batch:
 def count_flops(function: Callable, *args: Any) -> float:
     """Returns the floating-point operations of all matrix products and convolutions, loops unrolled.
 
-    A multiply and an add are two. Norms, activations and softmax are left out, as is usual for
+    A multiply and an add are two. Norms, activations and softmax are not counted, as is usual for
     model FLOPs.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
@@ -101,7 +100,7 @@ def _count(jaxpr: core.Jaxpr) -> float:
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             out_features = equation.params["dimension_numbers"].rhs_spec[0]
-            # The gradient to a kernel is a convolution whose "kernel" is a picture; the product still holds.
+            # The gradient to a kernel is a convolution whose "kernel" is an image; the product still holds.
             total += 2.0 * out.size * np.prod(kernel) / kernel[out_features]
         repeats = equation.params.get("length", 1) if name == "scan" else 1
         for value in equation.params.values():

@@ -31,14 +31,14 @@ PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[
 
 
 def measure(batches: Iterator[dict[str, Any]], seconds: float) -> dict[str, float]:
-    """Takes batches for so many seconds; returns pictures, seconds and CPU seconds of this process and its children."""
+    """Takes batches for so many seconds; returns images, seconds and CPU seconds of this process and its children."""
     time.sleep(0.5)  # whatever ran before it fills its buffers
     for _ in range(DRAINED):
         next(batches)
-    start, before, pictures = time.perf_counter(), cpu_seconds(), 0
+    start, before, images = time.perf_counter(), cpu_seconds(), 0
     while time.perf_counter() - start < seconds:
-        pictures += len(next(batches)["image"])
-    return {"pictures": pictures, "seconds": time.perf_counter() - start, "cpu": cpu_seconds() - before}
+        images += len(next(batches)["image"])
+    return {"images": images, "seconds": time.perf_counter() - start, "cpu": cpu_seconds() - before}
 
 
 def cpu_seconds() -> float:
@@ -107,16 +107,16 @@ class Prepare:
         from PIL import Image
 
         self.encode = self.encode or tokenizer()  # in the worker: it cannot be sent there
-        picture = Image.open(io.BytesIO(example["jpg"]))
+        image = Image.open(io.BytesIO(example["jpg"]))
         if self.draft:
-            picture.draft("RGB", (SIDE, SIDE))
-        picture = picture.convert("RGB")
-        scale = SIDE / min(picture.size)
-        width, height = (max(SIDE, round(side * scale)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+            image.draft("RGB", (SIDE, SIDE))
+        image = image.convert("RGB")
+        scale = SIDE / min(image.size)
+        width, height = (max(SIDE, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - SIDE) // 2, (height - SIDE) // 2
         tokens, mask = self.encode(example["txt"].decode())
-        image = np.array(picture.crop((left, top, left + SIDE, top + SIDE)))
+        image = np.array(image.crop((left, top, left + SIDE, top + SIDE)))
         return {"image": image, "tokens": tokens, "mask": mask}
 
 

@@ -1,4 +1,4 @@
-"""Fine-tunes the tiny Karlo of tests/fixtures on ``shapes`` by the real commands: the losses, a LoRA's size, pictures.
+"""Fine-tunes the tiny Karlo of tests/fixtures on ``shapes`` by the real commands: the losses, a LoRA's size, images.
 
     python benchmarks/finetune_karlo.py
 
@@ -17,10 +17,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from common import command, emit
 from ml_collections import ConfigDict
 
-from dalle2_jax import build, entry
+from dalle2_jax.cli import args, run_cli
+from dalle2_jax.config.stored import stored_experiment
+from dalle2_jax.system import load
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
 from dalle2_jax.training.step import parameter_count
-from dalle2_jax.workdir import StageFolder
+from dalle2_jax.workdir.folder import StageFolder
 
 SOURCES = ("tests/fixtures/karlo_tiny", "tests/fixtures/karlo_tiny_iv/image_encoder")
 COMPARED = 20
@@ -35,7 +37,7 @@ RUNS = {
 
 
 FEW_STEPS = [word for stage in ("prior", "decoder", "upsampler_1") for word in (f"--{stage}.steps", 3)]
-"""Of what is drawn with the result."""
+"""Sampling flags for the images of the result."""
 
 
 def get_config(which: str) -> ConfigDict:
@@ -68,27 +70,27 @@ def losses(folder: pathlib.Path) -> tuple[float, float]:
 
 def factors(system: pathlib.Path, stage: str) -> float:
     """Returns how many parameters a LoRA has, as a part of its base's."""
-    config = StageFolder(system, stage).read_json("config.json")
-    clip = build.load_member(system, "clip", make_mesh(MeshConfig()))
-    inner = build.build_stage(config, clip.tokenizer.vocab_size, clip.stage)
-    return parameter_count(build.trained_stage(inner, config)) / parameter_count(inner)
+    experiment = stored_experiment(StageFolder(system, stage))
+    clip = load.load_stage(system, "clip", make_mesh(MeshConfig()))
+    inner = experiment.build(clip.tokenizer.vocab_size, clip.stage)
+    return parameter_count(experiment.trained(inner)) / parameter_count(inner)
 
 
 def main() -> None:
     """Runs the command line."""
     example = "python benchmarks/finetune_karlo.py"
-    entry.parser(example, "Fine-tunes a tiny Karlo.", example).parse_args()
+    args.make_parser(example, "Fine-tunes a tiny Karlo.", example).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         imported = root / "karlo"
-        command("-m", "dalle2_jax.weights", "import", "auto", *SOURCES, imported)
+        command("-m", "dalle2_jax", "weights", "import", "auto", *SOURCES, imported)
         for name, (stage, words) in RUNS.items():
             system = root / name
             where = ("--config", f"benchmarks/{pathlib.Path(__file__).name}:{stage}", "--workdir", system)
             seconds = command("train.py", *where, f"--config.init_from={imported}", *words)
             before, after = losses(system / stage)
-            drawn = ("--prompt", "a large red circle", "--num", 2, "--out", root / "out" / name)
-            command("sample.py", "text2image", "--system", system, *drawn, *FEW_STEPS)
+            sampling = ("--prompt", "a large red circle", "--num", 2, "--out", root / "out" / name)
+            command("sample.py", "text2image", "--system", system, *sampling, *FEW_STEPS)
             emit(
                 benchmark="finetune_karlo",
                 run=name,
@@ -100,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    run_cli.exit_process(run_cli.run_cli(main))

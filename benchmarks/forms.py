@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from common import command, emit
 
-from dalle2_jax import entry
+from dalle2_jax.cli import args, run_cli
 
 FORMS = {"webdataset": "webdataset", "tfds": "arrayrecord"}
 """Kinds of data, and what `convert` calls their format."""
@@ -24,14 +24,14 @@ FORMS = {"webdataset": "webdataset", "tfds": "arrayrecord"}
 def write_forms(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """Writes the digits in each form; returns where, by kind."""
     places = {kind: root / kind for kind in ("folder", *FORMS)}
-    command("-m", "dalle2_jax.data", "digits", places["folder"])
+    command("-m", "dalle2_jax", "data", "digits", places["folder"])
     for kind, form in FORMS.items():
-        command("-m", "dalle2_jax.data", "convert", f"folder:{places['folder']}", places[kind], "--to", form)
+        command("-m", "dalle2_jax", "data", "convert", f"folder:{places['folder']}", places[kind], "--to", form)
     return places
 
 
 def curve(stage: str, kind: str, place: pathlib.Path, root: pathlib.Path) -> list[float]:
-    """Trains a stage, beside the folder's CLIP if it needs one, and returns its logged losses."""
+    """Trains a stage, with the folder's CLIP if it needs one, and returns its logged losses."""
     system = root / f"{stage}_{kind}"
     system.mkdir()
     if stage != "clip":
@@ -59,16 +59,16 @@ def compare(stage: str, places: dict[str, pathlib.Path], root: pathlib.Path) -> 
 def main() -> None:
     """Runs the command line."""
     example = "python benchmarks/forms.py"
-    entry.parser(example, "Trains on one data set in each form.", example).parse_args()
+    args.make_parser(example, "Trains on one data set in each form.", example).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         places = write_forms(root)
         compare("clip", places, root)
         embeddings = root / "embeddings"
         words = ("--data", f"folder:{places['folder']}", "--out", embeddings)
-        command("-m", "dalle2_jax.data", "embed", "--system", root / "clip_folder", *words)
+        command("-m", "dalle2_jax", "data", "embed", "--system", root / "clip_folder", *words)
         compare("prior", {**places, "embeddings": embeddings}, root)
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    run_cli.exit_process(run_cli.run_cli(main))

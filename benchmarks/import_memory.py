@@ -1,11 +1,10 @@
-"""Measures the memory that an import takes beside its weights: a prior in Karlo's layout, of random numbers.
+"""Measures the memory that an import takes in addition to its weights: a prior in Karlo's layout, of random numbers.
 
     python benchmarks/import_memory.py [--width 1280 --layers 8]
 
 Both imports run in processes of their own; the peak of one of a tiny prior is what Python, JAX and CLIP take.
 """
 
-import json
 import os
 import pathlib
 import subprocess
@@ -20,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from common import emit
 
-from dalle2_jax import entry
+from dalle2_jax.cli import args, run_cli
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.prior import PriorConfig, PriorNetwork
-from dalle2_jax.types import UserError
-from dalle2_jax.weights.landing import write_json
-from dalle2_jax.weights.priors import prior_config_file, prior_rules
+from dalle2_jax.weights.karlo.priors import prior_config_file, prior_rules
 from dalle2_jax.weights.rules import shapes
+from dalle2_jax.weights.stage_writer import write_json
 from dalle2_jax.weights.tensors import write_safetensors
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -67,9 +66,9 @@ def measure(root: pathlib.Path, *words: object) -> tuple[int, float]:
 def main() -> None:
     """Runs the command line."""
     example = "python benchmarks/import_memory.py --dtype bfloat16"
-    parser = entry.parser("python benchmarks/import_memory.py", "Measures the memory of an import.", example)
-    parser.add_argument("--width", type=entry.positive, default=1280, help="of the prior (default %(default)s)")
-    parser.add_argument("--layers", type=entry.positive, default=8, help="of the prior (default %(default)s)")
+    parser = args.make_parser("python benchmarks/import_memory.py", "Measures the memory of an import.", example)
+    parser.add_argument("--width", type=args.positive_int, default=1280, help="of the prior (default %(default)s)")
+    parser.add_argument("--layers", type=args.positive_int, default=8, help="of the prior (default %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the import")
     options = parser.parse_args()
     peaks = {}
@@ -90,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    run_cli.exit_process(run_cli.run_cli(main))

@@ -1,4 +1,4 @@
-"""Karlo at its real size, with random weights: written as diffusers has it, imported, drawn from, held to diffusers.
+"""Karlo at its real size, with random weights: written as diffusers has it, imported, sampled, compared with diffusers.
 
     python benchmarks/karlo_full.py --folder /tmp/karlo --peer path/to/python
 
@@ -8,6 +8,7 @@ inputs that ours saw.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import sys
@@ -20,12 +21,15 @@ import common
 import jax
 import numpy as np
 
-from dalle2_jax import build, entry, text
+from dalle2_jax import compilation, text
+from dalle2_jax.cli import args, run_cli
+from dalle2_jax.config.experiment import Experiment
+from dalle2_jax.errors import UserError
 from dalle2_jax.stages import Stage
+from dalle2_jax.system import load
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
-from dalle2_jax.types import UserError
-from dalle2_jax.weights.karlo_export import Trained, export_diffusers
-from dalle2_jax.weights.landing import Trees, write_files
+from dalle2_jax.weights.karlo.export import TrainedStage, export_diffusers
+from dalle2_jax.weights.stage_writer import Trees, write_folder
 
 CONFIG = "configs/karlo.py"
 STAGES = ("clip", "prior", "decoder", "upsampler_1")
@@ -44,13 +48,13 @@ given = {name: torch.from_numpy(value) for name, value in np.load(inputs).items(
 project = UnCLIPTextProjModel.from_pretrained(folder + "/text_proj").eval()
 decoder = UNet2DConditionModel.from_pretrained(folder + "/decoder").eval()
 with torch.no_grad():
-    told, emb = project(
+    text_seq, emb = project(
         image_embeddings=given["image_emb"], prompt_embeds=given["text_emb"],
         text_encoder_hidden_states=given["text"], do_classifier_free_guidance=False,
     )
-    seen = torch.nn.functional.pad(given["mask"], (told.shape[1] - given["mask"].shape[1], 0), value=True)
+    seen = torch.nn.functional.pad(given["mask"], (text_seq.shape[1] - given["mask"].shape[1], 0), value=True)
     x = given["x"].permute(0, 3, 1, 2)
-    out = decoder(x, given["t"], encoder_hidden_states=told, class_labels=emb, attention_mask=seen).sample
+    out = decoder(x, given["t"], encoder_hidden_states=text_seq, class_labels=emb, attention_mask=seen).sample
 np.save(output, out.permute(0, 2, 3, 1).numpy())
 """
 
@@ -71,10 +75,9 @@ class RandomLeaf:
         return flat * np.float32(fan_in) ** -0.5
 
 
-def _noise(cache: list = []) -> np.ndarray:
-    if not cache:
-        cache.append(np.random.default_rng(0).standard_normal(BUFFER, np.float32))
-    return cache[0]
+@functools.cache
+def _noise() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(BUFFER, np.float32)
 
 
 def random_tree(shapes: Any) -> Any:
@@ -90,18 +93,17 @@ def write(folder: pathlib.Path) -> None:
     tokenizer, clip, trained = text.clip_tokenizer(), None, {}
     for name in STAGES:
         config = common.load_config(f"{CONFIG}:{name}")
-        stage: Stage = build.build_stage(config, tokenizer.vocab_size, clip)
+        stage: Stage = Experiment.from_config(config).build(tokenizer.vocab_size, clip)
         clip = stage if name == "clip" else clip
         shapes = jax.eval_shape(stage.init, jax.random.key(0))
-        trained[name] = Trained(
-            config, stage.model, Trees(random_tree(shapes.params), random_tree(shapes.stats)), tokenizer
-        )
-    write_files(folder, lambda temporary: export_diffusers(temporary, trained))
+        trees = Trees(random_tree(shapes.params), random_tree(shapes.stats))
+        trained[name] = TrainedStage(stage, trees, tokenizer)
+    write_folder(folder, lambda temporary: export_diffusers(temporary, trained))
 
 
 def evaluate(system: pathlib.Path, inputs: pathlib.Path, output: pathlib.Path) -> None:
     """Evaluates the decoder once, on inputs that it writes."""
-    members = build.load_system(system, make_mesh(MeshConfig()), ("clip", "decoder"))
+    members = load.load_system(system, make_mesh(MeshConfig()), ("clip", "decoder"))
     stage, variables = members["decoder"].stage, members["decoder"].variables
     random = np.random.default_rng(1)
     width, length = members["clip"].stage.model.embed_dim, members["clip"].context_length
@@ -120,9 +122,9 @@ def evaluate(system: pathlib.Path, inputs: pathlib.Path, output: pathlib.Path) -
 
     @jax.jit
     def forward(params: Any, given: dict[str, jax.Array]) -> jax.Array:
-        told = {name: given[name] for name in ("image_emb", "text_emb", "text", "mask")} | nothing
+        conditioning = {name: given[name] for name in ("image_emb", "text_emb", "text", "mask")} | nothing
         drops = {name: np.zeros(1, bool) for name in stage.drop_rates}
-        return stage.bind(params, told, drops, None)(given["x"], given["t"])
+        return stage.bind(params, conditioning, drops, None)(given["x"], given["t"])
 
     first, seconds = common.median_seconds(lambda: forward(variables.params, given), 3, warm_up=1)
     common.emit(benchmark="karlo_full", part="decoder forward", first_s=round(first, 1), median_s=round(seconds, 2))
@@ -143,13 +145,15 @@ def measured(part: str, *words: str | os.PathLike) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the parts that are not there yet."""
-    parser = entry.parser("python benchmarks/karlo_full.py", __doc__.splitlines()[0], __doc__.splitlines()[2].strip())
-    parser.add_argument("--folder", type=pathlib.Path, required=True, help="scratch folder with 28 GB of room")
+    parser = args.make_parser(
+        "python benchmarks/karlo_full.py", __doc__.splitlines()[0], __doc__.splitlines()[2].strip()
+    )
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="scratch folder with 28 GB of free space")
     parser.add_argument("--peer", help="an interpreter with torch and diffusers 0.33.1")
     parser.add_argument("--evaluate", nargs=3, type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    entry.enable_compilation_cache()
+    compilation.enable_compilation_cache()
     theirs, system = options.folder / "diffusers", options.folder / "system"
     if options.write:
         return write(theirs)
@@ -159,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not theirs.exists():
         measured("write", python, this, "--folder", options.folder, "--write")
     if not system.exists():
-        measured("import", python, "-m", "dalle2_jax.weights", "import", "karlo", theirs, system)
+        measured("import", python, "-m", "dalle2_jax", "weights", "import", "karlo", theirs, system)
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         inputs, ours, peers = (pathlib.Path(scratch) / name for name in ("inputs.npz", "ours.npy", "peers.npy"))
         words = ("--folder", options.folder, "--evaluate", system, inputs, ours)
@@ -169,9 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             one, other = np.load(ours), np.load(peers)
             error = float(np.abs(one - other).max() / np.abs(other).max())
             common.emit(benchmark="karlo_full", part="decoder forward against diffusers", relative_error=error)
-    words = ("text2image", "--system", system, "--prompt", PROMPT, "--num", "1", "--out", options.folder / "pictures")
-    measured("one picture", python, "sample.py", *words)
+    words = ("text2image", "--system", system, "--prompt", PROMPT, "--num", "1", "--out", options.folder / "images")
+    measured("one image", python, "sample.py", *words)
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    run_cli.exit_process(run_cli.run_cli(main))

@@ -1,6 +1,6 @@
-"""Prints the size of each stage of the paper's config beside the paper's own figure, from shapes alone.
+"""Prints the size of each stage of the paper's config next to the paper's own figure, from shapes alone.
 
-    python benchmarks/parameters.py
+python benchmarks/parameters.py
 """
 
 import pathlib
@@ -10,7 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from common import build_with_clip
 
-from dalle2_jax import entry
+from dalle2_jax.cli import run_cli
 from dalle2_jax.training.step import parameter_count
 
 PAPER = {
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    run_cli.exit_process(run_cli.run_cli(main))

@@ -5,7 +5,7 @@
 
 Two measures. On a mixture of Gaussians in the plane, whose perfect denoiser is known, the sliced Wasserstein distance
 between samples and data, over what two sets of data are apart. On the decoder of ``--system`` (of ``shapes``), the
-share of pictures, read at the decoder's size, that show everything their caption says.
+share of images, read at the decoder's size, that show everything their caption says.
 
 The third part times the whole sampler against as many evaluations of the network alone, in the same loop.
 """
@@ -15,6 +15,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
@@ -23,15 +24,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax import build, data, diffusion, entry, rng
+from dalle2_jax import compilation, data, diffusion, rng
+from dalle2_jax.cli import args, run_cli
+from dalle2_jax.config import sources
+from dalle2_jax.config.experiment import Experiment
+from dalle2_jax.config.stored import stored_experiment
 from dalle2_jax.diffusion import SamplerConfig
 from dalle2_jax.evaluation.attributes import attribute_accuracy
-from dalle2_jax.evaluation.bound import noise_moments
+from dalle2_jax.evaluation.bound import noise_statistics
+from dalle2_jax.evaluation.intervals import in_percent, wilson
 from dalle2_jax.files import write_atomically
-from dalle2_jax.generation import Member
 from dalle2_jax.stages import SamplingConfig, images
+from dalle2_jax.system import LoadedStage, load
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
-from dalle2_jax.workdir import StageFolder
+from dalle2_jax.workdir.folder import StageFolder
 
 EVALUATIONS = (5, 10, 20, 50, 250)
 SAMPLERS: dict[str, dict] = {
@@ -63,6 +69,8 @@ def runs() -> Iterator[tuple[str, int, dict]]:
     """Yields each sampler's title, evaluations and fields of its config."""
     for title, fields in SAMPLERS.items():
         for evaluations in EVALUATIONS if fields["name"] in ("ddpm", "ddim") else EVALUATIONS[:-1]:
+            if fields["name"] == "heun" and evaluations == EVALUATIONS[0]:
+                continue  # its 3 steps are rejected: too far apart
             yield title, evaluations, config_fields(title, evaluations)
 
 
@@ -104,7 +112,7 @@ def sliced_wasserstein(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(np.sort(one @ directions, axis=0) - np.sort(other @ directions, axis=0)).mean())
 
 
-def mixture_moments(schedule: diffusion.Schedule) -> diffusion.NoiseMoments:
+def mixture_statistics(schedule: diffusion.Schedule) -> diffusion.NoiseStatistics:
     """Measures what Analytic-DPM needs, on the mixture."""
     denoiser, x_0 = mixture_denoiser(schedule), jnp.asarray(mixture_points(3), jnp.float32)
 
@@ -117,21 +125,23 @@ def mixture_moments(schedule: diffusion.Schedule) -> diffusion.NoiseMoments:
         return jnp.mean(pair.eps**2)
 
     powers = jax.lax.map(power, jnp.arange(schedule.num_steps))
-    return diffusion.NoiseMoments(tuple(map(float, powers)), float((x_0**2).mean()))
+    return diffusion.NoiseStatistics(tuple(map(float, powers)), float((x_0**2).mean()))
 
 
 def measure_mixture() -> dict[tuple[str, int], float]:
     """Returns the distance of each sampler, over that of two sets of data."""
     schedule = diffusion.make_schedule("cosine", 1000)
-    denoiser, moments = mixture_denoiser(schedule), mixture_moments(schedule)
+    denoiser = mixture_denoiser(schedule)
+    options = diffusion.SamplingOptions(noise_statistics=mixture_statistics(schedule))
     keys = rng.per_image(rng.root(0), jnp.arange(POINTS))
     floor = sliced_wasserstein(mixture_points(1), mixture_points(2))
     distances = {}
     for title, evaluations, fields in runs():
-        config = SamplerConfig(clip=None, **fields)
-        draw = jax.jit(lambda keys, config=config: diffusion.sample(
-            schedule, config, "x0", denoiser, keys, (2,), moments=moments))
-        distance = sliced_wasserstein(np.asarray(draw(keys), np.float64), mixture_points(1)) / floor
+        config = SamplerConfig(**fields)
+        sampler = jax.jit(
+            lambda keys, config=config: diffusion.sample(schedule, config, "x0", denoiser, keys, (2,), options=options)
+        )
+        distance = sliced_wasserstein(np.asarray(sampler(keys), np.float64), mixture_points(1)) / floor
         distances[title, evaluations] = distance
         common.emit(benchmark="samplers", data="mixture", sampler=title, evaluations=evaluations, distance=distance)
     return distances
@@ -140,46 +150,50 @@ def measure_mixture() -> dict[tuple[str, int], float]:
 # --- the decoder of shapes ------------------------------------------------------------------
 
 
-def decoder_inputs(members: dict[str, Member], source: data.Source, count: int) -> tuple[dict, jax.Array]:
-    """Returns the decoder's condition, of embeddings that the prior draws from captions, and a key a picture."""
+def decoder_inputs(members: dict[str, LoadedStage], source: data.Source, count: int) -> tuple[dict, jax.Array]:
+    """Returns the decoder's condition, of embeddings that the prior samples from captions, and a key an image."""
     clip, prior, decoder = (members[name] for name in ("clip", "prior", "decoder"))
-    batch, _ = data.fixed_batch(source, clip.tokenizer, clip.context_length, range(count))
-    batch = {**batch, **clip.stage.read(clip.variables, batch)}
+    batch, _ = data.fixed_batch(data.prepare(source, clip.tokenizer, clip.context_length), range(count))
+    batch = {**batch, **clip.stage.encode_text(clip.variables, batch)}
     keys = rng.per_image(rng.root(0), jnp.arange(count))
     prior_keys = jax.vmap(lambda key: rng.stream(key, "prior"))(keys)
     condition = prior.stage.condition(batch)
-    drawn = jax.jit(lambda: prior.stage.sample(prior.variables.params, prior_keys, condition, prior.stage.sampling))()
-    image_emb = prior.stage.clip.embedding.apply(drawn / prior.stage.clip.embedding.scale)
+    sampled = jax.jit(lambda: prior.stage.sample(prior.variables, prior_keys, condition, prior.stage.plan()))()
+    image_emb = prior.stage.clip.embedding.apply(sampled / prior.stage.clip.embedding.scale)
     return decoder.stage.condition({**batch, "image_emb": image_emb}), keys
 
 
-def measure_decoder(members: dict[str, Member], config: dict, count: int) -> dict[tuple[str, int], float]:
-    """Returns the share of pictures that show all their caption says, for each sampler."""
-    source = build.open_source(config, "val")
+def measure_decoder(
+    members: dict[str, LoadedStage], experiment: Experiment, count: int
+) -> dict[tuple[str, int], float]:
+    """Returns the share of images that show all their caption says, for each sampler."""
+    source = sources.open_source(experiment.data, "val")
     condition, keys = decoder_inputs(members, source, count)
-    moments = noise_moments(members, "decoder", build.open_source(config, "train"), 16, 1)
+    moments = noise_statistics(members, "decoder", sources.open_source(experiment.data, "train"), 16, 1)
     stage = dataclasses.replace(
-        members["decoder"].stage, moments=diffusion.NoiseMoments(tuple(moments["eps"]), moments["x_0"])
+        members["decoder"].stage, noise_statistics=diffusion.NoiseStatistics(tuple(moments["eps"]), moments["x_0"])
     )
     params = members["decoder"].variables.params
     scenes, captions = zip(*((source.scene(i), source.caption(i)) for i in range(count)), strict=True)
     rates = {}
     for title, evaluations, fields in runs():
         sampling = SamplingConfig(guidance=stage.sampling.guidance, **fields)
-        draw = jax.jit(lambda params, sampling=sampling: stage.sample(params, keys, condition, sampling))
-        pictures = np.asarray(images.to_uint8(draw(params)))
-        rate = attribute_accuracy(pictures, scenes, captions)["matched"]["all"]
+        sampler = jax.jit(
+            lambda params, sampling=sampling: stage.sample_x_0(params, keys, condition, stage.plan(sampling))
+        )
+        generated = np.asarray(images.to_uint8(sampler(params)))
+        rate = attribute_accuracy(generated, scenes, captions)["matched"]["all"]
         rates[title, evaluations] = rate
         common.emit(benchmark="samplers", data="shapes", sampler=title, evaluations=evaluations, all=rate)
     return rates
 
 
-def measure_overhead(members: dict[str, Member], config: dict, repeats: int) -> dict[str, float]:
+def measure_overhead(members: dict[str, LoadedStage], experiment: Experiment, repeats: int) -> dict[str, float]:
     """Returns each sampler's time over that of the network alone, evaluated as often in a loop of its own.
 
-    Both draw 32 pictures under guidance, so that the network sees 64.
+    Both sample 32 images under guidance, so that the network sees 64.
     """
-    condition, keys = decoder_inputs(members, build.open_source(config, "val"), 32)
+    condition, keys = decoder_inputs(members, sources.open_source(experiment.data, "val"), 32)
     stage, params = members["decoder"].stage, members["decoder"].variables.params
     evaluations = 20
     drops = {name: jnp.zeros(64, bool) for name in stage.drop_rates}
@@ -197,10 +211,15 @@ def measure_overhead(members: dict[str, Member], config: dict, repeats: int) -> 
         if fields.get("variance") == "analytic":
             continue  # the same program as the other variances
         sampling = SamplingConfig(guidance=2.0, **config_fields(title, evaluations))
-        draw = jax.jit(lambda params, sampling=sampling: stage.sample(params, keys, condition, sampling))
+        sampler = jax.jit(
+            lambda params, sampling=sampling: stage.sample_x_0(params, keys, condition, stage.plan(sampling))
+        )
         # Turn by turn, so that what else the machine does meets both alike.
         pairs = [
-            [common.median_seconds(run, 1, warm_up=1)[1] for run in (lambda: draw(params), lambda: network(params, x))]
+            [
+                common.median_seconds(run, 1, warm_up=1)[1]
+                for run in (partial(sampler, params), partial(network, params, x))
+            ]
             for _ in range(repeats)
         ]
         ratios[title] = float(np.median([sampler / alone for sampler, alone in pairs]))
@@ -211,17 +230,17 @@ def measure_overhead(members: dict[str, Member], config: dict, repeats: int) -> 
 # --- what is shown --------------------------------------------------------------------------
 
 
-def table(title: str, figures: dict[tuple[str, int], float], form: str) -> str:
+def table(title: str, figures: dict[tuple[str, int], float], form: Callable[[float], str]) -> str:
     """Returns figures as a table in Markdown, a sampler a line."""
     lines = [f"| {title} | " + " | ".join(map(str, EVALUATIONS)) + " |", "| --- |" + " --- |" * len(EVALUATIONS)]
     for sampler in SAMPLERS:
-        cells = (form.format(figures[sampler, n]) if (sampler, n) in figures else "-" for n in EVALUATIONS)
+        cells = (form(figures[sampler, n]) if (sampler, n) in figures else "-" for n in EVALUATIONS)
         lines.append(f"| {sampler} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def plot(path: pathlib.Path, mixture: dict[tuple[str, int], float], shapes: dict[tuple[str, int], float]) -> None:
-    """Draws both measures against evaluations."""
+    """Plots both measures against evaluations."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -234,11 +253,11 @@ def plot(path: pathlib.Path, mixture: dict[tuple[str, int], float], shapes: dict
         taken = [n for n in EVALUATIONS if (sampler, n) in mixture]
         left.plot(taken, [mixture[sampler, n] for n in taken], **line)
         right.plot(taken, [100 * shapes[sampler, n] for n in taken], **line)
-    for axes, says in ((left, "sliced Wasserstein distance over that of data"), (right, "pictures all right, %")):
+    for axes, label in ((left, "sliced Wasserstein distance over that of data"), (right, "images all right, %")):
         axes.set_xscale("log")
         axes.set_xticks(EVALUATIONS, map(str, EVALUATIONS))
         axes.set_xlabel("network evaluations")
-        axes.set_ylabel(says)
+        axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     left.set_yscale("log")
     left.set_title("a mixture of Gaussians, perfect denoiser")
@@ -250,22 +269,28 @@ def plot(path: pathlib.Path, mixture: dict[tuple[str, int], float], shapes: dict
 
 def main() -> None:
     """Runs the command line."""
-    parser = entry.parser("python benchmarks/samplers.py", "Measures every sampler.", __doc__.splitlines()[3].strip())
+    parser = args.make_parser(
+        "python benchmarks/samplers.py", "Measures every sampler.", __doc__.splitlines()[3].strip()
+    )
     parser.add_argument("--system", type=pathlib.Path, required=True, help="a system trained on shapes")
-    parser.add_argument("--num", type=entry.positive, default=128, help="pictures (default %(default)s)")
-    parser.add_argument("--repeats", type=entry.positive, default=7, help="of each timing (default %(default)s)")
+    parser.add_argument("--num", type=args.positive_int, default=128, help="images (default %(default)s)")
+    parser.add_argument("--repeats", type=args.positive_int, default=7, help="of each timing (default %(default)s)")
     parser.add_argument("--docs", type=pathlib.Path, help="folder for samplers.md and samplers.png")
     options: argparse.Namespace = parser.parse_args()
-    entry.enable_compilation_cache()
-    members = build.load_system(options.system, make_mesh(MeshConfig()), ("clip", "prior", "decoder"))
-    config = StageFolder(options.system, "decoder").read_json("config.json")
-    ratios = measure_overhead(members, config, options.repeats)
-    mixture, shapes = measure_mixture(), measure_decoder(members, config, options.num)
+    compilation.enable_compilation_cache()
+    members = load.load_system(options.system, make_mesh(MeshConfig()), ("clip", "prior", "decoder"))
+    experiment = stored_experiment(StageFolder(options.system, "decoder"))
+    ratios = measure_overhead(members, experiment, options.repeats)
+    mixture, shapes = measure_mixture(), measure_decoder(members, experiment, options.num)
     costs = "".join(f"| {sampler} | {ratio:.3f} |\n" for sampler, ratio in ratios.items())
     text = (
-        table("distance over that of data, by evaluations", mixture, "{:.2f}")
+        table("distance over that of data, by evaluations", mixture, "{:.2f}".format)
         + "\n"
-        + table("pictures all right, by evaluations", shapes, "{:.1%}")
+        + table(
+            f"images all right, n = {options.num}, by evaluations",
+            shapes,
+            lambda share: in_percent(share, wilson(share, options.num)),
+        )
         + "\n| time over that of the network alone | 20 evaluations |\n| --- | --- |\n"
         + costs
     )
@@ -276,4 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    run_cli.exit_process(run_cli.run_cli(main))

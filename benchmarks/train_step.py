@@ -1,6 +1,6 @@
 """Times the train step of any config: steps/s, examples/s, model FLOPs, utilisation, as JSON lines.
 
-    python benchmarks/train_step.py --config configs/shapes.py:decoder [--set model.unet.channels=64 ...]
+python benchmarks/train_step.py --config configs/shapes.py:decoder [--set model.unet.channels=64 ...]
 """
 
 import pathlib
@@ -9,18 +9,32 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import jax
-from common import build_with_clip, count_flops, emit, frozen_for, matmul_rate, median_seconds, random_batch
+from common import (
+    build_with_clip,
+    count_flops,
+    emit,
+    frozen_for,
+    matmul_rate,
+    median_seconds,
+    random_batch,
+)
 
-from dalle2_jax import entry, rng
+from dalle2_jax import rng
+from dalle2_jax.cli import args, run_cli
 from dalle2_jax.training.optim import OptimConfig, make_optimizer
 from dalle2_jax.training.sharding import MeshConfig, make_mesh, shard_batch
-from dalle2_jax.training.step import init_state, make_train_step, parameter_count, state_shardings
+from dalle2_jax.training.step import (
+    init_state,
+    make_train_step,
+    parameter_count,
+    state_shardings,
+)
 
 
 def main() -> None:
     """Runs the command line."""
     example = "python benchmarks/train_step.py --config configs/shapes.py:clip --config configs/shapes.py:decoder"
-    parser = entry.parser("python benchmarks/train_step.py", "Times train steps.", example)
+    parser = args.make_parser("python benchmarks/train_step.py", "Times train steps.", example)
     parser.add_argument("--config", action="append", required=True, help="FILE:STAGE; may be repeated")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="another value for a field")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default %(default)s)")
@@ -64,4 +78,4 @@ def measure(spec: str, options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.guarded(main))
+    run_cli.exit_process(run_cli.run_cli(main))

@@ -5,13 +5,13 @@
     done
 
 A class stands where other decoders have a caption: the captions of the data are the classes' numbers, 0 to 999, and
-``sample.py text2image --prompt 207`` draws class 207. Any other prompt is no class, and is told the mean of all: so
-"upsampler_1" can also stand behind a decoder that is told something else.
+``sample.py text2image --prompt 207`` samples class 207. Any other prompt is no class and is conditioned on the mean of
+all classes, so "upsampler_1" also works after a decoder with other conditioning.
 
 |                     | decoder     | decoder,256 | upsampler_1 |
 | ------------------- | ----------- | ----------- | ----------- |
 | parameters          | 295,904,454 | 553,838,086 | 311,795,910 |
-| pictures            | 64          | 256         | 64 -> 256   |
+| image size          | 64          | 256         | 64 -> 256   |
 | channels            | 192         | 256         | 192         |
 | channel multiples   | 1,2,3,4     | 1,1,2,2,4,4 | 1,1,2,2,4,4 |
 | res blocks          | 3           | 2           | 2           |
@@ -27,7 +27,8 @@ A class stands where other decoders have a caption: the captions of the data are
 
 from ml_collections import ConfigDict
 
-from dalle2_jax.types import choose
+from dalle2_jax.config.page_defaults import pod_config
+from dalle2_jax.errors import choose
 
 
 def get_config(which: str) -> ConfigDict:
@@ -38,53 +39,32 @@ def get_config(which: str) -> ConfigDict:
 
 
 def common(total_steps: int, batch_size: int, lr: float, schedule: str, **unet) -> ConfigDict:
-    """What every stage's config has."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "total_steps": total_steps,
-            "batch_size": batch_size,
-            "log_every": 100,
-            "checkpoint_every": 5000,
-            "keep_checkpoints": 3,
-            "sample_every": 10_000,
-            "workers": 16,
-            "data": {"kind": "folder", "path": "", "resolution": unet["image_size"], "crop": "center"},
-            "text": {"kind": "labels", "vocab_size": 1000, "context_length": 1},
-            "model": {
-                "unet": {
-                    "out_channels": 6,
-                    "attention_resolutions": (32, 16, 8),
-                    "remat": True,
-                    "dtype": "bfloat16",
-                    **unet,
-                },
-                "image_emb_dim": None,
-                "text_input": "label",
-            },
-            "conditioning": {"drop_text": 0.0},
-            "diffusion": {
-                "schedule": schedule,
-                "num_steps": 1000,
-                "prediction": "eps",
-                "variance": "learned_range",
-                "loss": "hybrid",
-            },
-            "sampling": {"name": "ddpm", "steps": 250},
-            "optim": {"lr": lr, "clip_norm": 0.0, "ema_decay": 0.9999},
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-        }
-    )
+    """Returns what every stage shares."""
+    text = {"kind": "labels", "vocab_size": 1000, "context_length": 1}
+    optim = {"lr": lr, "clip_norm": 0.0, "ema_decay": 0.9999}
+    config = pod_config(total_steps, batch_size, unet["image_size"], text, optim, crop="center")
+    shared = {"out_channels": 6, "attention_resolutions": (32, 16, 8), "remat": True, "dtype": "bfloat16"}
+    config.model = {"unet": {**shared, **unet}, "image_emb_dim": None, "text_input": "label"}
+    config.conditioning = {"drop_text": 0.0}
+    config.diffusion = {
+        "schedule": schedule,
+        "num_steps": 1000,
+        "prediction": "eps",
+        "variance": "learned_range",
+        "loss": "hybrid",
+    }
+    config.sampling = {"name": "ddpm", "steps": 250}
+    return config
 
 
 def decoder() -> ConfigDict:
-    """Classes to 64x64 pictures."""
+    """Classes to 64x64 images."""
     shape = {"image_size": 64, "channels": 192, "channel_mult": (1, 2, 3, 4), "num_res_blocks": 3, "dropout": 0.1}
     return common(540_000, 2048, 3e-4, "cosine", **shape)
 
 
 def decoder_256() -> ConfigDict:
-    """Classes to 256x256 pictures at once."""
+    """Classes to 256x256 images in one stage."""
     shape = {"image_size": 256, "channels": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "num_res_blocks": 2}
     return common(1_980_000, 256, 1e-4, "linear", **shape)
 

@@ -1,11 +1,11 @@
 """CLIP at its published sizes: Radford et al. 2021 (arXiv 2103.00020), Tables 18-20, and OpenCLIP's two largest.
 
-    python train.py --config configs/clip.py:vit_b32 --workdir runs/clip --config.data.path=pictures
+    python train.py --config configs/clip.py:vit_b32 --workdir runs/clip --config.data.path=images
 
-Published weights of these sizes need no training: `python -m dalle2_jax.weights import` reads them. These configs
-train one anew, on a folder of captioned pictures.
+Published weights of these sizes need no training: `dalle2 weights import` reads them. These configs
+train from scratch on a folder of captioned images.
 
-|             | dim  | picture | image tower              | text tower     | rate   | parameters    |
+|             | dim  | image   | image tower              | text tower     | rate   | parameters    |
 | ----------- | ---- | ------- | ------------------------ | -------------- | ------ | ------------- |
 | rn50        | 1024 | 224     | blocks 3,4,6,3 of 64     | 12 x 512 x 8   | 5e-4   | 102,007,137   |
 | rn101       | 512  | 224     | blocks 3,4,23,3 of 64    | 12 x 512 x 8   | 5e-4   | 119,688,033   |
@@ -29,7 +29,8 @@ a cosine to zero; beta2 0.98 and eps 1e-6 for ViTs, 0.999 and 1e-8 for ResNets; 
 
 from ml_collections import ConfigDict
 
-from dalle2_jax.types import choose
+from dalle2_jax.config.page_defaults import pod_config
+from dalle2_jax.errors import choose
 
 STEPS = 32 * 400_000_000 // 32_768
 
@@ -42,33 +43,21 @@ def get_config(which: str) -> ConfigDict:
 
 
 def common(embed_dim: int, resolution: int, vision: dict, text: dict, optim: dict, total_steps: int) -> ConfigDict:
-    """What every size has."""
-    shared = {"warmup_steps": 2000, "schedule": "cosine", "weight_decay": 0.2}
-    return ConfigDict(
-        {
-            "seed": 0,
-            "total_steps": total_steps,
-            "batch_size": 32_768,
-            "log_every": 100,
-            "checkpoint_every": 5000,
-            "keep_checkpoints": 3,
-            "sample_every": 0,
-            "workers": 16,
-            "data": {"kind": "folder", "path": "", "resolution": resolution, "crop": "random"},
-            "text": {"vocab_size": 49_408, "context_length": 77},
-            "model": {
-                "embed_dim": embed_dim,
-                "text": text,
-                "vision": {**vision, "image_size": resolution},
-                "remat": True,
-                "dtype": "bfloat16",
-            },
-            # a deviation of 0.54 a dimension, as the paper's 17.2 at 1,024
-            "embedding": {"normalisation": "unit", "scale": round(17.2 * (embed_dim / 1024) ** 0.5, 2)},
-            "optim": {**shared, **optim},
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-        }
-    )
+    """Returns what every size shares."""
+    tokenizer = {"kind": "clip", "vocab_size": 49_408, "context_length": 77}
+    schedule = {"warmup_steps": 2000, "schedule": "cosine", "weight_decay": 0.2}
+    config = pod_config(total_steps, 32_768, resolution, tokenizer, {**schedule, **optim})
+    config.sample_every = 0
+    config.model = {
+        "embed_dim": embed_dim,
+        "text": text,
+        "vision": {**vision, "image_size": resolution},
+        "remat": True,
+        "dtype": "bfloat16",
+    }
+    # a standard deviation of 0.54 per dimension, as the paper's 17.2 at 1,024
+    config.embedding = {"normalisation": "unit", "scale": round(17.2 * (embed_dim / 1024) ** 0.5, 2)}
+    return config
 
 
 def tower(layers: int, width: int, heads: int, activation: str) -> dict:

@@ -1,18 +1,19 @@
-"""Any folder of captioned pictures; the numbers are for the handwritten digits, on two CPU cores.
+"""Any folder of captioned images; the numbers are for the handwritten digits, on two CPU cores.
 
-    python -m dalle2_jax.data digits runs/digits-data
+    dalle2 data digits runs/digits-data
     for stage in clip prior decoder; do
         python train.py --config configs/folder.py:$stage --workdir runs/digits --config.data.path=runs/digits-data
     done
 
-1,797 real scans, 10 classes, 32x32 pictures drawn on an 8x8 grid of 4x4 pixels. For your own
-pictures: the same commands with your folder, a larger --config.data.resolution and
+1,797 real scans, 10 classes, 32x32 images on an 8x8 grid of 4x4 pixels. For your own
+images: the same commands with your folder, a larger --config.data.resolution and
 --config.model.unet.image_size, more channels and more steps.
 """
 
 from ml_collections import ConfigDict
 
-from dalle2_jax.types import choose
+from dalle2_jax.config.page_defaults import machine_config
+from dalle2_jax.errors import choose
 
 
 def get_config(which: str) -> ConfigDict:
@@ -23,30 +24,9 @@ def get_config(which: str) -> ConfigDict:
 
 
 def common(total_steps: int, batch_size: int, lr: float) -> ConfigDict:
-    """What every stage's config has."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "total_steps": total_steps,
-            "batch_size": batch_size,
-            "log_every": 50,
-            "checkpoint_every": 500,
-            "keep_checkpoints": 2,
-            "sample_every": 0,
-            "workers": 0,
-            "data": {"kind": "folder", "path": "", "resolution": 32, "crop": "center"},
-            "text": {"vocab_size": 320, "context_length": 16},
-            "optim": {
-                "lr": lr,
-                "warmup_steps": total_steps // 20,
-                "schedule": "cosine",
-                "beta2": 0.99,
-                "weight_decay": 0.01,
-                "ema_decay": 0.995,
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-        }
-    )
+    """Returns what every stage shares."""
+    data = {"kind": "folder", "path": "", "resolution": 32, "crop": "center"}
+    return machine_config(total_steps, batch_size, data, {"vocab_size": 320, "context_length": 16}, lr)
 
 
 def clip() -> ConfigDict:
@@ -69,12 +49,12 @@ def prior() -> ConfigDict:
     config.model = {"width": 128, "layers": 4, "heads": 4, "text_input": "tokens"}
     config.conditioning = {"drop_text": 0.1}
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
-    config.sampling = {"name": "ddpm", "steps": 32, "clip": None}
+    config.sampling = {"name": "ddpm", "steps": 32, "clip_sample": None}
     return config
 
 
 def decoder() -> ConfigDict:
-    """A U-Net on the 8x8 grid; it predicts the picture."""
+    """A U-Net on the 8x8 grid; it predicts the image."""
     config = common(4000, 16, 1.5e-3)
     config.model = {
         "unet": {

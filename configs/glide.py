@@ -1,17 +1,17 @@
 """GLIDE as released: Nichol et al. 2021 (arXiv 2112.10741), the filtered model of 300 M parameters (section 5.3).
 
     for stage in decoder upsampler_1; do
-        python train.py --config configs/glide.py:$stage --workdir runs/glide --multihost --config.data.path=PICTURES
+        python train.py --config configs/glide.py:$stage --workdir runs/glide --multihost --config.data.path=IMAGES
     done
 
-Without a prior and without CLIP the decoder reads the caption itself, and so does the upsampler: these two are a
-whole system. "decoder,inpaint" and "upsampler_1,inpaint" also see what is known of the picture; GLIDE trained them
-on from the others, the weights of the new channels zero at first.
+There is no prior and no CLIP: the decoder and the upsampler read the caption themselves, and these two are a complete
+system. "decoder,inpaint" and "upsampler_1,inpaint" are also conditioned on the known part of an image; GLIDE fine-tuned
+them from the others, with the weights of the new channels initialised to zero.
 
 |                        | decoder     | upsampler_1 | with inpaint              |
 | ---------------------- | ----------- | ----------- | ------------------------- |
 | parameters             | 385,030,726 | 398,361,286 | 385,037,638 / 398,368,198 |
-| pictures               | 64          | 256         | the same                  |
+| image size             | 64          | 256         | the same                  |
 | channels               | 192         | 192         | the same                  |
 | channel multiples      | 1,2,3,4     | 1,1,2,2,4,4 | the same                  |
 | res blocks             | 3           | 2           | the same                  |
@@ -29,7 +29,8 @@ ADM's. The released decoder was trained on with 20 % of captions dropped, which 
 
 from ml_collections import ConfigDict
 
-from dalle2_jax.types import choose
+from dalle2_jax.config.page_defaults import pod_config
+from dalle2_jax.errors import choose
 
 
 def get_config(which: str) -> ConfigDict:
@@ -40,23 +41,10 @@ def get_config(which: str) -> ConfigDict:
 
 
 def common(total_steps: int, batch_size: int, resolution: int) -> ConfigDict:
-    """What every stage's config has."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "total_steps": total_steps,
-            "batch_size": batch_size,
-            "log_every": 100,
-            "checkpoint_every": 5000,
-            "keep_checkpoints": 3,
-            "sample_every": 10_000,
-            "workers": 16,
-            "data": {"kind": "folder", "path": "", "resolution": resolution, "crop": "random"},
-            "text": {"kind": "glide", "vocab_size": 50_257, "context_length": 128},
-            "optim": {"lr": 1e-4, "clip_norm": 1.0, "ema_decay": 0.9999},
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-        }
-    )
+    """Returns what every stage shares."""
+    text = {"kind": "glide", "vocab_size": 50_257, "context_length": 128}
+    optim = {"lr": 1e-4, "clip_norm": 1.0, "ema_decay": 0.9999}
+    return pod_config(total_steps, batch_size, resolution, text, optim)
 
 
 def network(**unet) -> dict:
@@ -91,7 +79,7 @@ def diffusion(schedule: str) -> dict:
 
 
 def decoder() -> ConfigDict:
-    """Captions to 64x64 pictures."""
+    """Captions to 64x64 images."""
     config = common(1_100_000, 2048, 64)
     config.model = network(image_size=64, in_channels=3, channel_mult=(1, 2, 3, 4), num_res_blocks=3)
     config.conditioning = {"drop_text": 0.2, "inpaint": False}
@@ -118,7 +106,7 @@ def upsampler_1() -> ConfigDict:
 
 
 def decoder_inpaint() -> ConfigDict:
-    """The decoder beside a known picture and its mask."""
+    """The decoder, conditioned on a known image and its mask."""
     config = decoder()
     config.total_steps = 500_000
     config.model.unet.in_channels = 7
@@ -128,7 +116,7 @@ def decoder_inpaint() -> ConfigDict:
 
 
 def upsampler_1_inpaint() -> ConfigDict:
-    """The upsampler beside a known picture and its mask."""
+    """The upsampler, conditioned on a known image and its mask."""
     config = upsampler_1()
     config.total_steps = 500_000
     config.model.unet.in_channels = 10

@@ -1,19 +1,19 @@
-"""Karlo v1-alpha (kakaobrain, 2022): unCLIP on 115 M pictures, from nothing or on from its published weights.
+"""Karlo v1-alpha (kakaobrain, 2022): unCLIP on 115 M images, from scratch or from its published weights.
 
     python train.py --config configs/karlo.py:decoder --config.init_from=runs/karlo \\
-        --workdir runs/tuned --config.data.path=PICTURES
+        --workdir runs/tuned --config.data.path=IMAGES
 
-trains the decoder of an imported system on your own pictures; likewise "prior" and "upsampler_1". Without
+trains the decoder of an imported system on your own images, as do "prior" and "upsampler_1" for theirs. Without
 ``init_from`` every stage is trained from nothing, clip first (its sizes are ViT-L/14's):
 
     for stage in clip prior decoder upsampler_1; do
-        python train.py --config configs/karlo.py:$stage --workdir runs/own --multihost --config.data.path=PICTURES
+        python train.py --config configs/karlo.py:$stage --workdir runs/own --multihost --config.data.path=IMAGES
     done
 
 |                       | clip        | prior         | decoder          | upsampler_1     |
 | --------------------- | ----------- | ------------- | ---------------- | --------------- |
 | parameters            | 427,616,513 | 1,022,028,544 | 893,318,086      | 2 x 691,579,523 |
-| what it draws         | -           | 768, whitened | 64 x 64          | 256 x 256       |
+| output                | -           | 768, whitened | 64 x 64          | 256 x 256       |
 | width or channels     | 1024, 768   | 2048          | 320              | 320             |
 | layers or multiples   | 24, 12      | 20            | 1,2,3,4          | 1,2,3,4         |
 | heads or head width   | 16, 12      | 32            | 64 channels      | no attention    |
@@ -26,17 +26,18 @@ trains the decoder of an imported system on your own pictures; likewise "prior" 
 
 Source: its configs and model card, and the decoder's dropout of 0.1. A dropped caption is replaced by the empty one, a
 dropped image embedding by a learned one. CLIP's embeddings are raw; the prior is in the space where they have mean 0
-and deviation 1. The upsampler's second network draws its last step: it was trained on with a GAN's loss, which is not
-here, so that training leaves it as it is. Batch sizes, learning rates and averages are not published: those here are
-the paper's, which Karlo follows.
+and deviation 1. The upsampler's second network takes the last sampling step: it was fine-tuned with a GAN loss,
+which this package does not have, so training does not change it. Batch sizes, learning rates and averages are not
+published: those here are the paper's, which Karlo follows.
 
-The prior draws two embeddings a picture and keeps the one that is closer to the caption, which Karlo does not:
---candidates=1 is Karlo's way.
+The prior samples two embeddings per image and uses the one that is closer to the caption, which Karlo does not:
+`--prior.candidates 1` of ``sample.py`` is Karlo's way.
 """
 
 from ml_collections import ConfigDict
 
-from dalle2_jax.types import choose
+from dalle2_jax.config.page_defaults import pod_config
+from dalle2_jax.errors import choose
 
 
 def get_config(which: str) -> ConfigDict:
@@ -47,23 +48,12 @@ def get_config(which: str) -> ConfigDict:
 
 
 def common(batch_size: int, resolution: int, lr: float, **optim) -> ConfigDict:
-    """What every stage's config has."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "total_steps": 1_000_000,
-            "batch_size": batch_size,
-            "log_every": 100,
-            "checkpoint_every": 5000,
-            "keep_checkpoints": 3,
-            "sample_every": 0,
-            "workers": 16,
-            "data": {"kind": "folder", "path": "", "resolution": resolution, "crop": "random"},
-            "text": {"vocab_size": 49_408, "context_length": 77},
-            "optim": {"lr": lr, "clip_norm": 1.0, "ema_decay": 0.9999, **optim},
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-        }
-    )
+    """Returns what every stage shares."""
+    text = {"kind": "clip", "vocab_size": 49_408, "context_length": 77}
+    adam = {"lr": lr, "clip_norm": 1.0, "ema_decay": 0.9999, **optim}
+    config = pod_config(1_000_000, batch_size, resolution, text, adam)
+    config.sample_every = 0
+    return config
 
 
 def clip() -> ConfigDict:
@@ -94,7 +84,7 @@ def prior() -> ConfigDict:
     }
     config.conditioning = {"drop_text": 0.2, "whiten": True}
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
-    config.sampling = {"name": "ddpm", "steps": 25, "guidance": 4.0, "clip": 5.0}
+    config.sampling = {"name": "ddpm", "steps": 25, "guidance": 4.0, "clip_sample": 5.0}
     return config
 
 
@@ -105,8 +95,8 @@ def unet(image_size: int, **fields) -> dict:
 
 
 def decoder() -> ConfigDict:
-    """Image embeddings and CLIP's states of the caption to 64x64 pictures."""
-    config = common(2048, 224, 1.2e-4)  # CLIP reads the pictures too
+    """Image embeddings and CLIP's text states to 64x64 images."""
+    config = common(2048, 224, 1.2e-4)  # CLIP reads the same images
     attention = {"attention_resolutions": (32, 16, 8), "head_channels": 64, "context_dim": 1536}
     config.model = {
         "unet": unet(64, in_channels=3, out_channels=6, dropout=0.1, **attention),
@@ -127,7 +117,7 @@ def decoder() -> ConfigDict:
 
 
 def upsampler_1() -> ConfigDict:
-    """64x64 pictures to 256x256, without attention."""
+    """64x64 images to 256x256, without attention."""
     config = common(1024, 256, 1.2e-4)
     plain = {"attention_resolutions": (), "middle_attention": False, "scale_shift": False}
     config.model = unet(256, in_channels=6, out_channels=3, **plain)

@@ -35,7 +35,8 @@
 
 from ml_collections import ConfigDict
 
-from dalle2_jax.types import choose
+from dalle2_jax.config.page_defaults import pod_config
+from dalle2_jax.errors import choose
 
 
 def get_config(which: str) -> ConfigDict:
@@ -46,23 +47,9 @@ def get_config(which: str) -> ConfigDict:
 
 
 def common(total_steps: int, batch_size: int, resolution: int, optim: dict) -> ConfigDict:
-    """What every stage's config has. All models use Adam with decoupled weight decay, beta1 0.9 (App. C)."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "total_steps": total_steps,
-            "batch_size": batch_size,
-            "log_every": 100,
-            "checkpoint_every": 5000,
-            "keep_checkpoints": 3,
-            "sample_every": 10_000,
-            "workers": 16,
-            "data": {"kind": "folder", "path": "", "resolution": resolution, "crop": "random"},
-            "text": {"vocab_size": 49_408, "context_length": 256},
-            "optim": {"clip_norm": 1.0, **optim},
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-        }
-    )
+    """Returns what every stage shares. All models use Adam with decoupled weight decay, beta1 0.9 (App. C)."""
+    text = {"kind": "clip", "vocab_size": 49_408, "context_length": 256}
+    return pod_config(total_steps, batch_size, resolution, text, {"clip_norm": 1.0, **optim})
 
 
 def clip() -> ConfigDict:
@@ -87,9 +74,9 @@ def clip() -> ConfigDict:
 def prior() -> ConfigDict:
     """The diffusion prior: 24 layers of width 2048 over 256 text tokens and four more.
 
-    Analytic-DPM asks for statistics of the trained network; measure them once before the first picture:
+    Analytic-DPM asks for statistics of the trained network; measure them once before sampling:
 
-        python -m dalle2_jax.evaluation moments --system runs/paper --stage prior --num 1024
+        dalle2 evaluate noise_statistics --system runs/paper --stage prior --num 1024
     """
     optim = {"lr": 1.1e-4, "beta2": 0.96, "eps": 1e-6, "weight_decay": 6e-2, "ema_decay": 0.9999}
     config = common(600_000, 4096, 256, optim)
@@ -103,12 +90,12 @@ def prior() -> ConfigDict:
     }
     config.conditioning = {"drop_text": 0.1}
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
-    config.sampling = {"name": "ddpm", "steps": 64, "variance": "analytic", "clip": None}
+    config.sampling = {"name": "ddpm", "steps": 64, "variance": "analytic", "clip_sample": None}
     return config
 
 
 def decoder() -> ConfigDict:
-    """3.5B: the 2.3B U-Net of GLIDE and its 1.2B text encoder, told a CLIP image embedding; it learns its variance."""
+    """3.5B: the 2.3B U-Net of GLIDE and its 1.2B text encoder, with a CLIP image embedding and a learned variance."""
     config = common(800_000, 2048, 256, {"lr": 1.2e-4, "eps": 1e-8, "ema_decay": 0.9999})
     config.model = {
         "unet": {

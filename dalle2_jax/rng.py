@@ -1,6 +1,6 @@
 """Random keys from names and steps.
 
-One root key a run; a stream is ``fold_in(root, crc32(name))`` and a step's key is
+A run has one root key; a stream is ``fold_in(root, crc32(name))`` and the key of a step is
 ``fold_in(stream, step)``. No key is carried from step to step, so a resumed run needs
 only its step number, and adding a stream never changes another.
 """
@@ -29,12 +29,11 @@ def at_step(key: jax.Array, step: int | jax.Array) -> jax.Array:
 def per_image(key: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns one key an image, [B], from global image indices int32[B].
 
-    Image 17 has the same key in whatever batch it is drawn, so batch size and device
-    count never change a picture.
+    Image 17 has the same key in any batch, so an image does not depend on batch size or device count.
     """
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
 
 
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draws float32[B, *shape] standard normals, row b from keys[b]."""
+    """Returns standard normals float32[B, *shape], row b from keys[b]."""
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

@@ -1,7 +1,7 @@
-"""Test doubles: a tiny stage of every kind, batches and weights for it, and a tokenizer without training.
+"""Test doubles: a tiny stage of every kind, with batches and variables, and a tokenizer without training.
 
-Everything fits together: the prior and the decoder borrow ``tiny_stage("clip_vit")``, and the
-upsampler enlarges what the decoder draws, 8x8 to 16x16.
+The stages fit together: the prior and the decoder require ``tiny_stage("clip_vit")``, and the upsampler enlarges the
+decoder's images from 8x8 to 16x16.
 """
 
 import functools
@@ -26,11 +26,13 @@ from dalle2_jax.stages import (
     DecoderStage,
     DiffusionConfig,
     EmbeddingConfig,
+    ImageSamplingConfig,
     PriorStage,
     SamplingConfig,
     Stage,
     UpsamplerStage,
     Variables,
+    abstract_variables,
 )
 from dalle2_jax.text.tokenizer import pack
 from dalle2_jax.types import Batch
@@ -38,7 +40,7 @@ from dalle2_jax.types import Batch
 VOCAB_SIZE, CONTEXT_LENGTH = 40, 8
 EMBED_DIM, WIDTH = 16, 32
 IMAGE_SIZE, LOW_SIZE = 16, 8
-"""Side of what CLIP reads and the upsampler draws, and of what the decoder draws."""
+"""Side of the images of CLIP and the upsampler, and of those of the decoder."""
 
 _TEXT = TextConfig(VOCAB_SIZE, CONTEXT_LENGTH, WIDTH, layers=2, heads=2)
 _VIT = VisionConfig(IMAGE_SIZE, patch_size=8, width=WIDTH, layers=2, heads=2)
@@ -74,7 +76,7 @@ def _clip(tower: VisionConfig | ResNetConfig) -> ClipStage:
 def _prior() -> PriorStage:
     return PriorStage(
         DiffusionConfig("x0", num_steps=100),
-        SamplingConfig("ddpm", steps=3, clip=None, guidance=2.0),
+        SamplingConfig("ddpm", steps=3, guidance=2.0),
         "prior",
         PriorConfig(
             WIDTH, layers=2, heads=2, embed_dim=EMBED_DIM, context_length=CONTEXT_LENGTH, vocab_size=VOCAB_SIZE
@@ -86,7 +88,7 @@ def _prior() -> PriorStage:
 def _decoder() -> DecoderStage:
     return DecoderStage(
         DiffusionConfig("eps", num_steps=100),
-        SamplingConfig("ddim", steps=3, guidance=2.0),
+        ImageSamplingConfig("ddim", steps=3, guidance=2.0),
         "decoder",
         DecoderConfig(_UNET, EMBED_DIM, text_input="tokens", text=_TEXT),
         _clip(_VIT),
@@ -96,7 +98,7 @@ def _decoder() -> DecoderStage:
 def _upsampler() -> UpsamplerStage:
     return UpsamplerStage(
         DiffusionConfig("v", schedule="linear", num_steps=100),
-        SamplingConfig("ddim", steps=3),
+        ImageSamplingConfig("ddim", steps=3),
         "upsampler_1",
         _ENLARGING_UNET,
         LOW_SIZE,
@@ -112,7 +114,7 @@ _STAGES = {
     "upsampler": _upsampler,
 }
 KINDS = tuple(_STAGES)
-"""What ``tiny_stage`` makes."""
+"""The arguments of ``tiny_stage``."""
 
 
 def tiny_stage(kind: str) -> Stage:
@@ -122,10 +124,10 @@ def tiny_stage(kind: str) -> Stage:
 
 @functools.cache
 def tiny_variables(stage: Stage, seed: int = 0) -> Variables:
-    """Returns random variables of a stage, without compiling its ``init``; no layer is silent, as some start."""
+    """Returns random variables of a stage, without compiling its ``init``; no kernel is zero, as some are initially."""
     noise = np.random.default_rng(seed)
 
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def random(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name, normal = path[-1].key, noise.standard_normal(leaf.shape, np.float32)
         if name in ("mean", "var"):
             return jnp.full(leaf.shape, float(name == "var"))
@@ -134,16 +136,16 @@ def tiny_variables(stage: Stage, seed: int = 0) -> Variables:
         start = {"scale": 1.0, "logit_scale": 2.0}.get(name, 0.0)
         return jnp.asarray(start + 0.1 * normal)
 
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(stage.init, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(random, abstract_variables(stage))
 
 
 def tiny_frozen(stage: Stage) -> dict[str, Variables]:
-    """Returns the variables of the stages that ``stage`` borrows."""
-    return {name: tiny_variables(tiny_stage("clip_vit")) for name in stage.borrows}
+    """Returns the variables of the stages that ``stage`` requires."""
+    return {name: tiny_variables(tiny_stage("clip_vit")) for name in stage.requires}
 
 
 def tiny_batch(size: int, seed: int = 0) -> Batch:
-    """Returns random pictures uint8[size, 16, 16, 3], and captions of random words and lengths."""
+    """Returns random images uint8[size, 16, 16, 3], and captions of random words and lengths."""
     noise = np.random.default_rng(seed)
     captions = [" ".join(map(str, noise.integers(100, size=noise.integers(1, 8)))) for _ in range(size)]
     tokens, mask = WordTokenizer().encode(captions, CONTEXT_LENGTH)
@@ -152,23 +154,23 @@ def tiny_batch(size: int, seed: int = 0) -> Batch:
 
 
 class WordTokenizer:
-    """One token a word, by its checksum: nothing is trained, and nothing can be saved."""
+    """A tokenizer with one token a word, from its checksum. It is not trained and cannot be saved."""
 
     vocab_size = VOCAB_SIZE
 
     def encode(
         self, captions: Sequence[str], context_length: int
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """Returns tokens int32[B, L] and mask bool[B, L], as ``text.Tokenizer`` says."""
+        """Returns tokens int32[B, L] and mask bool[B, L]; see ``text.Tokenizer``."""
         return pack([self._ids(caption) for caption in captions], context_length, begin=1, end=2, pad=0)
 
     def truncated(self, captions: Sequence[str], context_length: int) -> list[int]:
-        """Returns the indices of the captions with more words than ``context_length`` has room for."""
+        """Returns the indices of the captions that are truncated to ``context_length``."""
         return [index for index, caption in enumerate(captions) if len(self._ids(caption)) + 2 > context_length]
 
     def save(self, directory: str | Path) -> None:
-        """Raises NotImplementedError: no stored system has this tokenizer."""
-        raise NotImplementedError("a WordTokenizer is made, not loaded")
+        """Raises NotImplementedError."""
+        raise NotImplementedError("a WordTokenizer cannot be saved")
 
     def _ids(self, caption: str) -> list[int]:
         return [3 + zlib.crc32(word.encode()) % (VOCAB_SIZE - 3) for word in caption.split()]

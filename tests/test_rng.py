@@ -29,20 +29,20 @@ def test_a_step_has_its_own_key_traced_or_not():
 
 
 def test_an_image_is_the_same_in_any_batch():
-    def draw(first, count):
+    def sample(first, count):
         indices = jnp.arange(first, first + count, dtype=jnp.int32)
         return np.asarray(rng.normal(rng.per_image(rng.root(5), indices), (3, 2)))
 
-    whole = draw(0, 8)
-    assert whole.shape == (8, 3, 2) and whole.dtype == np.float32
-    np.testing.assert_array_equal(whole[5:], draw(5, 3))
-    np.testing.assert_array_equal(whole[5], jax.random.normal(jax.random.fold_in(rng.root(5), 5), (3, 2)))
-    assert len(np.unique(whole)) == whole.size
+    batch = sample(0, 8)
+    assert batch.shape == (8, 3, 2) and batch.dtype == np.float32
+    np.testing.assert_array_equal(batch[5:], sample(5, 3))
+    np.testing.assert_array_equal(batch[5], jax.random.normal(jax.random.fold_in(rng.root(5), 5), (3, 2)))
+    assert len(np.unique(batch)) == batch.size
 
 
 def test_normals_are_normal():
-    draws = rng.normal(rng.per_image(rng.root(0), jnp.arange(100, dtype=jnp.int32)), (400,))
-    assert abs(float(draws.mean())) < 4 / 200  # four deviations of the mean of 40,000
-    assert abs(float(draws.std()) - 1) < 4 / 283
-    between = np.corrcoef(np.asarray(draws))[np.triu_indices(100, 1)]
+    normals = rng.normal(rng.per_image(rng.root(0), jnp.arange(100, dtype=jnp.int32)), (400,))
+    assert abs(float(normals.mean())) < 4 / 200  # four deviations of the mean of 40,000
+    assert abs(float(normals.std()) - 1) < 4 / 283
+    between = np.corrcoef(np.asarray(normals))[np.triu_indices(100, 1)]
     assert abs(between).max() < 6 / 20  # no two images alike

@@ -1,44 +1,54 @@
-"""Several data sets at once, each with its weight."""
+"""Mixtures: several data sets at once, each with a weight."""
 
 import bisect
+import copy
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import grain
 import numpy as np
-from jaxtyping import UInt8
 
-from dalle2_jax.types import UserError
+from dalle2_jax.data.sources import (
+    Generators,
+    Indices,
+    Rejections,
+    Source,
+    checked_columns,
+    checked_indices,
+)
+from dalle2_jax.errors import UserError
+from dalle2_jax.types import Preprocessing
 
 
-class MixtureSource:
+class MixtureSource(Source):
     """A `Source` of the examples of several sources.
 
-    As a set it is their union, each example once: the sources take turns as long as they last, so that the first
-    examples are of all of them. A stream does not read it so but by weight, as `order` says: in any stretch of it a
-    source has its share, and a small one with a large weight is passed through more often.
+    By index it is their union, with each example once: the sources take turns while they last, so that the first
+    examples are of all of them. A stream reads it by weight instead (`order`): any stretch of it has the share of each
+    source, so that a small source with a large weight is repeated more often.
 
     Args:
         parts: name to (source, weight).
 
     Raises:
-        UserError: when there are no parts, a source is empty, or a weight is not positive.
+        UserError: there are no parts, a source is empty, or a weight is not positive.
     """
 
-    def __init__(self, parts: Mapping[str, tuple]) -> None:
+    def __init__(self, parts: Mapping[str, tuple[Source, float]]) -> None:
         if not parts:
             raise UserError("a mixture has no parts: name data sets in config.data.parts")
         for name, (source, weight) in parts.items():
             if not len(source):
                 raise UserError(f"part {name} of the mixture, {source}, has no examples")
             if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-                raise UserError(f"the weight of part {name} must be a positive number, not {weight!r}")
+                raise UserError(f"the weight of part {name} must be a positive number, got {weight!r}")
         self.parts = {name: source for name, (source, _) in parts.items()}
         self.weights = {name: float(weight) for name, (_, weight) in parts.items()}
         self._names = sorted(self.parts, key=lambda name: len(self.parts[name]))
+        shared = [{*part.columns} for part in self.parts.values()]
+        self.columns = tuple(name for name in self.parts[self._names[0]].columns if all(name in one for one in shared))
         self._turns = _Turns(tuple(len(self.parts[name]) for name in self._names))
 
     def __len__(self) -> int:
@@ -48,29 +58,44 @@ class MixtureSource:
         return f"MixtureSource({', '.join(f'{self.weights[name]:g} x {part}' for name, part in self.parts.items())})"
 
     @property
-    def rejected(self) -> Counter[str]:
-        """How many records were refused, by part and cause."""
-        refused = {name: getattr(part, "rejected", {}) for name, part in self.parts.items()}
-        counts = {(name, cause): count for name, causes in refused.items() for cause, count in causes.items()}
-        return +Counter({f"{name}: {cause}": count for (name, cause), count in counts.items()})
+    def rejections(self) -> Rejections:
+        """The records rejected so far, each name and cause after the name of its part."""
+        found = {name: part.rejections for name, part in self.parts.items()}
+        return Rejections(
+            at_opening={f"{name}: {cause}": n for name, one in found.items() for cause, n in one.at_opening.items()},
+            records=_prefixed({name: one.records for name, one in found.items()}),
+            flawed=_prefixed({name: one.flawed for name, one in found.items()}),
+        )
 
-    def refusals(self) -> dict[str, str]:
-        """Returns why each record was refused since the opening, by part and name."""
-        told = {name: getattr(part, "refusals", dict)() for name, part in self.parts.items()}
-        return {f"{name}: {place}": f"{name}: {cause}" for name, one in told.items() for place, cause in one.items()}
+    def select(self, inputs: Sequence[str]) -> "MixtureSource":
+        """Returns a mixture of these columns. MissingColumnsError if one of the parts does not have them."""
+        selected = copy.copy(self)
+        selected.columns = checked_columns(self, inputs)
+        selected.parts = {name: part.select(inputs) for name, part in self.parts.items()}
+        return selected
 
-    def __getitem__(self, index: int) -> dict:
-        """Returns the example of the source whose turn it is."""
-        source, own = self._find(index)
-        return source[own]
+    def fetch(self, indices: Indices, rngs: Generators | None = None) -> dict[str, np.ndarray]:
+        """Returns a batch, each example from the part whose turn it is."""
+        turns = [self._turns.find(index) for index in checked_indices(indices, len(self)).tolist()]
+        ranks = np.array([rank for rank, _ in turns])
+        columns: dict[str, np.ndarray] = {}
+        for rank in np.unique(ranks).tolist():
+            rows = np.flatnonzero(ranks == rank)
+            own = [turns[row][1] for row in rows.tolist()]
+            found = self.parts[self._names[rank]].fetch(own, rngs and [rngs[row] for row in rows.tolist()])
+            for name in self.columns:
+                shape = (len(turns), *found[name].shape[1:])
+                columns.setdefault(name, np.empty(shape, found[name].dtype))[rows] = found[name]
+        return columns
 
-    def draw(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-        """Draws the example of the source whose turn it is."""
-        source, own = self._find(index)
-        return source.draw(own, rng)
+    def preprocessed(self, how: Preprocessing) -> "MixtureSource":
+        """Returns the mixture with the images of its parts resized and cropped as a CLIP reads them."""
+        source = copy.copy(self)
+        source.parts = {name: part.preprocessed(how) for name, part in self.parts.items()}
+        return source
 
     def captions(self, limit: int) -> Iterator[str]:
-        """Yields captions of at most ``limit`` examples, of each source by its weight as far as it has them."""
+        """Yields captions of at most ``limit`` examples, from each source in proportion to its weight."""
         total = sum(self.weights.values())
         for name, part in self.parts.items():
             yield from part.captions(int(limit * self.weights[name] / total))
@@ -78,8 +103,8 @@ class MixtureSource:
     def order(self, seed: int) -> grain.MapDataset:
         """Returns an endless data set of indices in which each source has the share of its weight.
 
-        Which source a position draws from follows from the weights alone; each is shuffled anew each time it is
-        passed through, by ``seed`` and its name.
+        The weights alone determine the source of a position. Each pass over a source has its own order, which depends
+        on ``seed`` and the name of the source.
         """
         orders = []
         for name, part in self.parts.items():
@@ -87,27 +112,25 @@ class MixtureSource:
             orders.append(own.map(partial(self._turns.index_of, self._names.index(name))))
         return grain.MapDataset.mix(orders, list(self.weights.values())).seed(seed)
 
-    def _find(self, index: int) -> tuple:
-        """The source whose turn ``index`` is, and the example's index in it."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        rank, own = self._turns.find(index % len(self))
-        return self.parts[self._names[rank]], own
+
+def _prefixed(found: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Returns the records of all parts, each name and cause after the name of its part."""
+    return {f"{part}: {key}": f"{part}: {cause}" for part, one in found.items() for key, cause in one.items()}
 
 
 @dataclass(frozen=True)
 class _Turns:
-    """Sets of examples, smallest first, that take turns in one numbering; those used up are left out."""
+    """Sets of examples, smallest first, that take turns in one numbering; a set that is used up is skipped."""
 
     counts: tuple[int, ...]
 
     def _before(self, used_up: int) -> tuple[int, int]:
-        """Rounds until so many sets are used up, and the turns in them."""
+        """Returns the rounds until ``used_up`` sets are used up, and the turns in these rounds."""
         rounds = self.counts[used_up - 1] if used_up else 0
         return rounds, sum(self.counts[:used_up]) + rounds * (len(self.counts) - used_up)
 
     def find(self, index: int) -> tuple[int, int]:
-        """Returns whose turn it is, and the number in that set."""
+        """Returns the set whose turn ``index`` is, and the number of the example in it."""
         used_up = sum(self._before(k)[1] <= index for k in range(1, len(self.counts)))
         rounds, turns = self._before(used_up)
         more, place = divmod(index - turns, len(self.counts) - used_up)

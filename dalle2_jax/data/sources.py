@@ -1,225 +1,191 @@
-"""What a data set offers, and data sets by configuration.
+"""The `Source` protocol: random access to the columns of a data set.
 
-A source is random access, so the stream can shuffle, shard and resume it by index alone.
+A stage names the columns that it reads, `Source.select` returns a source of exactly these, and `make_stream` makes
+batches of them. B is the number of examples, E the width of CLIP's embeddings, L the text length:
+
+    image           uint8[B, H, W, 3]
+    low_res         uint8[B, h, w, 3], the degraded image (`prepare`)
+    tokens, mask    int32[B, L], bool[B, L] (`prepare`, or stored with embeddings)
+    image_emb       float32[B, E], of stored embeddings, as all below
+    text_emb        float32[B, E]
+    text_seq        float32[B, L, D], the text transformer's final states
+    null_text_emb   float32[B, E], of the empty caption, the same in every row
+    null_text_seq   float32[B, L, D]
+    null_mask       bool[B, L]
+    caption         str[B], as an array of objects, as all below
+    captions        tuple[str, ...][B], every caption of the example
+    key             str[B], the name of the example in its data set
+    substitute      bool[B], whether another example takes the place of one that cannot be used
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import grain
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64
 
-from dalle2_jax.data.embeddings import Embedded, EmbeddingSource
-from dalle2_jax.data.filters import Filters
-from dalle2_jax.data.folder import FolderRecords, FolderSource
-from dalle2_jax.data.mixture import MixtureSource
-from dalle2_jax.data.paired import PairedSource
-from dalle2_jax.data.pictures import MAX_REJECTED, PictureSource, check_arguments
-from dalle2_jax.data.records import Records
-from dalle2_jax.data.retrieval import RetrievalSource
-from dalle2_jax.data.shapes import ShapesSource
-from dalle2_jax.data.tfds import TEMPLATES, TfdsRecords
-from dalle2_jax.data.webdataset import WebdatasetRecords
-from dalle2_jax.types import UserError
+from dalle2_jax.errors import DataError
+from dalle2_jax.types import Preprocessing
+
+Indices = Sequence[int] | Int64[np.ndarray, "B"]
+Generators = Sequence[np.random.Generator]
+
+DESCRIPTIVE = ("caption", "captions", "key", "substitute")
+"""Columns that describe examples and are no part of a training batch."""
+
+
+class MissingColumnsError(DataError):
+    """Columns that a stage reads and a data set does not have.
+
+    Attributes:
+        missing: names of the columns.
+    """
+
+    def __init__(self, message: str, missing: Sequence[str]) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+
+@dataclass(frozen=True)
+class StoredEmbeddings:
+    """Where the embeddings of a source are stored, and which CLIP made them.
+
+    Attributes:
+        path: the folder, with the description of the CLIP in its sub-folder ``clip``.
+        contract: the fields of the embedding contract.
+        context_length: length of the stored tokens; None if none are stored.
+    """
+
+    path: Path
+    contract: Mapping[str, Any]
+    context_length: int | None
+
+
+@dataclass(frozen=True)
+class Rejections:
+    """The records of a source that were rejected.
+
+    Attributes:
+        at_opening: cause to number of the records that were rejected when the data set was opened.
+        records: name to cause of those rejected since, by this process and its workers.
+        flawed: name to flaw of records that are used in spite of it.
+    """
+
+    at_opening: Mapping[str, int] = field(default_factory=dict)
+    records: Mapping[str, str] = field(default_factory=dict)
+    flawed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many records were rejected, by cause."""
+        return Counter(self.at_opening) + Counter(self.records.values())
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A captioned set of pictures, all of one size; picklable."""
+    """Random access to a data set; picklable, so that worker processes can read it.
+
+    Subclasses implement ``__len__``, `fetch` and `captions`, and set ``columns``.
+
+    Attributes:
+        columns: names of the columns of every batch that `fetch` returns, and so those that `select` accepts.
+    """
+
+    columns: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict:
-        """Returns ``{"image": uint8[H, W, 3], "captions": tuple[str, ...], "caption": str}``.
+    def fetch(self, indices: Indices, rngs: Generators | None = None) -> dict[str, np.ndarray]:
+        """Returns a batch: for each of ``columns`` an array with a row for each index.
 
-        Always the same for an index; ``caption`` is the one of ``captions`` that evaluations use. Where records have
-        names, or one may stand in for another, there are ``key`` and ``stands_in`` too.
+        Args:
+            indices: of the examples; negative ones count from the end.
+            rngs: one generator for each example, for its crop, its caption and so on: then an example does not depend
+                on the batch that it is in. None for the fixed form that evaluations use: centre crop, fixed caption.
+
+        Raises:
+            IndexError: an index is out of range.
+            DataError: the data cannot be read.
         """
-
-    def draw(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-        """Returns the picture as training sees it (a random crop, say) and one of its captions."""
+        ...
 
     def captions(self, limit: int) -> Iterator[str]:
-        """Yields captions of at most ``limit`` pictures, for training a tokenizer."""
+        """Yields captions of at most ``limit`` examples, for training a tokenizer."""
+        ...
 
+    def select(self, inputs: Sequence[str]) -> "Source":
+        """Returns a source whose batches hold exactly these columns.
 
-@dataclass(frozen=True)
-class ShapesConfig:
-    """The embedded data set; see `ShapesSource`."""
+        Raises:
+            MissingColumnsError: the source does not have one of them.
+        """
+        selected = copy.copy(self)
+        selected.columns = checked_columns(self, inputs)
+        return selected
 
-    resolution: int = 64
-    max_objects: int = 1
-    num_examples: int = 50_000
-    seed: int = 0
-    jitter: float = 0.2
+    def preprocessed(self, how: Preprocessing) -> "Source":
+        """Returns the source with its images preprocessed as a CLIP reads them; rendered images do not change."""
+        return self
 
+    @property
+    def rejections(self) -> Rejections:
+        """The records rejected so far."""
+        return Rejections()
 
-@dataclass(frozen=True)
-class PicturesConfig:
-    """Records of pictures at a path, and how a `PictureSource` makes examples of them.
-
-    ``embeddings``: where `embed` wrote what CLIP says of them, for a `PairedSource`; "" for none.
-    """
-
-    path: str = ""
-    resolution: int = 64
-    crop: str = "center"
-    filters: Filters = Filters()
-    max_rejected: float = MAX_REJECTED
-    embeddings: str = ""
-
-
-@dataclass(frozen=True)
-class FolderConfig(PicturesConfig):
-    """A folder of pictures with captions; see `FolderRecords`."""
-
-
-@dataclass(frozen=True)
-class EmbeddingsConfig:
-    """Embeddings in place of pictures, as `EmbeddingSource` or, in clip-retrieval's layout, `RetrievalSource` has them.
-
-    ``text_path``: of clip-retrieval's layout, where the text embeddings are; "" if they lie beside the others.
-    """
-
-    path: str = ""
-    text_path: str = ""
-
-
-@dataclass(frozen=True)
-class TfdsConfig(PicturesConfig):
-    """A data set of TFDS, prepared as ArrayRecord; see `TfdsRecords` for the features and the templates.
-
-    ``train`` and ``val`` are the splits of it that are used as such: ``train[:95%]`` and ``train[95%:]``, say.
-    """
-
-    train: str = "train"
-    val: str = "val"
-    image: str = "image"
-    text: str = ""
-    label: str = ""
-    key: str = ""
-    templates: tuple[str, ...] = TEMPLATES
-
-
-@dataclass(frozen=True)
-class WebdatasetConfig(PicturesConfig):
-    """Tar shards of pictures with captions; see `WebdatasetRecords`."""
-
-
-@dataclass(frozen=True)
-class MixtureConfig:
-    """Several data sets at once; see `MixtureSource`.
-
-    Attributes:
-        parts: name to configuration, each of the mixture's resolution.
-        weights: name to weight, of every part; without any, each part counts as much as any other.
-        resolution: of all pictures.
-
-    Raises:
-        UserError: when there are no parts, or they do not agree with the rest.
-    """
-
-    parts: Mapping[str, "SourceConfig"] | tuple = ()
-    weights: Mapping[str, float] | tuple = ()
-    resolution: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("parts", "weights"):  # as pairs, so that a configuration can be hashed
-            object.__setattr__(self, name, tuple(sorted(dict(getattr(self, name)).items())))
-        for name, part in self.parts:
-            if isinstance(part, MixtureConfig):
-                raise UserError(f"part {name} is a mixture itself: name its parts here, with its weight over theirs")
-            if isinstance(part, EmbeddingsConfig) or getattr(part, "embeddings", ""):
-                raise UserError(f"part {name} has embeddings: a mixture is of pictures alone")
-            if part.resolution != self.resolution:
-                raise UserError(f"part {name} has resolution {part.resolution}, the mixture {self.resolution}")
-        if self.weights and [name for name, _ in self.weights] != [name for name, _ in self.parts]:
-            names = ", ".join(name for name, _ in self.parts)
-            raise UserError(f"weights must name every part and nothing else: {names}")
-
-
-SourceConfig = ShapesConfig | FolderConfig | WebdatasetConfig | TfdsConfig | EmbeddingsConfig | MixtureConfig
-
-KINDS: dict[str, type] = {
-    "shapes": ShapesConfig,
-    "folder": FolderConfig,
-    "tfds": TfdsConfig,
-    "embeddings": EmbeddingsConfig,
-    "webdataset": WebdatasetConfig,
-    "mixture": MixtureConfig,
-}
-"""Configurations by the name that a config file gives as ``kind``."""
-
-
-def make_source(config: SourceConfig, split: str) -> Source | Embedded:
-    """Opens a split (``train``, ``val`` …) of the data set that ``config`` describes.
-
-    Raises:
-        UserError: when the data set has no such split or cannot be read.
-    """
-    if isinstance(config, ShapesConfig):
-        return ShapesSource(
-            split, config.resolution, config.seed, config.max_objects, config.num_examples, config.jitter
-        )
-    if isinstance(config, EmbeddingsConfig):
-        return _make_embedded(config, split)
-    if isinstance(config, MixtureConfig):
-        weights = dict(config.weights) or {name: 1.0 for name, _ in config.parts}
-        return MixtureSource({name: (make_source(part, split), weights[name]) for name, part in config.parts})
-    how = config.resolution, config.crop, config.filters, config.max_rejected
-    check_arguments(config.resolution, config.crop, config.max_rejected)  # before much is read
-    if config.embeddings:
-        return PairedSource(EmbeddingSource(config.embeddings, split), _records(config, split), *how)
-    if isinstance(config, FolderConfig):
-        return FolderSource(config.path, split, *how)
-    return PictureSource(_records(config, split), *how)
-
-
-def _records(config: FolderConfig | TfdsConfig | WebdatasetConfig, split: str) -> Records:
-    if isinstance(config, FolderConfig):
-        return FolderRecords(config.path, split, config.filters)
-    if isinstance(config, WebdatasetConfig):
-        return WebdatasetRecords(config.path, split, config.filters)
-    slices = {"train": config.train, "val": config.val}
-    features = config.image, config.text, config.label, config.key, config.templates
-    return TfdsRecords(config.path, slices.get(split, split), *features)
-
-
-def _make_embedded(config: EmbeddingsConfig, split: str) -> Embedded:
-    layouts = [Path(config.path) / "metadata", Path(config.path) / split / "metadata"]
-    if config.text_path or any(layout.is_dir() for layout in layouts):
-        return RetrievalSource(config.path, split, config.text_path)
-    return EmbeddingSource(config.path, split)
-
-
-def source_named(name: str, split: str, resolution: int, max_rejected: float = MAX_REJECTED) -> Source:
-    """Opens a data set by its name on a command line: ``shapes`` (one or two objects), KIND:PATH or a path alone.
-
-    What lies at a path tells its kind; a URL alone is of tar shards. ``max_rejected`` is as in `PictureSource`.
-
-    Raises:
-        UserError: on any other name, or when the data set cannot be read.
-    """
-    if name == "shapes":
-        return make_source(ShapesConfig(resolution, max_objects=2), split)
-    kind, _, path = name.partition(":")
-    kinds = {"folder": FolderConfig, "webdataset": WebdatasetConfig, "tfds": TfdsConfig}
-    if kind not in kinds:
-        kind, path = _kind_of(name, split), name
-    if kind is None or not path:
-        raise UserError(f"unknown data set {name!r}: write shapes, folder:PATH, webdataset:PATH or tfds:PATH")
-    return make_source(kinds[kind](path, resolution=resolution, max_rejected=max_rejected), split)
-
-
-def _kind_of(path: str, split: str) -> str | None:
-    """The kind of data set that lies at a path, None if that cannot be told."""
-    if path.endswith(".tar") or "://" in path:
-        return "webdataset"
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    @property
+    def stored_embeddings(self) -> StoredEmbeddings | None:
+        """The stored embeddings that the source reads; None for a source of images only."""
         return None
-    if (folder / "features.json").is_file():
-        return "tfds"
-    return "webdataset" if any(any(place.glob("*.tar")) for place in (folder, folder / split)) else "folder"
+
+    def order(self, seed: int) -> grain.MapDataset:
+        """Returns an endless data set of indices: each pass over the source in an order of its own."""
+        return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+
+
+def example(source: Source, index: int) -> dict[str, Any]:
+    """Returns one example of a source in its fixed form: the columns of `Source.fetch` without the axis B."""
+    return {name: column[0] for name, column in source.fetch([index]).items()}
+
+
+def checked_columns(source: Source, inputs: Sequence[str], hint: str = "") -> tuple[str, ...]:
+    """Returns the names of columns as a tuple.
+
+    Raises:
+        MissingColumnsError: the source does not have one of them; the message ends with ``hint``.
+    """
+    missing = [name for name in inputs if name not in source.columns]
+    if missing:
+        hint = hint or f"it has {', '.join(source.columns)}; set config.data to a data set with {missing[0]}"
+        raise MissingColumnsError(f"{source} has no {', '.join(missing)}: {hint}", missing)
+    return tuple(dict.fromkeys(inputs))
+
+
+def checked_indices(indices: Indices, count: int) -> Int64[np.ndarray, "B"]:
+    """Returns indices as an array, negative ones counted from the end. IndexError if one is out of range."""
+    places = np.asarray(indices, np.int64)
+    wrong = places[(places < -count) | (places >= count)]
+    if len(wrong):
+        raise IndexError(f"example {wrong[0]} of {count}")
+    return places % max(count, 1)
+
+
+def stacked(examples: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns the batch of some examples: these columns of theirs, with an axis B in front."""
+    return {name: _column([one[name] for one in examples]) for name in columns}
+
+
+def _column(values: list[Any]) -> np.ndarray:
+    return objects(values) if values and isinstance(values[0], str | tuple) else np.stack(values)
+
+
+def objects(values: Sequence[Any]) -> np.ndarray:
+    """Returns an array of Python objects; ``np.array`` would make a second axis of tuples."""
+    column = np.empty(len(values), object)
+    for place, value in enumerate(values):
+        column[place] = value
+    return column

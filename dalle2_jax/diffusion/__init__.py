@@ -1,31 +1,60 @@
-"""The mathematics of noise, shared by prior, decoder and upsamplers; it knows no network.
+"""Discrete-time diffusion: schedules, objectives and samplers for any network ``(x_t, t) -> prediction``.
 
-schedule      how much noise there is at each step           respacing     which steps a sampler takes
-process       noising, the posterior, (eps, x_0, v)          variance      how wide a reverse step is
-objective     what a network is trained on                   timesteps     on which steps
-likelihood    the bound in bits per dimension                guidance      Denoisers -> Denoiser
+schedule      signal and noise rates of each step            respacing     the steps that a sampler takes
+process       noising, the posterior, (eps, x_0, v)          variance      the variance of a reverse step
+objective     the training loss                              timesteps     sampling of training timesteps
+likelihood    the variational bound, bits per dimension      guidance      classifier-free guidance
 steppers      one step of DDPM, DDIM, its inversion          solvers       one step of Euler, Heun, DPM-Solver++, UniPC
-sampler       the loop over steps: noise -> picture          inpainting    the loop around known pixels
-thresholding  what becomes of an x_0 out of range
+sampler       configuration, `sample`, `invert`              loop          the loop over steps, `SamplingOptions`
+inpainting    known pixels, RePaint                          thresholding  clipping of x_0
 """
 
-from dalle2_jax.diffusion.guidance import Course, branches, guided
+from dalle2_jax.diffusion.guidance import GuidanceSchedule, branches, guided
 from dalle2_jax.diffusion.inpainting import Inpainting, resampling
 from dalle2_jax.diffusion.likelihood import bits_per_dim, vlb_terms
+from dalle2_jax.diffusion.loop import SamplingOptions, integrate, predictor
 from dalle2_jax.diffusion.objective import Objective, training_loss
-from dalle2_jax.diffusion.process import Denoised, from_x0_eps, posterior, q_sample, to_x0_eps
+from dalle2_jax.diffusion.process import (
+    Denoised,
+    from_x0_eps,
+    posterior,
+    q_sample,
+    to_x0_eps,
+)
 from dalle2_jax.diffusion.respacing import respace
-from dalle2_jax.diffusion.sampler import SAMPLERS, SamplerConfig, integrate, invert, make_stepper, predictor, sample
-from dalle2_jax.diffusion.schedule import Level, Schedule, make_schedule, shifted, with_zero_terminal_snr
+from dalle2_jax.diffusion.sampler import (
+    SAMPLERS,
+    SamplerConfig,
+    invert,
+    make_stepper,
+    sample,
+    steps_of,
+)
+from dalle2_jax.diffusion.schedule import (
+    Level,
+    Schedule,
+    in_float32,
+    make_schedule,
+    of_alpha_bar,
+    shifted,
+    with_zero_terminal_snr,
+)
 from dalle2_jax.diffusion.solvers import DpmSolver, Heun, UniPc
 from dalle2_jax.diffusion.steppers import Ddim, Ddpm, InverseDdim, Stepper
 from dalle2_jax.diffusion.thresholding import thresholding
-from dalle2_jax.diffusion.timesteps import LossHistory, draw, empty_history, record
-from dalle2_jax.diffusion.variance import NoiseMoments
+from dalle2_jax.diffusion.timesteps import (
+    LossHistory,
+    empty_history,
+    importance,
+    quartile_losses,
+    record,
+    sample_timesteps,
+)
+from dalle2_jax.diffusion.variance import NoiseStatistics
 
 __all__ = [
     "SAMPLERS",
-    "Course",
+    "GuidanceSchedule",
     "Ddim",
     "Ddpm",
     "Denoised",
@@ -35,22 +64,25 @@ __all__ = [
     "InverseDdim",
     "Level",
     "LossHistory",
-    "NoiseMoments",
+    "NoiseStatistics",
     "Objective",
     "SamplerConfig",
+    "SamplingOptions",
     "Schedule",
     "Stepper",
     "UniPc",
     "bits_per_dim",
     "branches",
-    "draw",
     "empty_history",
     "from_x0_eps",
     "guided",
+    "importance",
+    "in_float32",
     "integrate",
     "invert",
     "make_schedule",
     "make_stepper",
+    "of_alpha_bar",
     "posterior",
     "predictor",
     "q_sample",
@@ -58,7 +90,10 @@ __all__ = [
     "resampling",
     "respace",
     "sample",
+    "sample_timesteps",
+    "quartile_losses",
     "shifted",
+    "steps_of",
     "thresholding",
     "to_x0_eps",
     "training_loss",

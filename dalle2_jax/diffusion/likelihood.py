@@ -7,12 +7,12 @@ With q the forward process and p the network's reverse process (Ho et al. 2020, 
     L_t = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))                                       (3)
     L_0 = -log p(x_0 | x_1)                                                                   (4)
 
-For (4) pictures are bytes scaled to [-1, 1]; p is the Gaussian's mass within half a level, all of
-the tail at the two ends (Ho et al., eq. 13). Its distribution function is taken as
+For (4) images are bytes scaled to [-1, 1]; p is the Gaussian's mass within half a level, including
+the tail at both ends (Ho et al., eq. 13). Its distribution function is approximated by
 
     Phi(z) = (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2                                  (5)
 
-as in the public code, so that figures compare; it is within 4e-4 of the true one.
+as in the public code, so that results are comparable; the error is below 4e-4.
 """
 
 import math
@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from dalle2_jax import rng
 from dalle2_jax.diffusion import process, variance
+from dalle2_jax.diffusion.loop import predictor
 from dalle2_jax.diffusion.process import Denoised
-from dalle2_jax.diffusion.sampler import predictor
 from dalle2_jax.diffusion.schedule import Schedule
 from dalle2_jax.diffusion.steppers import Predict
 from dalle2_jax.diffusion.thresholding import thresholding
@@ -71,9 +71,9 @@ def vlb_terms(
     Args:
         schedule: the process.
         variance_type: the network's, one of ``variance.VARIANCES``.
-        pair: what the network says of x_t.
-        x_0: clean pictures, bytes scaled to [-1, 1].
-        x_t: the noised ones.
+        pair: the network's prediction at x_t.
+        x_0: clean images, bytes scaled to [-1, 1].
+        x_t: the noised images.
         t: indices into the schedule.
     """
     true_mean, _, true_log_variance = process.posterior(schedule, x_0, x_t, t)
@@ -98,24 +98,24 @@ def bits_per_dim(
     denoiser: Denoiser,
     x_0: Float[Array, "B *shape"],
     keys: Key[Array, "B"],
-    clip: float | None = 1.0,
+    clip_sample: float | None = 1.0,
 ) -> Metrics:
-    """Returns the bound, eq. (1), of each picture, one draw of noise a step. Call it under ``jax.jit``.
+    """Returns the bound, eq. (1), of each image, with one noise sample a step. Call it under ``jax.jit``.
 
     Args:
         schedule: the process; a respaced one has another, usually looser, bound.
         prediction_type: what the denoiser predicts.
         variance_type: the network's, one of ``variance.VARIANCES``.
-        denoiser: the network, told timesteps.
+        denoiser: the network (x_t, t) -> prediction.
         x_0: bytes scaled to [-1, 1], float32.
-        keys: one a picture.
-        clip: bound on the predicted |x_0|.
+        keys: one an image.
+        clip_sample: bound on the predicted |x_0|; None for no bound.
 
     Returns:
         "total" and "prior" float32[B]; "vlb" (eq. 3-4), "mse" (of eps) and "x_0_mse" float32[T, B], cleanest first.
     """
 
-    predict = predictor(prediction_type, denoiser, thresholding("static", clip, 1.0), variance_type)
+    predict = predictor(prediction_type, denoiser, thresholding("static", clip_sample, 1.0), variance_type)
 
     def body(_, index):
         noise = rng.normal(jax.vmap(rng.at_step, in_axes=(0, None))(keys, index), x_0.shape[1:])
@@ -139,5 +139,6 @@ def _terms_at(
     x_t = process.q_sample(schedule, x_0, t, noise)
     pair = predict(x_t, schedule.level_at(index))
     axes = tuple(range(1, x_0.ndim))
-    errors = (jnp.mean(jnp.square(seen - true), axis=axes) for seen, true in ((pair.eps, noise), (pair.x_0, x_0)))
-    return vlb_terms(schedule, variance_type, pair, x_0, x_t, t), *errors
+    mse = jnp.mean(jnp.square(pair.eps - noise), axis=axes)
+    x_0_mse = jnp.mean(jnp.square(pair.x_0 - x_0), axis=axes)
+    return vlb_terms(schedule, variance_type, pair, x_0, x_t, t), mse, x_0_mse

@@ -1,4 +1,4 @@
-"""The forward process and its inverses: noising, the posterior, and what a network predicts.
+"""The forward process and its inverses: noising, the posterior, and the prediction types.
 
 With signal rate a_t = sqrt(alpha_bar_t) and noise rate s_t = sqrt(1 - alpha_bar_t), a^2 + s^2 = 1,
 noising at once (Ho et al. 2020, arXiv 2006.11239, eq. 4) is
@@ -20,7 +20,7 @@ and the posterior q(x_{t-1} | x_t, x_0) has the mean and variance of Ho et al. e
 
     mean = c_t x_0 + d_t x_t,           variance = beta_tilde_t                               (6)
 
-Everything is float32. Here t is an *index* int32[B] into the schedule given, which is the network's
+Everything is float32. Here t is an *index* int32[B] into the given schedule, which equals the network's
 timestep only where the schedule is not respaced.
 """
 
@@ -32,13 +32,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dalle2_jax.diffusion.schedule import Level, Schedule
-from dalle2_jax.types import choose
+from dalle2_jax.errors import choose
 
 
 class Denoised(NamedTuple):
-    """What a network says of x_t: the clean picture and the noise in it, each [B, ...].
+    """A network's prediction at x_t: the clean example and the noise in it, each [B, ...].
 
-    ``variance`` is what it says of the reverse step's variance, unprocessed (``variance``), or None.
+    ``variance`` is the raw output for the variance of the reverse step (``variance``), None where it has none.
     """
 
     x_0: jax.Array
@@ -84,8 +84,8 @@ def denoised(
     prediction_type: str,
     prediction: Float[Array, "B *shape"],
     x_t: Float[Array, "B *shape"],
-    signal_rate: Float[Array, "..."],
-    noise_rate: Float[Array, "..."],
+    signal_rate: Float[Array | np.ndarray, "..."],
+    noise_rate: Float[Array | np.ndarray, "..."],
 ) -> Denoised:
     """Returns (x_0, eps) of a prediction at a noise level, eq. (3)-(5).
 
@@ -140,13 +140,11 @@ def from_x0_eps(
     eps: Float[Array, "B *shape"],
     t: Int[Array, "B"],
 ) -> Float[Array, "B *shape"]:
-    """Returns what a network of this type should have predicted, eq. (2); UserError on another type."""
+    """Returns the target of a network of this prediction type, eq. (2); UserError on another type."""
     rates = at(schedule.signal_rate, t, x_0.ndim), at(schedule.noise_rate, t, x_0.ndim)
     return choose("prediction type", prediction_type, _TARGET)(x_0, eps, *rates)
 
 
-def with_x_0(
-    pair: Denoised, x_0: Float[Array, "B *shape"], x_t: Float[Array, "B *shape"], level: Level
-) -> Denoised:
-    """Returns the pair for a picture that was mended after prediction: eps follows from x_t, eq. (4)."""
+def with_x_0(pair: Denoised, x_0: Float[Array, "B *shape"], x_t: Float[Array, "B *shape"], level: Level) -> Denoised:
+    """Returns the pair with a corrected x_0; eps is computed from it and x_t, eq. (4)."""
     return pair._replace(x_0=x_0, eps=_eps_from_x0(x_0, x_t, level.signal_rate, level.noise_rate))

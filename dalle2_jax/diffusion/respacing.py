@@ -1,6 +1,6 @@
-"""Which steps of a schedule a sampler takes.
+"""Respacing: the steps of a schedule that a sampler takes.
 
-*Respacing* (Nichol & Dhariwal 2021, arXiv 2102.09672, section 4) keeps the alpha_bar of some of the
+*Respacing* (Nichol & Dhariwal 2021, arXiv 2102.09672, section 4) selects the alpha_bar of some of the
 timesteps and derives the betas of the jumps between them:
 
     beta_k = 1 - alpha_bar_{t_k} / alpha_bar_{t_{k-1}}                                        (1)
@@ -11,11 +11,11 @@ Karras et al. 2022 (arXiv 2206.00364, eq. 5) the ratio sigma = noise rate / sign
 
     sigma_k = (sigma_max^(1/rho) + k / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho    (2)
 
-Both start at sigma = 80 (ibid., table 1) where a schedule goes further, as cosine does to 20,000: of x_0 there is
-nothing to be seen beyond, and the steps are better spent below.
+Both start at sigma = 80 (ibid., table 1) where a schedule goes further, as cosine does to 20,000: x_t has no
+information about x_0 beyond, and the steps are better spent below.
 
-A network knows whole timesteps alone, so each level takes the timestep nearest in log SNR, or the next
-one that is free: n levels are always n different steps.
+A network is trained on integer timesteps only, so each level takes the timestep nearest in log SNR, or the next
+one that is not taken: n levels are always n different steps.
 """
 
 import functools
@@ -24,11 +24,11 @@ import re
 import numpy as np
 from jaxtyping import Float, Int
 
-from dalle2_jax.diffusion.schedule import Schedule, of_alpha_bar
-from dalle2_jax.types import UserError
+from dalle2_jax.diffusion.schedule import Schedule, selected
+from dalle2_jax.errors import UserError, shown
 
 SIGMA_MAX = 80.0
-"""The most noise over signal that the last two spacings start from."""
+"""The highest noise-to-signal ratio that the last two spacings start from."""
 
 GRAMMAR = "50, 'ddim50', '10,10,3,2,2', 'fast27', 'logsnr20', 'karras20', 'karras20:7' or 't:0,250,500,999'"
 
@@ -40,46 +40,46 @@ def respace(schedule: Schedule, spec: int | str) -> Schedule:
         schedule: the schedule to take steps from, T steps.
         spec: which steps; the first four in the grammar of the public code (guided-diffusion, GLIDE):
             50 or "50"       50 steps evenly spaced from the first to the last, both included;
-                             1 takes the last alone
-            "10,10,3,2,2"    so many steps, likewise, in each of equal sections, cleanest first
+                             1 takes only the last
+            "10,10,3,2,2"    this many evenly spaced steps in each of equal sections, cleanest first
             "ddim50"         every (T/50)-th step from the first (Song et al. 2021, sec. 4)
-            "fast27"         "10,10,3,2,2", whose last step is drawn two back from pure noise
+            "fast27"         "10,10,3,2,2", whose last step is moved two back from pure noise
             "logsnr20"       20 steps evenly spaced in log SNR
-            "karras20:7"     20 steps after eq. (2) with rho = 7, which ":7" may be left out for
+            "karras20:7"     20 steps after eq. (2) with rho = 7, the default
             "t:0,250,999"    exactly these timesteps
 
     Raises:
-        UserError: more steps than there are, a stride that does not divide, timesteps that are not there
-            or do not ascend, or no such grammar.
+        UserError: more steps than the schedule has, a stride that does not divide, timesteps that do not exist
+            or do not ascend, or another syntax.
     """
     return _respace(schedule, str(spec).replace(" ", ""))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _respace(schedule: Schedule, spec: str) -> Schedule:
-    kept = _kept_steps(schedule, spec)
-    if len(kept) == schedule.num_steps:
+    indices = _selected_steps(schedule, spec)
+    if len(indices) == schedule.num_steps:
         return schedule
-    return of_alpha_bar(schedule.alpha_bar[kept], schedule.timesteps[kept])
+    return selected(schedule, indices)
 
 
-def _kept_steps(schedule: Schedule, spec: str) -> Int[np.ndarray, "n"]:
-    """Returns the indices that a respacing keeps, ascending."""
+def _selected_steps(schedule: Schedule, spec: str) -> Int[np.ndarray, "n"]:
+    """Returns the indices that a respacing selects, ascending."""
     num_steps = schedule.num_steps
     if spec == "fast27":
-        kept = _sections(num_steps, [10, 10, 3, 2, 2])
-        kept[-1] = num_steps - 3
-        return kept
-    if match := re.fullmatch(r"ddim(\d+)", spec):
+        indices = _sections(num_steps, [10, 10, 3, 2, 2])
+        indices[-1] = num_steps - 3
+        return indices
+    if match := re.fullmatch(r"ddim(\d{1,9})", spec):
         return _strided(num_steps, int(match[1]))
-    if match := re.fullmatch(r"logsnr([1-9]\d*)", spec):
+    if match := re.fullmatch(r"logsnr([1-9]\d{0,8})", spec):
         return _nearest(schedule, _even_log_snr(schedule, _within(num_steps, int(match[1]))))
-    if match := re.fullmatch(r"karras([1-9]\d*)(?::(\d+(?:\.\d+)?))?", spec):
+    if match := re.fullmatch(r"karras([1-9]\d{0,8})(?::(\d{1,9}(?:\.\d{1,9})?))?", spec):
         return _nearest(schedule, _karras(schedule, _within(num_steps, int(match[1])), float(match[2] or 7)))
-    if match := re.fullmatch(r"t:(\d+(?:,\d+)*)", spec):
+    if match := re.fullmatch(r"t:(\d{1,9}(?:,\d{1,9})*)", spec):
         return _listed(schedule, [int(word) for word in match[1].split(",")])
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", spec):
-        raise UserError(f"not a respacing: {spec!r}; write one like {GRAMMAR}")
+    if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", spec):
+        raise UserError(f"not a respacing: {shown(spec)}; write one like {GRAMMAR}")
     return _sections(num_steps, [int(word) for word in spec.split(",")])
 
 
@@ -90,11 +90,11 @@ def _within(num_steps: int, count: int) -> int:
 
 
 def _sections(num_steps: int, counts: list[int]) -> np.ndarray:
-    """Returns so many steps of each of equal sections; these differ by one step at most, the longer ones first."""
+    """Returns ``counts`` steps of equal sections, whose lengths differ by one step at most, the longer ones first."""
     if counts == [1]:
-        # Even spacing would keep step 0, from which noise cannot become a picture.
+        # Even spacing would select step 0, from which noise cannot become an image.
         return np.array([num_steps - 1])
-    sections = np.array_split(np.arange(num_steps), len(counts))
+    sections = np.array_split(np.arange(num_steps), _within(num_steps, len(counts)))
     return np.concatenate([_even(section, count) for section, count in zip(sections, counts, strict=True)])
 
 
@@ -106,7 +106,7 @@ def _even(section: np.ndarray, count: int) -> np.ndarray:
 
 
 def _strided(num_steps: int, count: int) -> np.ndarray:
-    """Returns every k-th step, for the smallest k that leaves exactly count of them."""
+    """Returns every k-th step, for the smallest k that gives exactly count of them."""
     strides = {len(range(0, num_steps, k)): k for k in range(num_steps, 0, -1)}
     if count not in strides:
         nearest = min(strides, key=lambda n: abs(n - count))
@@ -136,18 +136,18 @@ def _even_log_snr(schedule: Schedule, count: int) -> np.ndarray:
 
 def _karras(schedule: Schedule, count: int, rho: float) -> np.ndarray:
     """Levels of eq. (2) as log SNR = -2 log sigma, cleanest first."""
-    if rho <= 0:
-        raise UserError(f"the rho of a Karras spacing must be above 0, not {rho}")
+    if not 0 < rho <= 1_000_000:
+        raise UserError(f"the rho of a Karras spacing must be above 0 and at most 1000000, not {rho}")
     first, last = _ends(schedule)
-    least = np.exp((last - first) / 2 / rho)  # sigma_min over sigma_max, to the power 1 / rho: it cannot overflow
+    low = np.exp((last - first) / 2 / rho)  # (sigma_min / sigma_max)^(1 / rho), which cannot overflow
     with np.errstate(divide="ignore"):
-        return last - 2 * rho * np.log(np.linspace(least, 1.0, count) if count > 1 else np.array([1.0]))
+        return last - 2 * rho * np.log(np.linspace(low, 1.0, count) if count > 1 else np.array([1.0]))
 
 
-def _nearest(schedule: Schedule, wanted: Float[np.ndarray, "n"]) -> np.ndarray:
-    """Returns a different step for each of descending log SNRs: the nearest, or the next that is free."""
-    log_snr, count = schedule.log_snr, len(wanted)
-    kept = np.abs(log_snr[None, :] - wanted[:, None]).argmin(axis=1)
+def _nearest(schedule: Schedule, targets: Float[np.ndarray, "n"]) -> np.ndarray:
+    """Returns a different step for each of descending log SNRs: the nearest, or the next that is not taken."""
+    log_snr, count = schedule.log_snr, len(targets)
+    indices = np.abs(log_snr[None, :] - targets[:, None]).argmin(axis=1)
     order = np.arange(count)
-    kept = np.maximum.accumulate(kept - order) + order  # ascending: each at least one after the one before
-    return np.minimum(kept, schedule.num_steps - count + order)
+    indices = np.maximum.accumulate(indices - order) + order  # ascending: each at least one more than the previous
+    return np.minimum(indices, schedule.num_steps - count + order)

@@ -1,40 +1,37 @@
-"""Sampling: from noise to a picture in one ``lax.scan`` over the steps of a respaced schedule.
+"""Sampling: from noise to x_0 by one of several samplers, over the steps of a respaced schedule.
 
-A sampler is a stepper (``steppers``, ``solvers``) in this loop. Before the first step x_T ~ N(0, I), and at each
-step the network's prediction becomes (x_0, eps) (``process`` eq. 3-5). Where x_0 is mended (clipped,
-thresholded, by a caller's hook), the noise is taken to be what the mended picture leaves of x_t,
+A sampler is a stepper (``steppers``, ``solvers``) in the loop of ``loop.integrate``. It starts from x_T ~ N(0, I); at
+each step the network's prediction becomes (x_0, eps) (``process`` eq. 3-5). Where x_0 is corrected (clipped,
+thresholded, by the caller's ``x0_transform``), eps is computed again from x_t,
 
-    x_0 <- hook(x_0),        eps <- (x_t - a_t x_0) / s_t                                     (1)
+    x_0 <- x0_transform(x_0),        eps <- (x_t - a_t x_0) / s_t                             (1)
 
-which keeps x_t = a_t x_0 + s_t eps true, the pair of which DDIM depends on.
+which keeps x_t = a_t x_0 + s_t eps true: DDIM depends on it.
 
-Randomness: image b has its own key. Its x_T comes from the stream "x_T" of it and its noise at
-the i-th turn of the loop from ``fold_in(stream "noise", i)``, so that a picture does not depend on its batch.
+Randomness: example b has its own key. Its x_T comes from the key's stream "x_T", and the noise of its steps from the
+stream "noise" (``loop``). Both may be given instead, to compare with another implementation: `SamplingOptions`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Key
 
 from dalle2_jax import rng
-from dalle2_jax.diffusion import process, variance
-from dalle2_jax.diffusion.inpainting import Inpainting, Itinerary, one_way, resampling
+from dalle2_jax.diffusion.inpainting import resampling
+from dalle2_jax.diffusion.loop import SamplingOptions, X0Transform, integrate, predictor
 from dalle2_jax.diffusion.respacing import respace
-from dalle2_jax.diffusion.schedule import Schedule, first_steps
+from dalle2_jax.diffusion.schedule import Schedule
 from dalle2_jax.diffusion.solvers import DpmSolver, Heun, UniPc
-from dalle2_jax.diffusion.steppers import Ddim, Ddpm, InverseDdim, Predict, Stepper
+from dalle2_jax.diffusion.steppers import Ddim, Ddpm, InverseDdim, Stepper
 from dalle2_jax.diffusion.thresholding import thresholding
-from dalle2_jax.diffusion.variance import NoiseMoments
-from dalle2_jax.types import Denoiser, UserError, choose
-
-Hook = Callable[[jax.Array], jax.Array]
-"""A predicted x_0 [B, ...] -> a better one."""
+from dalle2_jax.diffusion.variance import NoiseStatistics
+from dalle2_jax.errors import UserError, choose
+from dalle2_jax.ranges import DiffusionSteps, Fraction, Range
+from dalle2_jax.types import Denoiser
 
 SOLVERS = {
     "euler": Heun(order=1),
@@ -46,6 +43,9 @@ SOLVERS = {
 }
 SAMPLERS = ("ddim", "ddpm", *SOLVERS)
 
+MAX_GROWTH = 4.0
+"""Steps for which ``Heun.growth`` is larger are rejected for "heun"."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
@@ -54,163 +54,92 @@ class SamplerConfig:
     Attributes:
         name: one of `SAMPLERS`.
         steps: a respacing, see ``respacing.respace``.
-        eta: DDIM's noise, 0 (none) to 1 (as much as DDPM).
+        eta: DDIM's noise, from 0 (none) to 1 (as much as DDPM).
         variance: DDPM's: "auto" (the network's own, else "fixed_small"), "fixed_small", "fixed_large", "analytic".
-        clip: bound on |x_0| at each step: 1 for pixels, larger or None for embeddings.
-        threshold: how x_0 is brought within it: "static" or "dynamic".
-        quantile: of "dynamic". ``temperature``: deviation of x_T; GLIDE's upsampler takes 0.997.
+        clip_sample: bound on |x_0| at each step: 1 for images in [-1, 1]; None for data without a bound.
+        threshold: how x_0 is brought within ``clip_sample``: "static" or "dynamic" (``thresholding``).
+        quantile: of "dynamic".
+        temperature: standard deviation of x_T; GLIDE's upsampler uses 0.997.
 
     Raises:
         UserError: an unknown name, a number out of range, or eta or a variance for a sampler without it.
     """
 
     name: str = "ddim"
-    steps: int | str = 50
-    eta: float = 0.0
+    steps: DiffusionSteps | str = 50
+    eta: Fraction = 0.0
     variance: str = "auto"
-    clip: float | None = 1.0
+    clip_sample: Annotated[float, Range(0, 1_000_000, exclusive_min=True)] | None = None
     threshold: str = "static"
-    quantile: float = 0.995
-    temperature: float = 1.0
+    quantile: Annotated[float, Range(0, 1, exclusive_min=True)] = 0.995
+    temperature: Annotated[float, Range(0, 1_000)] = 1.0
 
     def __post_init__(self) -> None:
         choose("sampler", self.name, dict.fromkeys(SAMPLERS))
         choose("variance", self.variance, dict.fromkeys(("auto", "fixed_small", "fixed_large", "analytic")))
-        thresholding(self.threshold, self.clip, self.quantile)
+        thresholding(self.threshold, self.clip_sample, self.quantile)
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta is the share of DDPM's noise, from 0 to 1, not {self.eta}")
         _check_eta(self.name, self.eta)
         if self.variance != "auto" and self.name != "ddpm":
-            raise UserError(f"sampler {self.name!r} has no variance: leave it out, or use sampler 'ddpm'")
+            raise UserError(f"sampler {self.name!r} has no variance: remove it, or use sampler 'ddpm'")
 
 
 def _check_eta(name: str, eta: float | jax.Array | None) -> None:
     """Raises UserError for an eta, even a traced one, of another sampler than "ddim"."""
     if name != "ddim" and eta is not None and not (isinstance(eta, int | float) and eta == 0):
-        raise UserError(f"sampler {name!r} has no eta: leave it out, or use sampler 'ddim'")
+        raise UserError(f"sampler {name!r} has no eta: remove it, or use sampler 'ddim'")
 
 
 def make_stepper(
     config: SamplerConfig,
     eta: float | Float[Array, ""] | None = None,
     variance_type: str = "fixed_small",
-    moments: NoiseMoments | None = None,
+    noise_statistics: NoiseStatistics | None = None,
 ) -> Stepper:
     """Returns the stepper of a configuration.
 
     Args:
-        eta: takes the place of DDIM's own; may be traced.
+        config: the sampler.
+        eta: replaces ``config.eta``; may be traced.
         variance_type: the network's, for "ddpm" with variance "auto".
-        moments: the network's, for variance "analytic".
+        noise_statistics: the network's, for variance "analytic".
 
     Raises:
-        UserError: eta, even traced, for another sampler than "ddim"; "analytic" without moments.
+        UserError: eta, even traced, for another sampler than "ddim"; "analytic" without statistics.
     """
     _check_eta(config.name, eta)
     if config.name == "ddim":
         return Ddim(config.eta if eta is None else eta)
     if config.name == "ddpm":
-        return Ddpm(variance_type if config.variance == "auto" else config.variance, moments)
+        return Ddpm(variance_type if config.variance == "auto" else config.variance, noise_statistics)
     return SOLVERS[config.name]
 
 
-def predictor(
-    prediction_type: str, denoiser: Denoiser, hook: Hook | None = None, variance_type: str = "fixed_small"
-) -> Predict:
-    """Returns what a stepper asks: (x_t, level) -> (x_0, eps), and the raw variance where the network learned one.
+def steps_of(schedule: Schedule, config: SamplerConfig) -> Schedule:
+    """Returns the schedule of the steps that a sampler takes.
 
-    ``hook`` maps the predicted x_0 to a better one (clipping, thresholding, pasting known pixels); eps then
-    follows by eq. (1).
-    """
-
-    def predict(x_t, level):
-        t = jnp.broadcast_to(level.timestep, x_t.shape[:1])
-        prediction, raw = variance.split(variance_type, denoiser(x_t, t).astype(jnp.float32))
-        pair = process.denoised(prediction_type, prediction, x_t, level.signal_rate, level.noise_rate)
-        pair = pair._replace(variance=raw)
-        return pair if hook is None else process.with_x_0(pair, hook(pair.x_0), x_t, level)
-
-    return predict
-
-
-def integrate(
-    stepper: Stepper,
-    schedule: Schedule,
-    predict: Predict,
-    keys: Key[Array, "B"],
-    x_T: Float[Array, "B *shape"],
-    *,
-    itinerary: Itinerary | None = None,
-    inpainting: Inpainting | None = None,
-    ascending: bool = False,
-    trajectory: bool = False,
-) -> Float[Array, "..."]:
-    """Goes from x_T through the steps of the schedule, the noisiest first: the one sampling loop.
-
-    The network is traced as often as the stepper asks for it in a step; x_t is carried with what the stepper carries.
+    ``config.steps`` is parsed by ``respacing.respace``. A plain number n means n steps even in t, but for "heun", whose
+    second slopes need levels that are not too far apart, "logsnr{n}": even in log SNR, from sigma = 80 at most.
 
     Args:
-        stepper: takes a step.
-        schedule: the steps to take, already respaced.
-        predict: the network, see ``predictor``.
-        keys: one an image; turn i of the loop draws from ``fold_in(keys[b], i)``.
-        x_T: where to start.
-        itinerary: which step each turn takes, where that is not simply one after the other.
-        inpainting: what is known of the picture, put in after every turn.
-        ascending: whether the steps run from the cleanest up (``InverseDdim``).
-        trajectory: whether to return x after every turn.
+        schedule: the schedule of training.
+        config: the sampler.
 
-    Returns:
-        The last x float32[B, *shape]; or, as a trajectory, float32[turns, B, *shape], whose last is that.
+    Raises:
+        UserError: a respacing that does not fit the schedule, or one with which "heun" overshoots (``Heun.growth``).
     """
-    rows = stepper.rows(schedule)
-    x_T = x_T.astype(jnp.float32)
-    fresh = stepper.init(x_T)
-    itinerary = itinerary or one_way(len(jax.tree.leaves(rows)[0]), ascending)
-
-    def turn(state, xs):
-        x_t, carry = state
-        number, index, row, climbs, jump = xs
-        turn_keys = jax.vmap(rng.at_step, in_axes=(0, None))(keys, number)
-
-        def noise():
-            return rng.normal(turn_keys, x_t.shape[1:])
-
-        def down():
-            x_prev, after = stepper.step(predict, x_t, row, noise, carry)
-            return (x_prev if inpainting is None else inpainting.put(schedule, x_prev, index, turn_keys)), after
-
-        def up():
-            # What a multistep solver remembers belongs to the way down before.
-            return jump.signal * x_t + jump.noise * noise(), fresh
-
-        x_t, carry = jax.lax.cond(climbs, up, down) if itinerary.climbs.any() else down()
-        return (x_t, carry), x_t if trajectory else None
-
-    # Turns are numbered from the last, so that a step of the plain way down has its own number.
-    numbers = np.arange(len(itinerary.indices), dtype=np.int32)[::-1]
-    taken = _rows_taken(stepper, schedule, itinerary, rows)
-    xs = numbers, itinerary.indices, taken, itinerary.climbs, itinerary.jumps(schedule)
-    (x_0, _), states = jax.lax.scan(turn, (x_T, fresh), xs)
-    return states if trajectory else x_0
-
-
-def _chosen(rows: Any, indices: np.ndarray) -> Any:
-    return jax.tree.map(lambda table: np.asarray(table)[indices], rows)
-
-
-def _rows_taken(stepper: Stepper, schedule: Schedule, itinerary: Itinerary, rows: Any) -> Any:
-    """Returns the row of each turn; those that climb need none.
-
-    After a climb the way down begins anew: its rows are those of a schedule that ends where it begins, at which a
-    multistep solver has no memory to ask.
-    """
-    if not itinerary.climbs.any():
-        return _chosen(rows, itinerary.indices)
-    starts, indices = itinerary.starts, np.where(itinerary.climbs, 0, itinerary.indices)
-    ways = {start: stepper.rows(first_steps(schedule, start + 1)) for start in np.unique(starts)}
-    taken = [_chosen(ways[start], index) for start, index in zip(starts, indices, strict=True)]
-    return jax.tree.map(lambda *rows: np.stack(rows), *taken)
+    spec, solver = str(config.steps).replace(" ", ""), SOLVERS.get(config.name)
+    if not isinstance(solver, Heun) or solver.order == 1:
+        return respace(schedule, spec)
+    steps = respace(schedule, f"logsnr{spec}" if spec.isdecimal() else spec)
+    growth = solver.growth(steps)
+    if growth > MAX_GROWTH:
+        raise UserError(
+            f"steps {spec!r} are too far apart for sampler {config.name!r}, which would spread samples {growth:.3g} "
+            "times too wide: use steps 'logsnr10' or more, or sampler 'dpmpp_2m'"
+        )
+    return steps
 
 
 def sample(
@@ -222,55 +151,49 @@ def sample(
     shape: tuple[int, ...],
     *,
     variance_type: str = "fixed_small",
-    x_T: Float[Array, "B *shape"] | None = None,
-    eta: float | Float[Array, ""] | None = None,
-    moments: NoiseMoments | None = None,
-    hook: Hook | None = None,
-    inpainting: Inpainting | None = None,
-    resample: tuple[int, int] | None = None,
-    trajectory: bool = False,
+    options: SamplingOptions = SamplingOptions(),
 ) -> Float[Array, "..."]:
-    """Draws x_0 ~ p_theta, one example a key. Call it under ``jax.jit``, or each call compiles again.
+    """Samples x_0 ~ p_theta, one example a key. Call it under ``jax.jit``, or each call compiles again.
 
     Args:
         schedule: the schedule of training; ``config.steps`` respaces it.
-        config: static.
+        config: the sampler. Static.
         prediction_type: what the denoiser predicts: "eps", "x0" or "v".
-        denoiser: parameters, conditions and guidance already bound.
-        keys: one an image, see ``rng.per_image``.
+        denoiser: the network (x_t, t) -> prediction, with parameters, conditioning and guidance bound.
+        keys: one an example, see ``rng.per_image``.
         shape: of one example.
         variance_type: the variance that the denoiser predicts, or "fixed_small".
-        x_T: where to start instead of fresh noise.
-        eta: takes the place of ``config.eta``; may be traced, so that changing it compiles nothing.
-        moments: the network's, for variance "analytic".
-        hook: maps each predicted x_0, after its threshold, to a better one.
-        inpainting: the pixels that are known.
-        resample: (jump, times) for inpainting: every stretch of so many steps is taken so many times.
-        trajectory: whether to return what x passes through instead of its end alone.
+        options: starting point, noise, known pixels and callbacks, where they are not the defaults.
 
     Returns:
-        x_0 float32[B, *shape]; or, as a trajectory, x after each turn float32[turns, B, *shape],
-        the noisiest first and x_0 last.
+        x_0 float32[B, *shape]; or, as a trajectory, x after each step float32[steps, B, *shape], x_0 last.
 
     Raises:
-        UserError: more steps than the schedule has, eta with another sampler than "ddim", an unknown prediction
-            type, "analytic" without moments.
+        UserError: more steps than the schedule has, or too few for "heun"; eta with another sampler than "ddim", an
+            unknown prediction type, "analytic" without statistics, noise of another shape.
     """
     x_T_keys = jax.vmap(lambda key: rng.stream(key, "x_T"))(keys)
     noise_keys = jax.vmap(lambda key: rng.stream(key, "noise"))(keys)
-    steps = respace(schedule, config.steps)
-    hooks = [mend for mend in (thresholding(config.threshold, config.clip, config.quantile), hook) if mend]
-    mend = None if not hooks else lambda x_0: functools.reduce(lambda x, mend: mend(x), hooks, x_0)
+    steps = steps_of(schedule, config)
+    x_T = config.temperature * rng.normal(x_T_keys, tuple(shape)) if options.x_T is None else options.x_T
     return integrate(
-        make_stepper(config, eta, variance_type, moments),
+        make_stepper(config, options.eta, variance_type, options.noise_statistics),
         steps,
-        predictor(prediction_type, denoiser, mend, variance_type),
+        predictor(prediction_type, denoiser, _x0_transform(config, options.x0_transform), variance_type),
         noise_keys,
-        config.temperature * rng.normal(x_T_keys, tuple(shape)) if x_T is None else x_T,
-        itinerary=resampling(steps.num_steps, *resample) if resample else None,
-        inpainting=inpainting,
-        trajectory=trajectory,
+        x_T,
+        options=options,
+        step_plan=resampling(steps.num_steps, *options.resample) if options.resample else None,
     )
+
+
+def _x0_transform(config: SamplerConfig, after: X0Transform | None) -> X0Transform | None:
+    """Returns the configuration's clipping or thresholding, followed by ``after``; None where there is neither."""
+    clip = thresholding(config.threshold, config.clip_sample, config.quantile)
+    transforms = [transform for transform in (clip, after) if transform is not None]
+    if not transforms:
+        return None
+    return lambda x_0: functools.reduce(lambda x, transform: transform(x), transforms, x_0)
 
 
 def invert(
@@ -283,18 +206,18 @@ def invert(
     variance_type: str = "fixed_small",
     skip_last: bool = True,
 ) -> Float[Array, "B *shape"]:
-    """Returns the x_T from which DDIM with eta = 0 and the same steps draws x_0 again, up to its step size.
+    """Returns the x_T from which DDIM with eta = 0 and the same steps samples x_0 again, up to its step size.
 
     Args:
         schedule: the schedule of training; ``steps`` respaces it.
         steps: a respacing, see ``respacing.respace``.
         prediction_type: what the denoiser predicts.
-        denoiser: as in ``sample``, without guidance: with it, no x_T draws the same picture.
-        x_0: the pictures.
-        variance_type: as in ``sample``.
+        denoiser: as in `sample`, without guidance: with guidance, no x_T reproduces x_0.
+        x_0: the examples.
+        variance_type: as in `sample`.
         skip_last: see ``steppers.InverseDdim``.
     """
-    kept = respace(schedule, steps)
+    respaced = respace(schedule, steps)
     predict = predictor(prediction_type, denoiser, None, variance_type)
-    keys = jax.vmap(jax.random.key)(jnp.zeros(x_0.shape[0], jnp.int32))  # asked of the loop, never drawn from
-    return integrate(InverseDdim(skip_last), kept, predict, keys, x_0, ascending=True)
+    keys = jax.vmap(jax.random.key)(jnp.zeros(x_0.shape[0], jnp.int32))  # required by the loop, not used
+    return integrate(InverseDdim(skip_last), respaced, predict, keys, x_0, ascending=True)

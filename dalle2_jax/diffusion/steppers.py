@@ -1,15 +1,15 @@
-"""Steppers: one step from x_t to x_{t-1}, given what the network says of x_t. Here those of the processes
-that a network is trained on; ``solvers`` has the solvers of its differential equation.
+"""Steppers: one step from x_t to x_{t-1}, given the network's prediction. Here DDPM, DDIM and its inversion;
+``solvers`` has the solvers of the probability-flow equation.
 
-In what follows x_0 and eps are the network's, after clipping; alpha_bar' is alpha_bar of the step
-before (1 before the first), and z ~ N(0, I).
+In what follows x_0 and eps are predicted by the network, after clipping; alpha_bar' is alpha_bar of the previous
+step (1 before the first), and z ~ N(0, I).
 
 DDPM, ancestral sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2): the posterior with the
 network's x_0 in place of the true one,
 
     x_{t-1} = c_t x_0 + d_t x_t + sigma_t z                                                   (1)
 
-sigma_t being any of ``variance``.
+with sigma_t as in ``variance``.
 
 DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16): eta = 0 is deterministic, eta = 1 has the
 variance beta_tilde of DDPM,
@@ -21,17 +21,16 @@ With 1 - r_t = (1 - beta_t) (1 - alpha_bar') / (1 - alpha_bar_t), the root in (2
 
     sqrt(1 - alpha_bar') sqrt((1 - r_t) + r_t (1 - eta) (1 + eta))                            (4)
 
-a sum of positive terms, which loses nothing in float32. In all of them sigma_0 = 0: the last step
-ends in x_0 without noise.
+a sum of positive terms, which is accurate in float32. In all of them sigma_0 = 0: the last step adds no noise.
 
-DDIM inversion runs (2) with eta = 0 backwards, from a picture to the noise that draws it (Dhariwal & Nichol 2021,
-arXiv 2105.05233, appendix F; Ramesh et al. 2022, section 3): with the network's (x_0, eps) of x_t,
+DDIM inversion runs (2) with eta = 0 backwards, from an image to the noise that reproduces it (Dhariwal & Nichol 2021,
+arXiv 2105.05233, appendix F; Ramesh et al. 2022, section 3): with the network's (x_0, eps) at x_t,
 
     x_{t+1} = sqrt(alpha_bar_{t+1}) x_0 + sqrt(1 - alpha_bar_{t+1}) eps                       (5)
 
-A stepper turns a schedule into *rows*, its coefficients at each step (computed in float64, kept
-as float32), and takes one step with one row. It may ask for several predictions in one step, and
-carry what it likes from step to step (a multistep solver its last x_0).
+A stepper converts a schedule to *rows*, its coefficients at each step (computed in float64, cast to
+float32), and takes one step with one row. It may evaluate the network several times in one step, and
+carry any state from step to step (a multistep solver its last x_0).
 """
 
 import dataclasses
@@ -45,19 +44,19 @@ import numpy as np
 from dalle2_jax.diffusion import variance
 from dalle2_jax.diffusion.process import Denoised
 from dalle2_jax.diffusion.schedule import Level, Schedule, float32
-from dalle2_jax.diffusion.variance import NoiseMoments
-from dalle2_jax.types import UserError, choose
+from dalle2_jax.diffusion.variance import NoiseStatistics
+from dalle2_jax.errors import UserError, choose
 
 Predict = Callable[[jax.Array, Level], Denoised]
-"""(x_t [B, ...], its level) -> the network's (x_0, eps) of it, already clipped or thresholded."""
+"""(x_t [B, ...], its level) -> the network's (x_0, eps), already clipped or thresholded."""
 
 Carry = Any
-"""What a stepper takes along from step to step: any tree of arrays of constant shapes."""
+"""The state of a stepper from step to step: any tree of arrays of constant shapes."""
 
 
 @runtime_checkable
 class Stepper(Protocol):
-    """One sampler. The loop around it is ``sampler.integrate``."""
+    """One sampler. The loop around it is ``loop.integrate``."""
 
     def rows(self, schedule: Schedule) -> Any:
         """Returns a tree of arrays [T], the coefficients of each step of the schedule."""
@@ -72,43 +71,47 @@ class Stepper(Protocol):
     ) -> tuple[jax.Array, Carry]:
         """Returns x_{t-1} and the next carry.
 
-        ``row`` is this step's slice of ``rows``; ``noise()`` draws this step's normals [B, ...],
-        the same however often it is called.
+        Args:
+            predict: evaluates the network.
+            x_t: float32[B, ...].
+            row: this step's slice of ``rows``.
+            noise: returns the normals of this step [B, ...], the same however often it is called.
+            carry: the state after the previous step.
         """
         ...
 
 
 class DdpmRow(NamedTuple):
-    """What DDPM knows of a step; each field float32[steps]."""
+    """The coefficients of DDPM; each field float32[steps]."""
 
     level: Level
     x_0_weight: np.ndarray  # c_t
     x_t_weight: np.ndarray  # d_t
-    std: np.ndarray  # sigma_t; 1 where the network says it, 0 at the last step
+    std: np.ndarray  # sigma_t; 1 for a learned variance, 0 at the last step
     log_small: np.ndarray  # log beta_tilde_t
     log_large: np.ndarray  # log beta_t
 
 
 @dataclasses.dataclass(frozen=True)
 class Ddpm:
-    """Ancestral sampling, eq. (1), with a variance of ``variance.VARIANCES`` or "analytic", which has its moments."""
+    """Ancestral sampling, eq. (1), with a variance of ``variance.VARIANCES``, or "analytic" (needs the statistics)."""
 
     variance: str = "fixed_small"
-    moments: NoiseMoments | None = None
+    noise_statistics: NoiseStatistics | None = None
 
     def __post_init__(self) -> None:
         choose("variance", self.variance, dict.fromkeys((*variance.VARIANCES, "analytic")))
-        if self.variance == "analytic" and self.moments is None:
+        if self.variance == "analytic" and self.noise_statistics is None:
             raise UserError(
-                "variance 'analytic' needs the network's noise moments: "
-                "measure them by `python -m dalle2_jax.evaluation moments`"
+                "variance 'analytic' needs the network's noise statistics: measure them by "
+                "`dalle2 evaluate noise_statistics`"
             )
 
     def _std(self, schedule: Schedule) -> np.ndarray:
         if self.variance in variance.LEARNED:
             return np.ones(schedule.num_steps)
-        if self.variance == "analytic":
-            return np.sqrt(variance.analytic(schedule, self.moments))
+        if self.variance == "analytic" and self.noise_statistics is not None:
+            return np.sqrt(variance.analytic(schedule, self.noise_statistics))
         return np.sqrt(schedule.posterior_variance if self.variance == "fixed_small" else schedule.betas)
 
     def rows(self, schedule: Schedule) -> DdpmRow:
@@ -130,26 +133,26 @@ class Ddpm:
 
 
 class DdimRow(NamedTuple):
-    """What DDIM knows of a step; each field float32[steps]."""
+    """The coefficients of DDIM; each field float32[steps]."""
 
     level: Level
     signal_rate_prev: np.ndarray  # sqrt(alpha_bar')
     noise_rate_prev: np.ndarray  # sqrt(1 - alpha_bar')
-    fresh: np.ndarray  # r_t, the share of the noise that eta = 1 renews
-    kept: np.ndarray  # 1 - r_t
+    fresh: np.ndarray  # r_t, the share of the noise variance that is new noise at eta = 1
+    old: np.ndarray  # 1 - r_t
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ddim:
-    """DDIM, eq. (2)-(4). eta in [0, 1] may be traced; no normals are drawn while it is 0."""
+    """DDIM, eq. (2)-(4). eta in [0, 1] may be traced; no normals are generated while it is 0."""
 
     eta: float | jax.Array = 0.0
 
     def rows(self, schedule: Schedule) -> DdimRow:
         noise_var, noise_var_prev = 1.0 - schedule.alpha_bar, 1.0 - schedule.alpha_bar_prev
         fresh = schedule.betas / noise_var
-        kept = (1.0 - schedule.betas) * noise_var_prev / noise_var
-        tables = schedule.signal_rate_prev, schedule.noise_rate_prev, fresh, kept
+        old = (1.0 - schedule.betas) * noise_var_prev / noise_var
+        tables = schedule.signal_rate_prev, schedule.noise_rate_prev, fresh, old
         return DdimRow(schedule.levels, *float32(*tables))
 
     def init(self, x_T):
@@ -158,14 +161,14 @@ class Ddim:
     def step(self, predict, x_t, row, noise, carry):
         pair = predict(x_t, row.level)
         eta = jnp.asarray(self.eta, jnp.float32)
-        towards = row.noise_rate_prev * jnp.sqrt(row.kept + row.fresh * (1 - eta) * (1 + eta))
+        towards = row.noise_rate_prev * jnp.sqrt(row.old + row.fresh * (1 - eta) * (1 + eta))
         sigma = eta * row.noise_rate_prev * jnp.sqrt(row.fresh)
         z = jax.lax.cond(eta > 0, noise, lambda: jnp.zeros_like(x_t))
         return row.signal_rate_prev * pair.x_0 + towards * pair.eps + sigma * z, carry
 
 
 class InversionRow(NamedTuple):
-    """What inversion knows of a step; each field float32[steps]."""
+    """The coefficients of inversion; each field float32[steps]."""
 
     level: Level
     signal_rate_next: np.ndarray  # sqrt(alpha_bar_{t+1}); 0 after the last
@@ -174,10 +177,10 @@ class InversionRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class InverseDdim:
-    """DDIM inversion, eq. (5): it climbs, so ``sampler.integrate`` goes through its rows cleanest first.
+    """DDIM inversion, eq. (5). It goes from clean to noisy: ``loop.integrate`` takes its rows cleanest first.
 
-    The clean picture stands for x at the first level. The last step would go on to pure noise, a level that no
-    sampler starts from; left out, as Dhariwal & Nichol found better, inversion ends where DDIM begins.
+    The clean image takes the place of x at the first level. The last step would end in pure noise, a level that no
+    sampler starts from. With ``skip_last``, which Dhariwal & Nichol found better, inversion ends where DDIM starts.
     """
 
     skip_last: bool = True

@@ -4,9 +4,9 @@ Importance sampling by the second moment of the loss (Nichol & Dhariwal 2021, ar
 
     p_t  proportional to  sqrt(E[L_t^2]),        loss = E_{t ~ p} [L_t / (T p_t)]             (1)
 
-with the moment taken over the last `HISTORY` losses of each step, and p uniform until every step has so
-many. A share of `UNIFORM` stays uniform, so that no step is forgotten. The losses are part of what
-training carries from step to step, so a resumed run goes on exactly.
+with the moment taken over the last `HISTORY` losses of each step, and p uniform until every step has that many.
+A share of `UNIFORM` stays uniform, so that every step is trained. The history is part of the training state, so a
+resumed run continues exactly.
 """
 
 from typing import NamedTuple
@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from dalle2_jax.types import WeightedMean
+
 HISTORY, UNIFORM = 10, 0.001
 SAMPLERS = ("uniform", "loss_second_moment")
 
 
 class LossHistory(NamedTuple):
-    """The last losses of each step: a ring of `HISTORY` places, and how many were ever written."""
+    """The last losses of each step: a ring buffer of `HISTORY` entries, and the number ever written."""
 
     losses: Float[Array, "T H"]
     counts: Int[Array, "T"]
@@ -42,27 +44,52 @@ def probabilities(history: LossHistory, uniform: float = UNIFORM) -> Float[Array
 
 
 def record(history: LossHistory, t: Int[Array, "B"], losses: Float[Array, "B"]) -> LossHistory:
-    """Returns the history with a batch's losses, each in the place of its step's oldest.
+    """Returns the history with a batch's losses, each in place of the oldest loss of its step.
 
-    The same t may come several times, even more often than there are places: the last ones stay.
+    The same t may occur several times, even more often than the history is long: then the last losses are stored.
     """
     length = history.losses.shape[1]
     same = t[:, None] == t[None, :]
     earlier = jnp.sum(jnp.tril(same, -1), axis=1)
     later = jnp.sum(jnp.triu(same, 1), axis=1)
     place = (history.counts[t] + earlier) % length
-    # A row past the end is dropped: of more losses than places only the last find one.
+    # Rows past the end are dropped: of too many losses of one step only the last are written.
     row = jnp.where(later < length, t, history.losses.shape[0])
     written = history.losses.at[row, place].set(losses.astype(jnp.float32), mode="drop")
     return LossHistory(written, history.counts.at[t].add(1))
 
 
-def draw(
+def sample_timesteps(
     key: Key[Array, ""], batch: int, num_steps: int, history: LossHistory | None = None
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """Returns t, uniform or by eq. (1), and the weight 1 / (T p_t) of each example."""
+    """Samples t uniformly or, with a history, by eq. (1); returns t and the weight 1 / (T p_t) of each example."""
     if history is None:
-        return jax.random.randint(key, (batch,), 0, num_steps), jnp.ones(batch)
-    p = probabilities(history)
-    t = jax.random.categorical(key, jnp.log(p), shape=(batch,))
-    return t, 1.0 / (num_steps * p[t])
+        t = jax.random.randint(key, (batch,), 0, num_steps)
+    else:
+        t = jax.random.categorical(key, jnp.log(probabilities(history)), shape=(batch,))
+    return t, importance(t, num_steps, history)
+
+
+def importance(t: Int[Array, "B"], num_steps: int, history: LossHistory | None = None) -> Float[Array, "B"]:
+    """Returns the weight 1 / (T p_t) of eq. (1) for given timesteps; 1 where they are uniform."""
+    return jnp.ones(t.shape) if history is None else 1.0 / (num_steps * probabilities(history)[t])
+
+
+def quartile_losses(
+    t: Int[Array, "B"], num_steps: int, losses: Float[Array, "B"], weights: Float[Array, "B"]
+) -> dict[str, WeightedMean]:
+    """Returns the mean loss over each quarter of the timesteps, the least noise first.
+
+    Args:
+      t: the step of each example.
+      num_steps: T.
+      losses: of the examples.
+      weights: 1 / (T p_t) of eq. (1), so that the mean is that of uniform timesteps.
+
+    Returns:
+      "loss_quartile_1" for t below T / 4, to "loss_quartile_4".
+    """
+    quartile = jnp.minimum(4 * t // num_steps, 3)
+    members = jnp.where(quartile[None] == jnp.arange(4)[:, None], weights[None], 0.0)
+    totals, counts = jnp.sum(members * losses[None], axis=1), jnp.sum(members, axis=1)
+    return {f"loss_quartile_{n + 1}": WeightedMean(totals[n], counts[n]) for n in range(4)}

@@ -1,4 +1,4 @@
-"""The variance of a reverse step p(x_{t-1} | x_t): fixed, predicted by the network, or the best there is.
+"""The variance of a reverse step p(x_{t-1} | x_t): fixed, predicted by the network, or the optimal one.
 
     fixed_small     beta_tilde_t, exact when x_0 is certain          (Ho et al. 2020, sec. 3.2)  (1)
     fixed_large     beta_t, exact when the data are N(0, I)                                      (2)
@@ -6,7 +6,7 @@
     learned_range   exp(f log beta_t + (1 - f) log beta_tilde_t),    f = (o + 1) / 2
                     (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15)                           (4)
 
-Given the network's mean, the variance that is best in Kullback-Leibler divergence is known
+Given the network's mean, the variance that is optimal in Kullback-Leibler divergence is known
 (Bao et al. 2022, Analytic-DPM, arXiv 2201.06503, theorem 1). With c_t the weight of x_0 in the posterior
 mean it reads
 
@@ -14,7 +14,8 @@ mean it reads
     E Var(x_0 | x_t) = (1 - alpha_bar_t) / alpha_bar_t (1 - E ||eps_theta(x_t, t)||^2 / dim)     (6)
 
 per dimension. It lies between 0 and the second moment of the data (the law of total variance), and the
-estimate is held there (ibid., sec. 3.1): at the noisiest steps (6) is a small difference times a large number.
+estimate is clipped to this range (ibid., sec. 3.1): at the noisiest steps (6) is a small difference times a large
+number.
 
 Logarithms and their mixtures are float32 also where a network computes in bfloat16.
 """
@@ -28,17 +29,18 @@ from jaxtyping import Array, Float, Int
 
 from dalle2_jax.diffusion.process import at
 from dalle2_jax.diffusion.schedule import Schedule
-from dalle2_jax.types import UserError
+from dalle2_jax.errors import UserError
+from dalle2_jax.ranges import NonNegativeFloat
 
 LEARNED = ("learned", "learned_range")
 VARIANCES = ("fixed_small", "fixed_large", *LEARNED)
 
 
 def split(variance: str, output: Float[Array, "B *shape"]) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the prediction and, where the network learned a variance, what it says of it.
+    """Splits a network's output into the prediction and, for a learned variance, the raw variance (else None).
 
     Raises:
-        UserError: a learned variance, and an odd number of channels.
+        UserError: a learned variance and an odd number of channels.
     """
     if variance not in LEARNED:
         return output, None
@@ -69,7 +71,7 @@ def log_variance(
 ) -> Float[Array, "B ..."]:
     """Returns log sigma_t^2 by index, eq. (1)-(4); at step 0, where (1) is 0, that of step 1 as in the public code."""
     small, large = bounds(schedule)
-    if variance in LEARNED:
+    if raw is not None:  # where a variance is learned
         return mixed(variance, raw, at(small, t, ndim), at(large, t, ndim))
     if variance == "fixed_large":
         return at(np.append(small[0], large[1:]), t, ndim)
@@ -77,29 +79,32 @@ def log_variance(
 
 
 @dataclasses.dataclass(frozen=True)
-class NoiseMoments:
-    """What eq. (5) needs to know of a trained network and its data, per dimension.
+class NoiseStatistics:
+    """Statistics of a trained network and its data that eq. (5) needs, per dimension.
 
     Attributes:
         eps: E ||eps_theta(x_t, t)||^2 / dim for each timestep of training.
         x_0: E ||x_0||^2 / dim.
     """
 
-    eps: tuple[float, ...]
-    x_0: float
+    eps: tuple[NonNegativeFloat, ...]
+    x_0: NonNegativeFloat
 
 
-def analytic(schedule: Schedule, moments: NoiseMoments) -> Float[np.ndarray, "T"]:
+def analytic(schedule: Schedule, statistics: NoiseStatistics) -> Float[np.ndarray, "T"]:
     """Returns sigma_t^2 of eq. (5) for each step, float64.
 
     Raises:
-        UserError: the moments are of another schedule.
+        UserError: the statistics belong to a schedule with fewer timesteps.
     """
-    if schedule.timesteps[-1] >= len(moments.eps):
-        raise UserError(f"noise moments of {len(moments.eps)} timesteps are of a shorter schedule: measure them again")
-    eps = np.asarray(moments.eps, np.float64)[schedule.timesteps]
+    if schedule.timesteps[-1] >= len(statistics.eps):
+        raise UserError(
+            f"noise statistics of {len(statistics.eps)} timesteps belong to a shorter schedule: measure them again by "
+            "`dalle2 evaluate noise_statistics`"
+        )
+    eps = np.asarray(statistics.eps, np.float64)[schedule.timesteps]
     with np.errstate(divide="ignore", invalid="ignore"):
         spread = (1.0 - schedule.alpha_bar) / schedule.alpha_bar * (1.0 - eps)
-    # Pure noise says nothing of x_0, nor does (6): all of the spread is left.
-    spread = np.where(schedule.alpha_bar > 0, np.clip(spread, 0.0, moments.x_0), moments.x_0)
+    # At pure noise (6) is undefined, and the variance of x_0 given x_t is that of the data.
+    spread = np.where(schedule.alpha_bar > 0, np.clip(spread, 0.0, statistics.x_0), statistics.x_0)
     return schedule.posterior_variance + schedule.posterior_mean_x_0**2 * spread

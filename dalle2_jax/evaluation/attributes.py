@@ -1,6 +1,6 @@
-"""How well pictures obey their captions, read by `dalle2_jax.data.scene_reader`.
+"""How well images of shapes match their captions, as read by `dalle2_jax.data.synthetic.scene_reader`.
 
-The same measure for shuffled captions stands beside it: what pictures that ignore their captions would get.
+The same measure for shuffled captions is the baseline: that of images that ignore their captions.
 """
 
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from dalle2_jax.data.grammar import mentions_background
-from dalle2_jax.data.scene_reader import ATTRIBUTES, matches, read_scene
-from dalle2_jax.data.scenes import Scene
+from dalle2_jax.data.synthetic.grammar import mentions_background
+from dalle2_jax.data.synthetic.scene_reader import ATTRIBUTES, matches, read_scene
+from dalle2_jax.data.synthetic.scenes import Scene
 
 
 def attribute_accuracy(
@@ -18,38 +18,43 @@ def attribute_accuracy(
     scenes: Sequence[Scene],
     captions: Sequence[str] | None = None,
     seed: int = 0,
-) -> dict[str, dict[str, float]]:
-    """Measures pictures against the scenes that were asked for.
+) -> dict[str, dict[str, float] | dict[str, int]]:
+    """Measures images against the scenes of their captions.
 
     Args:
         images: uint8[B, H, W, 3].
-        scenes: the scene of each picture's caption.
+        scenes: the scene of each image's caption.
         captions: the captions; the background counts only where the caption names it. None: it always counts.
         seed: of the shuffle.
 
     Returns:
-        ``{"matched": rates, "shuffled": rates}``. Rates in [0, 1] by attribute (`ATTRIBUTES`): ``relation`` over
-        the scenes of two objects and ``background`` over those that count, each left out where there are none.
-        Shuffled pairs every picture with the scene and caption of another picture.
+        ``{"matched": rates, "shuffled": rates, "n": counts}``. Rates in [0, 1] by attribute (`ATTRIBUTES`):
+        ``relation`` over the scenes of two objects and ``background`` over those that count, each missing if there
+        are none. "shuffled" pairs every image with the scene and caption of another image. "n" is the number of
+        examples of each rate, the same for both.
 
     Raises:
-        ValueError: when the lengths differ, or there are no pictures.
+        ValueError: the lengths differ, or there are no images.
     """
-    captions = [None] * len(scenes) if captions is None else list(captions)
-    if not len(images) == len(scenes) == len(captions) > 0:
-        raise ValueError(f"{len(images)} images, {len(scenes)} scenes and {len(captions)} captions")
+    named: list[str | None] = [None] * len(scenes) if captions is None else list(captions)
+    if not len(images) == len(scenes) == len(named) > 0:
+        raise ValueError(f"{len(images)} images, {len(scenes)} scenes and {len(named)} captions")
     readings = [read_scene(image) for image in images]
-    # A cycle through a random order: no picture keeps its own caption, as a plain shuffle would let some.
+    # A cycle through a random order: in a plain shuffle some images would keep their own caption.
     order = np.random.default_rng(seed).permutation(len(scenes))
     other = np.empty(len(scenes), int)
     other[order] = np.roll(order, 1)
+    matched = _hits(readings, scenes, named)
+    shuffled = _hits(readings, [scenes[index] for index in other], [named[index] for index in other])
     return {
-        "matched": _rates(readings, scenes, captions),
-        "shuffled": _rates(readings, [scenes[index] for index in other], [captions[index] for index in other]),
+        "matched": {name: float(np.mean(judged)) for name, judged in matched.items()},
+        "shuffled": {name: float(np.mean(judged)) for name, judged in shuffled.items()},
+        "n": {name: len(judged) for name, judged in matched.items()},
     }
 
 
-def _rates(readings: Sequence[Scene], scenes: Sequence[Scene], captions: Sequence[str | None]) -> dict[str, float]:
+def _hits(readings: Sequence[Scene], scenes: Sequence[Scene], captions: Sequence[str | None]) -> dict[str, list[bool]]:
+    """Returns whether each image matches each attribute, for those that count."""
     hits: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
     for reading, scene, caption in zip(readings, scenes, captions, strict=True):
         judged = matches(reading, scene, caption)
@@ -60,4 +65,4 @@ def _rates(readings: Sequence[Scene], scenes: Sequence[Scene], captions: Sequenc
         for name in ATTRIBUTES:
             if counts.get(name, True):
                 hits[name].append(judged[name])
-    return {name: float(np.mean(judged)) for name, judged in hits.items() if judged}
+    return {name: judged for name, judged in hits.items() if judged}

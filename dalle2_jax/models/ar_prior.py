@@ -9,7 +9,7 @@ Table 3 gives two transformers, and this is how they are read here:
   * The *text encoder* (context 256, width 2048, depth 24, heads 32: the same numbers as the
     decoder's) is GLIDE's text path over the caption's tokens. As in GLIDE (Nichol et al. 2021,
     section 4.1) its states are projected to keys and values of every layer of the latent decoder and
-    joined before that layer's own: a prefix that each token sees.
+    prepended to that layer's own: a prefix that every token attends to.
   * The *latent decoder* (context 384, width 1664, depth 24, heads 26) runs over
 
         [CLIP text embedding | dot product | code 1 | ... | code 318]
@@ -17,24 +17,31 @@ Table 3 gives two transformers, and this is how they are read here:
     and its output at the dot product and after predicts codes 1 to 319. The caption's 256 states
     cannot be among its 384 positions, which 256 + 1 + 1 + 319 exceeds: hence the joined keys. 319
     codes, the dot product and the text embedding are 321 tokens; the last code is never read, so 320
-    positions are used. The paper does not say what the other 64 were for: 384 is a multiple of 128.
+    positions are used. The other 64 are not explained in the paper: 384 is a multiple of 128.
 
 Table 3's "1B" is nominal: its two transformers alone hold 1.209B + 0.798B parameters. With the token
 table and the projections this network has 2.28B.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.attention import KeyValues
 from dalle2_jax.models.decoder import CaptionEncoder
 from dalle2_jax.models.layers import LayerNorm
-from dalle2_jax.models.transformer import TextConfig, Transformer, TransformerConfig, causal_mask
-from dalle2_jax.types import UserError
+from dalle2_jax.models.transformer import (
+    TextConfig,
+    Transformer,
+    TransformerConfig,
+    causal_mask,
+)
+from dalle2_jax.ranges import Depth, Length, Range, Width
 
 _OPENING = 2  # tokens before the codes: text embedding and dot product
 
@@ -48,13 +55,13 @@ class ArPriorConfig:
     """
 
     text: TextConfig = TextConfig(activation="gelu")  # the caption's encoder
-    width: int = 512  # of the latent decoder, as are layers, heads and context_length
-    layers: int = 12
-    heads: int = 8
-    context_length: int = 384
-    embed_dim: int = 512  # CLIP's
-    components: int = 319  # codes an embedding
-    buckets: int = 1024  # values a code may have; the dot product's too
+    width: Width = 512  # of the latent decoder, as are layers, heads and context_length
+    layers: Depth = 12
+    heads: Depth = 8
+    context_length: Length = 384
+    embed_dim: Width = 512  # CLIP's
+    components: Length = 319  # codes an embedding
+    buckets: Annotated[int, Range(2, 65_536)] = 1024  # values a code may have; the dot product's too
     activation: str = "gelu"
     remat: bool = False
     dtype: str = "float32"
@@ -73,7 +80,7 @@ class ArPriorConfig:
 
     @property
     def positions(self) -> int:
-        """Tokens that the latent decoder reads: the opening and all codes but the last."""
+        """Input tokens of the latent decoder: the opening and all codes but the last."""
         return _OPENING + self.components - 1
 
     def transformer(self) -> TransformerConfig:
@@ -86,7 +93,7 @@ class ArPriorConfig:
 class ArPriorNetwork(nn.Module):
     """Predicts each code from those before it.
 
-    Codes are int32 in [0, buckets), most telling component first. Params: ``caption_encoder``,
+    Codes are int32 in [0, buckets), the component with the largest variance first. Params: ``caption_encoder``,
     ``context_kv`` (kernel [Dt, layers, 2, N, K]), ``text_emb_proj``, ``code_embedding`` [buckets, D] (the
     dot product's too: its position tells it apart), ``positional_embedding`` [context_length, D],
     ``null_text_emb`` and ``null_dot`` [D], ``latent_decoder``, ``ln_final``, ``out_proj``.
@@ -125,10 +132,10 @@ class ArPriorNetwork(nn.Module):
         Args:
           codes: the embedding's codes; the k-th logits see the codes before the k-th.
           dot: the quantised dot product of image and text embedding.
-          text_emb: CLIP text embeddings, scaled as the embedding contract says.
+          text_emb: CLIP text embeddings, in the space of the embedding contract.
           text: token ids of the captions.
           mask: true on the caption, false on padding.
-          drop_text: true where nothing is told of the caption: it is all padding, and learned
+          drop_text: true where the caption is dropped: it is all padding, and learned
             embeddings stand for the text embedding and for the dot product with it.
 
         Returns:
@@ -138,8 +145,8 @@ class ArPriorNetwork(nn.Module):
           UserError: a caption of another length than the text encoder's context_length.
         """
         past = self._context(text, mask, drop_text)
-        told = self._opening(text_emb, dot, drop_text)
-        tokens = jnp.concatenate([told, self._embed(codes[:, :-1], _OPENING)], axis=1)
+        opening = self._opening(text_emb, dot, drop_text)
+        tokens = jnp.concatenate([opening, self._embed(codes[:, :-1], _OPENING)], axis=1)
         states, _ = self.latent_decoder.append(tokens, past, _causal_after(text.shape[1], tokens.shape[1]))
         return self._read(states[:, _OPENING - 1 :])
 
@@ -158,8 +165,8 @@ class ArPriorNetwork(nn.Module):
           for all codes that ``step`` will read.
         """
         past = self._context(text, mask, drop_text)
-        told = self._opening(text_emb, dot, drop_text)
-        states, own = self.latent_decoder.append(told, past, _causal_after(text.shape[1], _OPENING))
+        opening = self._opening(text_emb, dot, drop_text)
+        states, own = self.latent_decoder.append(opening, past, _causal_after(text.shape[1], _OPENING))
         ahead = ((0, 0), (0, 0), (0, self.config.components - 1), (0, 0), (0, 0))
         past = jax.tree.map(lambda old, new: jnp.pad(jnp.concatenate([old, new], axis=2), ahead), past, own)
         return self._read(states[:, -1]), past
@@ -170,8 +177,8 @@ class ArPriorNetwork(nn.Module):
         """Reads code number ``index`` (from 0) and returns the next one's logits, and ``past`` with it filled in."""
         start = past.keys.shape[2] - self.config.components + 1  # after the caption and the opening
         token = self._embed(code[:, None], _OPENING + index)
-        seen = jnp.arange(past.keys.shape[2]) < start + index
-        mask = jnp.append(seen, True)[None, None, None]
+        visible = jnp.arange(past.keys.shape[2]) < start + index
+        mask = jnp.append(visible, True)[None, None, None]
         states, own = self.latent_decoder.append(token, past, mask)
         write = jax.lax.dynamic_update_slice_in_dim
         past = jax.tree.map(lambda old, new: write(old, new, start + index, axis=2), past, own)
@@ -205,5 +212,5 @@ class ArPriorNetwork(nn.Module):
 
 
 def _causal_after(context: int, length: int) -> Bool[Array, "1 1 S R"]:
-    """True on the whole context and on keys <= query."""
+    """True on the full context and on keys <= query."""
     return jnp.concatenate([jnp.ones((1, 1, length, context), bool), causal_mask(length)], axis=-1)

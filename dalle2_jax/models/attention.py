@@ -1,8 +1,8 @@
-"""Attention for sequences (with a key-value cache) and for pictures (with a joined context).
+"""Attention for sequences (with a key-value cache) and for images (with a concatenated context).
 
 Heads keep an axis of their own in every kernel ([D, 3, N, K] in, [N, K, D] out), so that
 sharding the heads is sharding one axis. Logits and softmax are float32. Masks are bool, true
-where a key may be seen; a query that may see nothing gets the plain mean of the values, never NaN.
+where a key is visible; a query without visible keys gets the mean of the values, never NaN.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of tokens already seen, [B, S, N, K] for a layer, [layers, B, S, N, K] for a stack."""
+    """Keys and values of previous tokens, [B, S, N, K] for a layer, [layers, B, S, N, K] for a stack."""
 
     keys: jax.Array
     values: jax.Array
@@ -63,21 +63,21 @@ class SelfAttention(nn.Module):
             name="qkv",
         )(x)
         queries, own = qkv[:, :, 0], KeyValues(qkv[:, :, 1], qkv[:, :, 2])
-        seen = own if past is None else jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), past, own)
+        total = own if past is None else jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), past, own)
         out = nn.DenseGeneral(
             width,
             axis=(-2, -1),
             dtype=self.dtype,
             kernel_init=nn.initializers.normal(self.out_std),
             name="out",
-        )(attend(queries, seen.keys, seen.values, mask))
+        )(attend(queries, total.keys, total.values, mask))
         return out, own
 
 
 class ContextAttention(nn.Module):
-    """Attention of a normalised picture to [context, itself] (GLIDE, Nichol et al. 2021, section 4.1).
+    """Attention of a normalised image to [context, itself] (GLIDE, Nichol et al. 2021, section 4.1).
 
-    The context's keys and values are joined before the picture's own; the picture is always
+    The context's keys and values are prepended to the image's own; the image is always
     visible. The output projection starts at zero, so the residual branch does. Params: ``qkv``
     kernel [C, 3, N, K], ``context_kv`` kernel [Dc, 2, N, K] (only with a context), ``out``
     kernel [N, K, C].
@@ -106,7 +106,7 @@ class ContextAttention(nn.Module):
             if context_mask is not None:
                 own = jnp.ones((batch, height * width), bool)
                 mask = jnp.concatenate([context_mask, own], axis=1)[:, None, None, :]
-        out = nn.DenseGeneral(
-            channels, axis=(-2, -1), dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out"
-        )(attend(qkv[:, :, 0], keys, values, mask))
+        out = nn.DenseGeneral(channels, axis=(-2, -1), dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(
+            attend(qkv[:, :, 0], keys, values, mask)
+        )
         return out.reshape(batch, height, width, channels)

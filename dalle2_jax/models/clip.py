@@ -1,4 +1,4 @@
-"""CLIP: a picture tower and a causal text tower into one embedding space (Radford et al. 2021, section 2.4).
+"""CLIP: an image tower and a causal text tower into one embedding space (Radford et al. 2021, section 2.4).
 
 Embeddings are returned raw, not unit-norm: the loss normalises, the prior and the decoder want
 them as they are (the embedding contract is a stage's matter).
@@ -6,16 +6,18 @@ them as they are (the embedding contract is a stage's matter).
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.layers import LayerNorm
 from dalle2_jax.models.resnet import ModifiedResNet, ResNetConfig
 from dalle2_jax.models.transformer import TextConfig, Transformer, causal_mask
 from dalle2_jax.models.vit import VisionConfig, VisionTransformer
-from dalle2_jax.types import UserError
+from dalle2_jax.ranges import AnyFloat, PositiveFloat, Width
 
 CLIP_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -23,17 +25,17 @@ CLIP_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Both towers. ``image_mean`` and ``image_std`` are per channel, of pictures in [0, 1].
+    """Both towers. ``image_mean`` and ``image_std`` are per channel, of images in [0, 1].
 
-    Without ``vision`` it reads captions alone: systems that draw from captions are published without the image
+    Without ``vision`` it encodes captions only: text-to-image systems are published without the image
     tower (Karlo).
     """
 
-    embed_dim: int = 512
+    embed_dim: Width = 512
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig | ResNetConfig | None = field(default_factory=VisionConfig)
-    image_mean: tuple[float, float, float] = CLIP_IMAGE_MEAN
-    image_std: tuple[float, float, float] = CLIP_IMAGE_STD
+    image_mean: tuple[AnyFloat, AnyFloat, AnyFloat] = CLIP_IMAGE_MEAN
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = CLIP_IMAGE_STD
     remat: bool = False
     dtype: str = "float32"
 
@@ -41,7 +43,7 @@ class ClipConfig:
     def tower(self) -> VisionConfig | ResNetConfig:
         """The image tower. UserError where there is none."""
         if self.vision is None:
-            raise UserError("this CLIP has no image tower, so it reads no pictures: import its image encoder too")
+            raise UserError("this CLIP has no image tower, so it embeds no images: import its image encoder too")
         return self.vision
 
 
@@ -103,21 +105,22 @@ class Clip(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
 
     def encode_image(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B E"]:
-        """Pictures in [-1, 1], of the tower's own size, to raw embeddings float32[B, E].
+        """Maps images in [-1, 1], of the tower's own size, to raw embeddings float32[B, E].
 
         Raises:
-          UserError: the picture has another size, or there is no image tower.
+          UserError: the image has another size, or there is no image tower.
         """
         config = self.config
         side = config.tower.image_size
         if image.shape[1:3] != (side, side):
             got = f"{image.shape[1]}x{image.shape[2]}"
-            raise UserError(f"CLIP reads {side}x{side} pictures, got {got}: resize them first")
+            raise UserError(f"CLIP's input is {side}x{side} pixels, got {got}: resize them first")
         mean, std = (
             jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (config.image_mean, config.image_std)
         )
         image = (image * 0.5 + 0.5 - mean) / std
-        return self.visual(image, train) if isinstance(config.vision, ResNetConfig) else self.visual(image)
+        visual = cast(Any, self.visual)
+        return visual(image, train) if isinstance(config.vision, ResNetConfig) else visual(image)
 
     def encode_text(
         self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None
@@ -136,5 +139,5 @@ class Clip(nn.Module):
         mask: Bool[Array, "B L"] | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "B E"], Float[Array, "B E"], Float[Array, ""]]:
-        """Returns (image_emb raw, text_emb raw, exp(logit_scale)); the stage clips the scale at 100."""
+        """Returns (image_emb raw, text_emb raw, exp(logit_scale)); training keeps the scale at 100 or below."""
         return self.encode_image(image, train), self.encode_text(tokens, mask)[0], jnp.exp(self.logit_scale)

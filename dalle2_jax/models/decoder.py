@@ -1,4 +1,4 @@
-"""The decoder's network: a U-Net told what to draw by a CLIP image embedding and a caption.
+"""The decoder's network: a U-Net conditioned on a CLIP image embedding and a caption.
 
 Ramesh et al. 2022, section 2.1. The image embedding is projected and added to the time embedding,
 and projected to a few extra context tokens that precede the caption's. The caption comes in one
@@ -10,7 +10,7 @@ of three ways:
     caption is padding everywhere.
   * ``text_input="clip"`` (Karlo): CLIP's final text states, projected and normalised, are context
     under their mask, and CLIP's text embedding may be projected and added to the time embedding.
-    An absent caption is hidden and adds nothing; Karlo instead hands in the empty string's.
+    An absent caption is masked and adds nothing; Karlo uses the features of the empty string instead.
   * ``text_input="label"`` (Dhariwal & Nichol 2021, ADM, section 3): one of ``num_classes``, whose
     embedding is added to the time embedding. An absent class adds the mean of all embeddings: ADM
     has no class for "any", so this only stands in for a network that was trained without classes.
@@ -19,35 +19,36 @@ With ``image_emb_dim=None`` this is GLIDE, or ADM; with ``text_input=None`` only
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.layers import LayerNorm
 from dalle2_jax.models.transformer import TextConfig, Transformer
 from dalle2_jax.models.unet import UNet, UNetConfig
-from dalle2_jax.types import UserError
+from dalle2_jax.ranges import Range, VocabSize, Width
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The U-Net and what it is told. ``unet.context_dim`` is the width of every context token.
+    """The U-Net and its conditioning. ``unet.context_dim`` is the width of every context token.
 
     Raises:
       UserError: parts that do not belong together.
     """
 
     unet: UNetConfig = UNetConfig(context_dim=512)
-    image_emb_dim: int | None = 512  # width of CLIP's embeddings; None: no image embedding
-    image_tokens: int = 4
+    image_emb_dim: Width | None = 512  # width of CLIP's embeddings; None: no image embedding
+    image_tokens: Annotated[int, Range(0, 1_000)] = 4
     text_input: str | None = None  # "tokens", "clip", "label" or None
     text: TextConfig | None = None  # the decoder's own encoder, for "tokens"
-    text_width: int | None = None  # width of CLIP's text states, for "clip"
+    text_width: Width | None = None  # width of CLIP's text states, for "clip"
     text_emb_proj: bool = False  # for "clip": CLIP's text embedding is added to the time embedding
-    num_classes: int | None = None  # for "label"
+    num_classes: VocabSize | None = None  # for "label"
 
     def __post_init__(self) -> None:
         if self.text_input not in ("tokens", "clip", "label", None):
@@ -65,8 +66,10 @@ class DecoderConfig:
 
     @property
     def text_length(self) -> int | None:
-        """Tokens a caption of the decoder's own; one for a class, and None where it reads neither."""
-        return {"tokens": self.text and self.text.context_length, "label": 1}.get(self.text_input)
+        """Length of captions that the decoder encodes itself; 1 for a class, None for neither."""
+        if self.text_input == "label":
+            return 1
+        return self.text.context_length if self.text is not None and self.text_input == "tokens" else None
 
     @property
     def has_context(self) -> bool:
@@ -75,7 +78,7 @@ class DecoderConfig:
 
 
 class Condition(NamedTuple):
-    """All that the U-Net is told besides x_t and t: computed once a sample, not once a step.
+    """The encoded condition of the U-Net, computed once a sample, not once a step.
 
     A tree of arrays, so two conditions are joined along the batch by jax.tree.map. Parts that a
     decoder does not have are None.
@@ -134,24 +137,28 @@ class DecoderNetwork(nn.Module):
             return nn.Dense(features, dtype=unet.dtype)
 
         self.unet = UNet(unet)
+        context_dim = cast(int, unet.context_dim)  # None only without context
         if config.image_emb_dim is not None:
             self.null_image_emb = self.param("null_image_emb", nn.initializers.zeros, (config.image_emb_dim,))
             self.image_emb_proj = dense(unet.time_dim)
             if config.image_tokens:
-                self.image_token_proj = nn.DenseGeneral((config.image_tokens, unet.context_dim), dtype=unet.dtype)
-        if config.text_input == "tokens":
+                self.image_token_proj = nn.DenseGeneral((config.image_tokens, context_dim), dtype=unet.dtype)
+        if config.text is not None and config.text_input == "tokens":
             self.caption_encoder = CaptionEncoder(config.text, unet.remat, unet.dtype)
             self.caption_emb_proj = dense(unet.time_dim)
-            if config.text.width != unet.context_dim:
-                self.caption_context_proj = dense(unet.context_dim)
+            if config.text.width != context_dim:
+                self.caption_context_proj = dense(context_dim)
         elif config.text_input == "clip":
-            self.text_seq_proj = dense(unet.context_dim)
+            self.text_seq_proj = dense(context_dim)
             self.text_seq_norm = LayerNorm(unet.dtype)
             if config.text_emb_proj:
                 self.text_emb_proj = dense(unet.time_dim)
         elif config.text_input == "label":
             self.label_embedding = nn.Embed(
-                config.num_classes, unet.time_dim, dtype=unet.dtype, embedding_init=nn.initializers.normal(1.0)
+                cast(int, config.num_classes),
+                unet.time_dim,
+                dtype=unet.dtype,
+                embedding_init=nn.initializers.normal(1.0),
             )
 
     def encode_condition(
@@ -166,7 +173,7 @@ class DecoderNetwork(nn.Module):
         """Encodes what does not change from step to step.
 
         Args:
-          image_emb: CLIP image embeddings, as the embedding contract says.
+          image_emb: CLIP image embeddings, in the space of the embedding contract.
           text_emb: CLIP text embeddings, only with ``text_emb_proj``.
           text: token ids for "tokens", CLIP's final text states for "clip", the class [B, 1] for "label".
           mask: true on the caption; None is true everywhere.
@@ -178,6 +185,7 @@ class DecoderNetwork(nn.Module):
         """
         added, tokens, visible = [], [], []
         if self.config.image_emb_dim is not None:
+            image_emb = cast(jax.Array, image_emb)
             if drop_image is not None:
                 image_emb = jnp.where(drop_image[:, None], self.null_image_emb[None], image_emb)
             added.append(self.image_emb_proj(image_emb))
@@ -188,22 +196,23 @@ class DecoderNetwork(nn.Module):
             mask = jnp.ones(text.shape[:2], bool) if mask is None else mask
             mask = mask & ~drop_text[:, None]
         if self.config.text_input == "tokens":
-            states = self.caption_encoder(text, mask)
+            states = self.caption_encoder(cast(jax.Array, text), mask)
             added.append(self.caption_emb_proj(states[:, -1]))
             same_width = states.shape[-1] == self.config.unet.context_dim
             tokens.append(states if same_width else self.caption_context_proj(states))
-            mask = None  # padding is learned here, and seen
+            mask = None  # padding is learned here, and visible
         elif self.config.text_input == "clip":
             tokens.append(self.text_seq_norm(self.text_seq_proj(text)))
             if self.config.text_emb_proj:
-                added.append(self._text_emb(text_emb, drop_text))
+                added.append(self._text_emb(cast(jax.Array, text_emb), drop_text))
         elif self.config.text_input == "label":
-            added.append(self._label_emb(text, mask))
-        hidden = self.config.text_input == "clip" and mask is not None
+            added.append(self._label_emb(cast(jax.Array, text), mask))
+        if self.config.text_input != "clip":
+            mask = None
         return Condition(
             emb=sum(added[1:], added[0]) if added else None,
             context=jnp.concatenate(tokens, axis=1) if tokens else None,
-            mask=jnp.concatenate([*visible, mask], axis=1) if hidden else None,
+            mask=None if mask is None else jnp.concatenate([*visible, mask], axis=1),
         )
 
     def _text_emb(self, text_emb: jax.Array, drop_text: jax.Array | None) -> jax.Array:

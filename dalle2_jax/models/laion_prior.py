@@ -6,7 +6,7 @@ The same question as ``models.prior`` and the same order of tokens,
 
 but another network: as wide as CLIP's embedding, so that CLIP's final text states, its text embedding
 and the noised image embedding are tokens as they are; a table of timesteps; ``models.multi_query`` as
-the transformer. Embeddings are of unit length, and the image's alone is scaled by sqrt(width).
+the transformer. Embeddings are of unit length, and only the image embedding is scaled by sqrt(width).
 
 What stands in for absent text depends on the library's version that trained the weights (``nulls``):
 
@@ -20,16 +20,17 @@ What stands in for absent text depends on the library's version that trained the
 
 import math
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.multi_query import MultiQueryConfig, MultiQueryTransformer, unit
 from dalle2_jax.models.prior import PriorCache
-from dalle2_jax.types import UserError
+from dalle2_jax.ranges import Depth, DiffusionSteps, Length, Range, Width
 
 _NULLS = ("learned", "padding", "hidden")
 
@@ -44,16 +45,16 @@ class LaionPriorConfig:
       UserError: unknown ``nulls`` or ``attention``, or rotary positions in heads of odd width.
     """
 
-    width: int = 768  # CLIP's embeddings and text states have it too
-    layers: int = 24
-    heads: int = 32
-    head_width: int = 64
-    mlp_width: int = 3072
-    context_length: int = 77  # the most tokens of a caption; shorter ones are padded
-    timesteps: int | None = 1000  # rows of the learned table; None: sinusoids of any timestep, and an MLP
-    text_tokens: int = 1  # tokens made of the text embedding, of the timestep, of the noised image embedding
-    time_tokens: int = 1
-    image_tokens: int = 1
+    width: Width = 768  # CLIP's embeddings and text states have it too
+    layers: Depth = 24
+    heads: Depth = 32
+    head_width: Width = 64
+    mlp_width: Annotated[int, Range(1, 1_000_000)] = 3072
+    context_length: Length = 77  # the most tokens of a caption; shorter ones are padded
+    timesteps: DiffusionSteps | None = 1000  # rows of the learned table; None: sinusoids of any timestep, and an MLP
+    text_tokens: Depth = 1  # tokens made of the text embedding, of the timestep, of the noised image embedding
+    time_tokens: Depth = 1
+    image_tokens: Depth = 1
     normformer: bool = True
     rotary: bool = True
     norm_in: bool = False
@@ -75,7 +76,7 @@ class LaionPriorConfig:
 
     # What the stage asks of any prior's config.
 
-    text_input: ClassVar[str] = "clip"  # the network reads CLIP's final text states
+    text_input: ClassVar[str] = "clip"  # the network's input are CLIP's final text states
     hidden_token: ClassVar[int | None] = 0  # taken for padding, though in CLIP's vocabulary it is "!"
 
     @property
@@ -146,7 +147,7 @@ class LaionPriorNetwork(nn.Module):
         drop_text: Bool[Array, "B"] | None = None,
         drop_image: Bool[Array, "B"] | None = None,
     ) -> Float[Array, "B D"]:
-        """The whole sequence at once, for training.
+        """Evaluates the full sequence, for training.
 
         Args:
           x_t: noised image embeddings, unit length x sqrt(D) before the noise.
@@ -193,7 +194,7 @@ class LaionPriorNetwork(nn.Module):
     def _prefix(
         self, text_emb: jax.Array, text: jax.Array, mask: jax.Array, drop_text: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns (tokens [B, L + text_tokens, D], which of them may be seen bool[B, L + text_tokens])."""
+        """Returns (tokens [B, L + text_tokens, D], whether they are visible bool[B, L + text_tokens])."""
         config, missing = self.config, self.config.context_length - text.shape[1]
         if missing < 0:
             raise UserError(
@@ -214,8 +215,8 @@ class LaionPriorNetwork(nn.Module):
         if config.nulls == "learned":
             summary = jnp.where(drop[:, None, None], self.null_text_emb.astype(dtype)[None], summary)
             drop = jnp.zeros_like(drop)
-        kept = jnp.broadcast_to(~drop[:, None], (batch, config.text_tokens))
-        return jnp.concatenate([states, summary], axis=1), jnp.concatenate([mask, kept], axis=1)
+        visible = jnp.broadcast_to(~drop[:, None], (batch, config.text_tokens))
+        return jnp.concatenate([states, summary], axis=1), jnp.concatenate([mask, visible], axis=1)
 
     def _tail(self, x_t: jax.Array, t: jax.Array, drop_image: jax.Array | None) -> jax.Array:
         """Returns the tokens of a step, [B, time_tokens + image_tokens + 1, D]."""
@@ -258,5 +259,5 @@ class SinusoidMLP(nn.Module):
 
 
 def _and_tail(visible: jax.Array, tail: jax.Array) -> jax.Array:
-    """A step's own tokens may always be seen."""
+    """The tokens of a step are always visible."""
     return jnp.concatenate([visible, jnp.ones(tail.shape[:2], bool)], axis=1)

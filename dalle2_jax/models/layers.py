@@ -1,7 +1,7 @@
 """The small parts every network shares: float32 norms, activations, time embedding, patch folding.
 
 Parameters are always float32. A layer computes in its ``dtype``, but means, variances and
-sinusoids are computed in float32 whatever ``dtype`` says.
+sinusoids are computed in float32 for every ``dtype``.
 """
 
 import math
@@ -10,9 +10,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import RulesFallback, with_logical_constraint
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dalle2_jax.types import UserError
+from dalle2_jax.errors import UserError
 
 NORM_EPSILON = 1e-5
 """Epsilon of every norm: CLIP, GLIDE, ADM and Karlo agree on it."""
@@ -57,7 +59,7 @@ class GroupNorm(nn.Module):
     """Group norm (Wu & He 2018) over H, W and the channels of a group, in float32.
 
     The sums run over H and W channel by channel first and then over a group's channels, which
-    keeps the channel axis innermost: XLA vectorises it, and the picture is never transposed.
+    keeps the channel axis innermost: XLA vectorises it, and the image is never transposed.
     Params: scale, bias [C].
     """
 
@@ -130,8 +132,21 @@ def average_pool(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C
     return x.reshape(batch, height // size, size, width // size, size, channels).mean(axis=(2, 4))
 
 
+def shard_batch_axis(x: Float[Array, "B *shape"]) -> Float[Array, "B *shape"]:
+    """Constrains the first axis to the mesh axes of the logical axis "batch" (Flax's logical axis rules).
+
+    Returns x itself where no rule for "batch" or no mesh is in force.
+    """
+    axes = ("batch", *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
+    return with_logical_constraint(x, axes, fallback=RulesFallback.NO_CONSTRAINT)
+
+
 def upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Repeats each pixel 2 x 2."""
+    """Repeats each pixel 2 x 2.
+
+    The batch axis stays sharded: when the next kernel is sharded too (fsdp), XLA otherwise gathers the global batch of
+    the four times larger map on every device instead of the kernel.
+    """
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
+    return shard_batch_axis(x.reshape(batch, 2 * height, 2 * width, channels))

@@ -1,6 +1,6 @@
 """The transformer of LAION's prior: many query heads over one head of keys and values.
 
-Beside the sequence's own keys there is a learned null key and value, seen by every token
+In addition to the sequence's keys there is a learned null key and value, visible to every token
 (multi-query attention: Shazeer 2019; positions: rotary, Su et al. 2021, and T5's learned bias, Raffel
 et al. 2020, section 2.1). The output of attention is normed again before it is added (Shleifer et al.
 2021), the feed-forward layer is a SwiGLU (Shazeer 2020), and no layer or norm has a bias. It is causal.
@@ -14,7 +14,7 @@ Versions of the library that trained such weights differ in what no weight shows
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.attention import KeyValues
 from dalle2_jax.models.layers import NORM_EPSILON
-from dalle2_jax.types import UserError
+from dalle2_jax.ranges import Depth, Range, Width
 
 _BUCKETS, _FARTHEST = 32, 128  # of the position bias: half the buckets are single distances, half grow to _FARTHEST
 _ROTATED = 32  # at most so many features of a head are rotated
@@ -40,11 +41,11 @@ class MultiQueryConfig:
       UserError: an unknown ``attention``, or rotary positions in heads of odd width.
     """
 
-    width: int
-    layers: int
-    heads: int
-    head_width: int
-    mlp_width: int
+    width: Width
+    layers: Depth
+    heads: Depth
+    head_width: Width
+    mlp_width: Annotated[int, Range(1, 1_000_000)]
     normformer: bool  # a norm within the feed-forward layer
     rotary: bool
     norm_in: bool
@@ -125,7 +126,7 @@ class MultiQueryAttention(nn.Module):
         own = KeyValues(keys, both[:, :, 1])
         nulls = KeyValues(*(jnp.broadcast_to(one, (x.shape[0], 1, config.head_width)) for one in (null_key, null[1])))
         parts = (nulls, own) if past is None else (nulls, past, own)
-        seen = jax.tree.map(lambda *every: jnp.concatenate(every, axis=1), *parts)
+        total = jax.tree.map(lambda *every: jnp.concatenate(every, axis=1), *parts)
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (1, 0)), constant_values=True)
         out = nn.DenseGeneral(
             config.width,
@@ -134,17 +135,17 @@ class MultiQueryAttention(nn.Module):
             dtype=config.dtype,
             kernel_init=normal((config.heads * config.head_width) ** -0.5),
             name="out",
-        )(self._attend(queries, seen, mask, positions.bias))
+        )(self._attend(queries, total, mask, positions.bias))
         return ScaleLayerNorm(config.dtype, name="ln_out")(out), own
 
-    def _attend(self, queries: jax.Array, seen: KeyValues, mask: jax.Array, bias: jax.Array) -> jax.Array:
+    def _attend(self, queries: jax.Array, past: KeyValues, mask: jax.Array, bias: jax.Array) -> jax.Array:
         """Softmax over keys that all heads share; returns [B, Q, N, K]."""
         config = self.config
         scale = _COSINE_SCALE if config.attention == "cosine" else config.head_width**-0.5
-        logits = jnp.einsum("bqnk,bsk->bnqs", queries, seen.keys, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bqnk,bsk->bnqs", queries, past.keys, preferred_element_type=jnp.float32)
         logits = logits * scale + (bias * _BIAS_SCALES[config.attention])[None]
-        weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1).astype(seen.values.dtype)
-        return jnp.einsum("bnqs,bsk->bqnk", weights, seen.values)
+        weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1).astype(past.values.dtype)
+        return jnp.einsum("bnqs,bsk->bqnk", weights, past.values)
 
 
 class MultiQueryBlock(nn.Module):
@@ -177,10 +178,8 @@ class MultiQueryBlock(nn.Module):
         if config.normformer:
             h = ScaleLayerNorm(config.dtype, name="ln_mid")(h)
         residual_std = (2 * config.layers * config.mlp_width) ** -0.5
-        h = nn.Dense(
-            config.width, use_bias=False, dtype=config.dtype, kernel_init=normal(residual_std), name="proj"
-        )(h)
-        # without a cache nothing is kept: training stacks no keys and values
+        h = nn.Dense(config.width, use_bias=False, dtype=config.dtype, kernel_init=normal(residual_std), name="proj")(h)
+        # without a cache no keys and values are stacked
         return x + h, (None if past is None else own)
 
 
@@ -188,7 +187,7 @@ class MultiQueryTransformer(nn.Module):
     """``config.layers`` blocks, scanned, over a sequence whose order is all that positions tell.
 
     Params: ``position_bias`` [32, N]; ``ln_in``; ``blocks`` with a leading layer axis; ``ln_out``.
-    ``visible`` is true where a token may be seen by those after it.
+    ``visible`` is true where a token is visible to those after it.
     """
 
     config: MultiQueryConfig
@@ -201,7 +200,7 @@ class MultiQueryTransformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=config.layers,
         )(config)
         self.position_bias = self.param("position_bias", nn.initializers.normal(0.02), (_BUCKETS, config.heads))
@@ -211,25 +210,21 @@ class MultiQueryTransformer(nn.Module):
             self.ln_out = ScaleLayerNorm(config.dtype, by_largest=config.attention != "dot")
 
     def __call__(self, x: Float[Array, "B S D"], visible: Bool[Array, "_B S"]) -> Float[Array, "B S D"]:
-        """Runs the whole sequence; the result is in the compute dtype."""
+        """Evaluates the full sequence; the result is in the compute dtype."""
         return self._run(x, visible, None)[0]
 
     def prefill(
         self, x: Float[Array, "B S D"], visible: Bool[Array, "_B S"]
     ) -> tuple[Float[Array, "B S D"], KeyValues]:
         """As a call, and also returns every layer's keys and values, [layers, B, S, K]."""
-        nothing = jnp.zeros((self.config.layers, x.shape[0], 0, self.config.head_width), self.config.dtype)
-        return self._run(x, visible, KeyValues(nothing, nothing))
+        empty = jnp.zeros((self.config.layers, x.shape[0], 0, self.config.head_width), self.config.dtype)
+        return cast(Any, self._run(x, visible, KeyValues(empty, empty)))
 
-    def extend(
-        self, x: Float[Array, "B S D"], past: KeyValues, visible: Bool[Array, "_B R"]
-    ) -> Float[Array, "B S D"]:
-        """Runs S new tokens after the R - S tokens that ``prefill`` saw."""
+    def extend(self, x: Float[Array, "B S D"], past: KeyValues, visible: Bool[Array, "_B R"]) -> Float[Array, "B S D"]:
+        """Runs S new tokens after the R - S tokens of ``prefill``."""
         return self._run(x, visible, past)[0]
 
-    def _run(
-        self, x: jax.Array, visible: jax.Array, past: KeyValues | None
-    ) -> tuple[jax.Array, KeyValues | None]:
+    def _run(self, x: jax.Array, visible: jax.Array, past: KeyValues | None) -> tuple[jax.Array, KeyValues | None]:
         config, (new, total) = self.config, (x.shape[1], visible.shape[1])
         mask = jnp.tril(jnp.ones((total, total), bool))[None, None, -new:] & visible[:, None, None, :]
         x = x.astype(config.dtype)

@@ -4,7 +4,7 @@ Ramesh et al. 2022, section 2.2: a causal transformer over the sequence
 
     [encoded text (L) | CLIP text embedding | timestep | noised CLIP image embedding | query]
 
-whose output at the query is the predicted image embedding. Its width has nothing to do with
+whose output at the query is the predicted image embedding. Its width is independent of
 CLIP's. Positions are learned, L + 4 of them. Padded text is hidden; the last four never are.
 
 A prior that goes from noise to the embedding at once (ECLIPSE, Patel et al. 2023, arXiv 2312.04655,
@@ -13,40 +13,41 @@ section 3.2) needs no timestep: without ``time_token`` that token is missing, an
 "Encoded text" is a token embedding of the prior's own (``text_input="tokens"``, the paper) or a
 projection of frozen CLIP's final text states (``text_input="clip"``, Karlo).
 
-The text prefix, L + 1 tokens, sees neither the noised embedding nor the timestep: a sampler
+The text prefix, L + 1 tokens, attends to neither the noised embedding nor the timestep: a sampler
 computes its keys and values once (``encode_prefix``) and then runs three tokens a step (``denoise``).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.attention import KeyValues
 from dalle2_jax.models.layers import LayerNorm, TimeMLP
 from dalle2_jax.models.transformer import Transformer, TransformerConfig, causal_mask
-from dalle2_jax.types import UserError
+from dalle2_jax.ranges import Depth, Length, VocabSize, Width
 
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """The prior's transformer and what it reads.
+    """The prior's transformer and its inputs.
 
     Raises:
       UserError: ``text_input`` without the field it needs (vocab_size or text_width).
     """
 
-    width: int = 512
-    layers: int = 12
-    heads: int = 8
-    embed_dim: int = 512  # CLIP's
-    context_length: int = 77
+    width: Width = 512
+    layers: Depth = 12
+    heads: Depth = 8
+    embed_dim: Width = 512  # CLIP's
+    context_length: Length = 77
     text_input: str = "tokens"  # or "clip"
-    vocab_size: int | None = None  # for "tokens"
-    text_width: int | None = None  # for "clip": width of CLIP's text states
+    vocab_size: VocabSize | None = None  # for "tokens"
+    text_width: Width | None = None  # for "clip": width of CLIP's text states
     learned_null: bool = True  # False: the caller encodes the empty caption instead (Karlo)
     activation: str = "gelu"
     final_norm: bool = True
@@ -54,7 +55,8 @@ class PriorConfig:
     remat: bool = False
     dtype: str = "float32"
 
-    # What the stage asks of any prior's config, beside embed_dim, context_length, text_input, text_width, learned_null.
+    # The stage also uses these members of any prior's config, besides embed_dim, context_length, text_input, text_width
+    # and learned_null.
 
     drops: ClassVar[tuple[str, ...]] = ("text",)  # parts that may be absent, each a drop_* of the network
     embed_length: ClassVar[float | None] = None  # of the embeddings it is made for; None: as the contract has them
@@ -102,7 +104,7 @@ class PriorNetwork(nn.Module):
         config, normal = self.config, nn.initializers.normal
         if config.text_input == "tokens":
             self.token_embedding = nn.Embed(
-                config.vocab_size, config.width, dtype=config.dtype, embedding_init=normal(0.02)
+                cast(int, config.vocab_size), config.width, dtype=config.dtype, embedding_init=normal(0.02)
             )
         else:
             self.text_seq_proj = nn.Dense(config.width, dtype=config.dtype)
@@ -131,10 +133,10 @@ class PriorNetwork(nn.Module):
         mask: Bool[Array, "B L"],
         drop_text: Bool[Array, "B"] | None = None,
     ) -> Float[Array, "B E"]:
-        """The whole sequence at once, for training.
+        """Evaluates the full sequence, for training.
 
         Args:
-          x_t: noised image embeddings, scaled as the embedding contract says.
+          x_t: noised image embeddings, in the space of the embedding contract.
           t: original timesteps, 0..T-1; of no matter without a time token.
           text_emb: CLIP text embeddings.
           text: token ids for "tokens", CLIP's final text states for "clip".
@@ -165,9 +167,7 @@ class PriorNetwork(nn.Module):
         prefix, visible = self._prefix(text_emb, text, mask, drop_text)
         return PriorCache(self.transformer.prefill(prefix, _attention_mask(visible))[1], visible)
 
-    def denoise(
-        self, cache: PriorCache, x_t: Float[Array, "B E"], t: Int[Array, "B"]
-    ) -> Float[Array, "B E"]:
+    def denoise(self, cache: PriorCache, x_t: Float[Array, "B E"], t: Int[Array, "B"]) -> Float[Array, "B E"]:
         """Predicts from the cached prefix; equals a call with the arguments that made the cache."""
         visible = jnp.concatenate([cache.mask, jnp.ones((x_t.shape[0], self.config.tail), bool)], axis=1)
         mask = _attention_mask(visible)[:, :, -self.config.tail :]
@@ -176,7 +176,7 @@ class PriorNetwork(nn.Module):
     def _prefix(
         self, text_emb: jax.Array, text: jax.Array, mask: jax.Array, drop_text: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns (tokens [B, L + 1, D], which of them may be seen bool[B, L + 1])."""
+        """Returns (tokens [B, L + 1, D], whether they are visible bool[B, L + 1])."""
         config = self.config
         if text.shape[1] != config.context_length:
             raise UserError(

@@ -1,22 +1,25 @@
 """CLIP's modified ResNet (Radford et al. 2021, section 2.4; the "-D" changes of He et al. 2019).
 
 Three stem convolutions instead of one, average pooling before every strided step (Zhang 2019),
-and attention pooling: one query, the mean of the picture, reads all positions. The running
+and attention pooling: one query, the mean of the image, attends to all positions. The running
 statistics of the batch norms are the collection ``batch_stats``.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.attention import attend
 from dalle2_jax.models.layers import NORM_EPSILON, average_pool
-from dalle2_jax.types import UserError
+from dalle2_jax.ranges import Depth, Range, Side
 
 _EXPANSION = 4  # of a bottleneck: output channels over inner channels
+_MAX_STAGES = 8
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,18 @@ class ResNetConfig:
     """A ResNet image tower: RN50 is layers (3, 4, 6, 3), width 64, heads 32 at 224 pixels.
 
     Raises:
-      UserError: the picture is not a multiple of the network's stride 32, or the heads do not
+      UserError: there are no stages; the image is not a multiple of the network's stride 32, or the heads do not
         divide the final channels, 32 * width.
     """
 
-    layers: tuple[int, ...] = (3, 4, 6, 3)
-    width: int = 64
-    heads: int = 32
-    image_size: int = 224
+    layers: tuple[Depth, ...] = (3, 4, 6, 3)
+    width: Annotated[int, Range(2, 65_536)] = 64
+    heads: Annotated[int, Range(1, 65_536)] = 32
+    image_size: Side = 224
 
     def __post_init__(self) -> None:
+        if not 1 <= len(self.layers) <= _MAX_STAGES:
+            raise UserError(f"layers has {len(self.layers)} stages: give 1 to {_MAX_STAGES}, as (3, 4, 6, 3)")
         stride = 2 ** (len(self.layers) + 1)
         if self.image_size % stride:
             raise UserError(f"image_size {self.image_size} is not a multiple of the network's stride {stride}")
@@ -129,7 +134,7 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Normalised picture [B, H, W, 3] -> embedding float32[B, embed_dim].
+    """Normalised image [B, H, W, 3] -> embedding float32[B, embed_dim].
 
     Params: ``stem_1..3``, ``stage_{i}_block_{j}`` (both from 1), ``pool``.
     """

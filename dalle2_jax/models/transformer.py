@@ -5,15 +5,17 @@ time. x <- x + attention(norm(x)); x <- x + mlp(norm(x)) (Radford et al. 2021, s
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.attention import KeyValues, SelfAttention
 from dalle2_jax.models.layers import LayerNorm, activation
-from dalle2_jax.types import UserError
+from dalle2_jax.ranges import Depth, Length, MlpRatio, VocabSize, Width
 
 
 @dataclass(frozen=True)
@@ -21,34 +23,43 @@ class TransformerConfig:
     """Width, depth and heads of a transformer.
 
     Raises:
-      UserError: the heads do not divide the width, or the activation is unknown.
+      UserError: the heads do not divide the width, the MLP has no hidden unit, or the activation is unknown.
     """
 
-    width: int = 512
-    layers: int = 12
-    heads: int = 8
+    width: Width = 512
+    layers: Depth = 12
+    heads: Depth = 8
     activation: str = "gelu"  # or "quick_gelu"
-    mlp_ratio: float = 4.0
+    mlp_ratio: MlpRatio = 4.0
     remat: bool = False  # recompute each layer in the backward pass: less memory, about a third more time
     dtype: str = "float32"  # compute dtype; parameters are float32
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise UserError(f"width {self.width} is not divisible by {self.heads} heads: change one of them")
+        if int(self.width * self.mlp_ratio) < 1:
+            raise UserError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit of width {self.width}: raise it")
         activation(self.activation)
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A transformer over tokens: CLIP's text tower, or the decoder's own caption encoder."""
+    """A transformer over tokens: CLIP's text tower, or the decoder's own caption encoder.
 
-    vocab_size: int = 49408
-    context_length: int = 77
-    width: int = 512
-    layers: int = 12
-    heads: int = 8
+    Raises:
+      UserError: as `TransformerConfig`.
+    """
+
+    vocab_size: VocabSize = 49408
+    context_length: Length = 77
+    width: Width = 512
+    layers: Depth = 12
+    heads: Depth = 8
     activation: str = "quick_gelu"
-    mlp_ratio: float = 4.0
+    mlp_ratio: MlpRatio = 4.0
+
+    def __post_init__(self) -> None:
+        self.transformer(remat=False, dtype="float32")
 
     def transformer(self, remat: bool, dtype: str) -> TransformerConfig:
         """Returns the transformer of this text encoder."""
@@ -78,14 +89,14 @@ class Block(nn.Module):
         h = nn.Dense(hidden, dtype=config.dtype, kernel_init=normal((2 * config.width) ** -0.5), name="fc")(h)
         h = activation(config.activation)(h)
         h = nn.Dense(config.width, dtype=config.dtype, kernel_init=normal(residual_std), name="proj")(h)
-        # without a cache nothing is kept: training stacks no keys and values
+        # without a cache no keys and values are stacked
         return x + h, (None if past is None else own)
 
 
 class Transformer(nn.Module):
     """``config.layers`` blocks, scanned; params lie under ``blocks`` with a leading layer axis.
 
-    ``mask`` is bool, true where a key may be seen: [B or 1, 1, S, S]; None hides nothing.
+    ``mask`` is bool, true where a key is visible: [B or 1, 1, S, S]; with None all are.
     """
 
     config: TransformerConfig
@@ -97,14 +108,12 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] - flax annotates int, documents tuples
             length=self.config.layers,
         )(self.config)
 
-    def __call__(
-        self, x: Float[Array, "B S D"], mask: Bool[Array, "_B 1 S S"] | None = None
-    ) -> Float[Array, "B S D"]:
-        """Runs the whole sequence; the result is in the compute dtype."""
+    def __call__(self, x: Float[Array, "B S D"], mask: Bool[Array, "_B 1 S S"] | None = None) -> Float[Array, "B S D"]:
+        """Evaluates the full sequence; the result is in the compute dtype."""
         return self.blocks(x.astype(self.config.dtype), mask, None)[0]
 
     def prefill(
@@ -113,20 +122,20 @@ class Transformer(nn.Module):
         """As a call, and also returns every layer's keys and values, [layers, B, S, N, K]."""
         config = self.config
         shape = (config.layers, x.shape[0], 0, config.heads, config.width // config.heads)
-        nothing = jnp.zeros(shape, config.dtype)
-        return self.blocks(x.astype(config.dtype), mask, KeyValues(nothing, nothing))
+        empty = jnp.zeros(shape, config.dtype)
+        return cast(Any, self.blocks)(x.astype(config.dtype), mask, KeyValues(empty, empty))
 
     def extend(
         self, x: Float[Array, "B S D"], past: KeyValues, mask: Bool[Array, "_B 1 S R"] | None = None
     ) -> Float[Array, "B S D"]:
-        """Runs S new tokens after the R - S tokens that ``prefill`` saw."""
+        """Runs S new tokens after the R - S tokens of ``prefill``."""
         return self.append(x, past, mask)[0]
 
     def append(
         self, x: Float[Array, "B S D"], past: KeyValues, mask: Bool[Array, "_B 1 S R"] | None = None
     ) -> tuple[Float[Array, "B S D"], KeyValues]:
         """As ``extend``, and also returns the new tokens' keys and values, [layers, B, S, N, K]."""
-        return self.blocks(x.astype(self.config.dtype), mask, past)
+        return cast(Any, self.blocks)(x.astype(self.config.dtype), mask, past)
 
 
 def causal_mask(length: int) -> Bool[Array, "1 1 S S"]:

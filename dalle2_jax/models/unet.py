@@ -4,64 +4,86 @@ Dhariwal & Nichol 2021 (ADM), section 3 and appendix: residual blocks conditione
 embedding, up- and downsampling inside residual blocks, attention at chosen resolutions with a
 fixed width a head. Nichol et al. 2021 (GLIDE), section 4.1: the context's keys and values joined
 to each attention. Ramesh et al. 2022 (unCLIP), appendix C: the decoder, and upsamplers without
-any attention. It knows no noise schedule: it maps (x, t, conditioning) to a picture.
+any attention. It does not depend on a noise schedule: it maps (x, t, conditioning) to an image.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.attention import ContextAttention
-from dalle2_jax.models.layers import GroupNorm, TimeMLP, average_pool, fold_patches, unfold_patches, upsample_nearest
-from dalle2_jax.types import UserError
+from dalle2_jax.models.layers import (
+    GroupNorm,
+    TimeMLP,
+    average_pool,
+    fold_patches,
+    unfold_patches,
+    upsample_nearest,
+)
+from dalle2_jax.ranges import Depth, Range, Side, Width
+
+_MAX_LEVELS = 12
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """A U-Net's shape.
 
-    ``image_size`` and ``attention_resolutions`` together say on which levels attention stands:
+    ``image_size`` and ``attention_resolutions`` together determine the levels with attention:
     level l of a network built for side ``image_size`` has maps of side
     image_size / patch_size / 2^l, and it attends where that side is in ``attention_resolutions``.
-    The levels are then fixed: a picture of another size (a crop, or the full size after training
+    The levels are then fixed: an image of another size (a crop, or the full size after training
     on crops) uses the same ones.
 
     Raises:
-      UserError: channels that norm_groups or the heads do not divide.
+      UserError: no levels, an image that the levels or patches do not divide, or channels that norm_groups or the heads
+        do not divide.
     """
 
-    image_size: int = 64
-    in_channels: int = 3
-    out_channels: int = 3  # 6 with a learned variance
-    channels: int = 192
-    channel_mult: tuple[int | float, ...] = (1, 2, 3, 4)
-    num_res_blocks: int = 3
-    attention_resolutions: tuple[int, ...] = (32, 16, 8)
-    head_channels: int = 64
-    num_heads: int | None = None  # the same number of heads on every level, instead of head_channels
-    context_dim: int | None = None  # width of the context tokens joined to each attention
+    image_size: Side = 64
+    in_channels: Annotated[int, Range(1, 1_000)] = 3
+    out_channels: Annotated[int, Range(1, 1_000)] = 3  # 6 with a learned variance
+    channels: Width = 192
+    channel_mult: tuple[Annotated[int | float, Range(0, 100, exclusive_min=True)], ...] = (1, 2, 3, 4)
+    num_res_blocks: Depth = 3
+    attention_resolutions: tuple[Side, ...] = (32, 16, 8)
+    head_channels: Width = 64
+    num_heads: Depth | None = None  # the same number of heads on every level, instead of head_channels
+    context_dim: Width | None = None  # width of the context tokens joined to each attention
     scale_shift: bool = True  # False: the time embedding is only added (Karlo's upsamplers)
     resblock_updown: bool = True  # False: a strided convolution down, nearest + convolution up
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0, 1, exclusive_max=True)] = 0.0
     middle_attention: bool = True
-    emb_dim: int | None = None  # width of the time embedding; 4 * channels if None
+    emb_dim: Width | None = None  # width of the time embedding; 4 * channels if None
     input_skip: bool = False  # adds shares of the input to the output, learned from the time embedding
-    patch_size: int = 1  # pictures are folded patch x patch pixels to a position: space to depth, and back
-    norm_groups: int = 32
+    patch_size: Side = 1  # images are folded, patch x patch pixels to a position: space to depth, and back
+    norm_groups: Width = 32
     remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        if not 1 <= len(self.channel_mult) <= _MAX_LEVELS:
+            levels = len(self.channel_mult)
+            raise UserError(f"channel_mult has {levels} levels: give 1 to {_MAX_LEVELS} factors, as (1, 2, 3, 4)")
+        if self.image_size % self.stride:
+            raise UserError(
+                f"image_size {self.image_size} is not a multiple of {self.stride}, as patch_size {self.patch_size} and "
+                f"the {len(self.channel_mult)} levels of channel_mult need: change one of them"
+            )
         if self.input_skip and self.in_channels % self.out_channels:
             raise UserError(
-                f"input_skip adds whole pictures: in_channels {self.in_channels} must be a multiple of "
+                f"input_skip adds images: in_channels {self.in_channels} must be a multiple of "
                 f"out_channels {self.out_channels}"
             )
         for level in range(len(self.channel_mult)):
             channels = self.level_channels(level)
+            if channels < 1:
+                raise UserError(f"channel_mult {self.channel_mult[level]} leaves no channel on level {level}: raise it")
             if channels % self.norm_groups:
                 raise UserError(
                     f"{channels} channels on level {level} are not divisible by norm_groups {self.norm_groups}"
@@ -80,7 +102,7 @@ class UNetConfig:
 
     @property
     def stride(self) -> int:
-        """What a picture's height and width must be multiples of."""
+        """The height and width of images must be multiples of it."""
         return self.patch_size * 2 ** (len(self.channel_mult) - 1)
 
     def level_channels(self, level: int) -> int:
@@ -152,7 +174,7 @@ class AttentionBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """(x, t, conditioning) -> a picture of x's size. At initialisation the output is exactly zero.
+    """(x, t, conditioning) -> an image of x's size. At initialisation the output is exactly zero.
 
     Params, level l from 0 at full size, block i from 0 in the order in which they run:
     ``conv_in``, ``time_mlp``, ``down_{l}_{i}``, ``down_{l}_{i}_attn``, ``down_{l}_sample``,
@@ -178,14 +200,14 @@ class UNet(nn.Module):
         """Runs the network.
 
         Args:
-          x: the noisy picture in [-1, 1], with whatever is concatenated to its channels.
+          x: the noised image in [-1, 1], with conditioning images concatenated to its channels.
           t: original timesteps, 0..T-1.
           emb: added to the time embedding, [B, config.time_dim].
           context: tokens joined to the keys and values of every attention; given if and only if
             the config has a context_dim.
-          context_mask: true where a context token may be seen; None shows all.
+          context_mask: true where a context token is visible; with None all are.
           train: whether dropout is on.
-          noise_level: how noisy a picture beside x is; embedded as t is, by an MLP of its own.
+          noise_level: noise level of a conditioning image; embedded as t is, by an MLP of its own.
 
         Returns:
           float32[B, H, W, out_channels].
@@ -214,9 +236,7 @@ class UNet(nn.Module):
         h = self._up(h, skips, step, context, context_mask, train)
         h = nn.silu(GroupNorm(config.norm_groups, config.dtype, name="norm_out")(h))
         out = config.out_channels * config.patch_size**2
-        h = nn.Conv(
-            out, (3, 3), padding=1, dtype=config.dtype, kernel_init=nn.initializers.zeros, name="conv_out"
-        )(h)
+        h = nn.Conv(out, (3, 3), padding=1, dtype=config.dtype, kernel_init=nn.initializers.zeros, name="conv_out")(h)
         h = unfold_patches(h, config.patch_size).astype(jnp.float32)
         return h + self._input_share(x, step) if config.input_skip else h
 
@@ -226,9 +246,9 @@ class UNet(nn.Module):
         There c_skip is a function of the noise; here it is learned, one for each input channel.
         """
         config = self.config
-        share = nn.Dense(
-            config.in_channels, dtype=config.dtype, kernel_init=nn.initializers.zeros, name="input_skip"
-        )(step)
+        share = nn.Dense(config.in_channels, dtype=config.dtype, kernel_init=nn.initializers.zeros, name="input_skip")(
+            step
+        )
         shared = share.astype(jnp.float32)[:, None, None, :] * x.astype(jnp.float32)
         return shared.reshape(*x.shape[:3], -1, config.out_channels).sum(axis=3)
 
@@ -306,7 +326,7 @@ class UNet(nn.Module):
         config = self.config
         if x.shape[1] % config.stride or x.shape[2] % config.stride:
             got = f"{x.shape[1]}x{x.shape[2]}"
-            raise UserError(f"a {got} picture does not fit the U-Net: its sides must be multiples of {config.stride}")
+            raise UserError(f"a {got} image does not fit the U-Net: its sides must be multiples of {config.stride}")
         if x.shape[3] != config.in_channels:
             raise UserError(f"the U-Net's in_channels is {config.in_channels} but its input has {x.shape[3]} channels")
         if (context is None) != (config.context_dim is None):

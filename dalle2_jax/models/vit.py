@@ -6,32 +6,34 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.layers import LayerNorm, fold_patches
 from dalle2_jax.models.transformer import Transformer, TransformerConfig
-from dalle2_jax.types import UserError
+from dalle2_jax.ranges import Depth, MlpRatio, Side, Width
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A ViT image tower. ``image_size`` is the side of the square picture.
+    """A ViT image tower. ``image_size`` is the side of the square image.
 
     Raises:
-      UserError: patches do not tile the picture.
+      UserError: patches do not tile the image; or as `TransformerConfig`.
     """
 
-    image_size: int = 224
-    patch_size: int = 16
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
+    image_size: Side = 224
+    patch_size: Side = 16
+    width: Width = 768
+    layers: Depth = 12
+    heads: Depth = 12
     activation: str = "quick_gelu"
-    mlp_ratio: float = 4.0
+    mlp_ratio: MlpRatio = 4.0
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise UserError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: change one of them"
             )
+        self.transformer(remat=False, dtype="float32")
 
     def transformer(self, remat: bool, dtype: str) -> TransformerConfig:
         """Returns the transformer of this tower."""
@@ -41,7 +43,7 @@ class VisionConfig:
 
 
 class VisionTransformer(nn.Module):
-    """Normalised picture [B, H, W, 3] -> embedding float32[B, embed_dim], read at the class token.
+    """Normalised image [B, H, W, 3] -> embedding float32[B, embed_dim], read at the class token.
 
     Params: ``patch_embed`` kernel [p*p*3, D] (rows: patch row, patch column, channel; no bias),
     ``class_embedding`` [D], ``positional_embedding`` [1 + patches, D] (class token first),

@@ -1,13 +1,12 @@
 """The autoregressive prior: from a caption to a CLIP image embedding, code by code (Ramesh et al. 2022, section 2.2).
 
-The image embedding becomes a sequence of codes (``stages.codes``), learned under the cross entropy of
-each code given those before it, the caption and its CLIP text embedding. A token before the codes says
-how large the dot product z_i . z_t is; a sample asks for one from the top half of the training pairs'.
-For classifier-free guidance all that comes from the caption is dropped for 10 % of the examples, the
-dot product too: it would tell of a text embedding that is not there.
+The image embedding becomes a sequence of codes (``stages.codes``), trained by the cross entropy of each code given
+the codes before it, the caption and its CLIP text embedding. A token before the codes encodes the dot product
+z_i . z_t; sampling takes one from the top half of those of the training pairs. For classifier-free guidance the
+caption is dropped for 10 % of the examples, and with it the dot product, which depends on the text embedding.
 
-Components, buckets and the dot products' quantiles are statistics of the training embeddings. They are
-estimated once, by ``calibrate``, before the first step, and lie in ``Variables.stats`` from then on.
+Components, buckets and the quantiles of the dot products are statistics of the training embeddings. They are
+estimated by ``calibrate`` before the first step, and stored in ``Variables.stats``.
 """
 
 import dataclasses
@@ -20,56 +19,35 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from dalle2_jax import rng
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.ar_prior import ArPriorConfig, ArPriorNetwork
+from dalle2_jax.ranges import CalibrationExamples, Fraction
 from dalle2_jax.stages import codes
-from dalle2_jax.stages.base import Outputs, Variables
+from dalle2_jax.stages.base import Outputs, StageDefaults, Variables, apply
 from dalle2_jax.stages.clip import ClipStage
-from dalle2_jax.stages.diffusion import Condition
-from dalle2_jax.types import Batch, Params, UserError
+from dalle2_jax.stages.held_out import cosines, head
+from dalle2_jax.stages.sampling import ArSamplingConfig, ArSamplingPlan, Condition, Drops
+from dalle2_jax.types import Batch, Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class ArSamplingConfig:
-    """How codes are drawn.
-
-    ``guidance`` is the scale of classifier-free guidance on the logits (1: none). The dot product asked
-    for is drawn from the training pairs' above their quantile ``dot_quantile`` (the paper swept 0.5, 0.7,
-    0.85 and 0.95, and found 0.5 the best).
-    """
-
-    guidance: float = 1.0
-    dot_quantile: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.dot_quantile < 1.0:
-            raise UserError(f"sampling.dot_quantile {self.dot_quantile} must be at least 0 and below 1")
-
-    def split(self) -> tuple["ArSamplingConfig", dict[str, float]]:
-        """Returns what decides the compiled program, and the numbers that the program takes."""
-        program = ArSamplingConfig(guidance=self.guidance if self.guidance == 1.0 else 2.0)
-        return program, {"guidance": self.guidance, "dot_quantile": self.dot_quantile}
-
-
-@dataclasses.dataclass(frozen=True)
-class ArPriorStage:
+class ArPriorStage(StageDefaults):
     """Predicts the codes of image embeddings, conditioned on the caption and its CLIP text embedding.
 
-    ``calibration_examples`` training pairs, rounded up to whole batches, decide components and buckets.
+    Components and buckets are estimated from ``calibration_examples`` training pairs, rounded up to full batches.
     """
 
     model: ArPriorConfig
     clip: ClipStage
     sampling: ArSamplingConfig = ArSamplingConfig()
-    drop_text: float = 0.1
-    calibration_examples: int = 65_536
+    drop_text: Fraction = 0.1
+    calibration_examples: CalibrationExamples = 65_536
     name: str = "ar_prior"
 
-    calibrates: ClassVar[bool] = True
-    said: ClassVar[tuple[str, ...]] = ("image_emb", "text_emb")  # what prepare asks of CLIP
-    candidates: ClassVar[int] = 1  # embeddings drawn for each picture: the dot product token does the choosing
+    candidates: ClassVar[int] = 1  # embeddings sampled for each image: the dot product token replaces reranking
 
     def __post_init__(self) -> None:
         if self.calibration_examples < self.model.buckets:
@@ -78,16 +56,26 @@ class ArPriorStage:
             )
 
     @property
-    def borrows(self) -> tuple[str, ...]:
-        """CLIP alone."""
+    def requires(self) -> tuple[str, ...]:
+        """CLIP."""
         return ("clip",)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Both embeddings of CLIP, and the caption."""
+        return ("image_emb", "text_emb", "tokens", "mask")
+
+    @property
+    def calibrates(self) -> bool:
+        """Components and buckets are measured before training."""
+        return True
 
     @property
     def network(self) -> ArPriorNetwork:
         return ArPriorNetwork(self.model)
 
     def init(self, key: jax.Array) -> Variables:
-        """Returns fresh parameters, and zeros where ``calibrate``'s statistics belong."""
+        """Returns initial parameters, and zeros for the statistics that ``calibrate`` measures."""
         model, length = self.model, self.model.text.context_length
         params = self.network.init(
             key,
@@ -102,14 +90,14 @@ class ArPriorStage:
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
         """Adds image_emb, text_emb and text_seq, unless they were precomputed."""
-        return self.clip.complete(frozen.get("clip"), batch, self.said)
+        return self.clip.complete(frozen.get("clip"), batch, self.inputs)
 
-    def read(self, clip: Variables | None, batch: Batch) -> Batch:
-        """As ``prepare``, of the captions alone."""
+    def prepare_captions(self, clip: Variables | None, batch: Batch) -> Batch:
+        """Adds the columns that CLIP computes from the captions, unless they were precomputed."""
         return self.clip.complete(clip, batch, ("text_emb",))
 
     def calibrate(self, frozen: Mapping[str, Variables], batches: Iterator[Batch]) -> Params:
-        """Returns the statistics of training batches on the devices. UserError if CLIP's embeddings are unfit."""
+        """Returns the statistics of training batches on the devices. UserError if embeddings are not finite."""
 
         @jax.jit
         def measure(frozen: Mapping[str, Variables], batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -124,100 +112,97 @@ class ArPriorStage:
             seen += len(rows[1])
         return codes.fit(np.concatenate(embeddings), np.concatenate(dots), self.model.components, self.model.buckets)
 
-    def loss(self, params: Params, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Outputs]:
+    def loss(
+        self, params: Params, stats: Params, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch
+    ) -> tuple[jax.Array, Outputs]:
         """Mean cross entropy of a code, in nats.
 
-        Metrics: ``accuracy``, the share of codes guessed right, and ``code_error``, the mean squared error
-        of the embeddings that the codes stand for over the embeddings' variance (below 1 % in the paper).
+        Metrics: ``accuracy``, the share of codes predicted correctly, and ``code_error``, the mean squared error of
+        the quantised embeddings over the variance of the embeddings (below 1 % in the paper).
         """
         image_emb = batch["image_emb"]
         target = codes.encode(stats, image_emb)
         dot = codes.encode_dot(stats, image_emb, batch["text_emb"])
         drop = jax.random.bernoulli(rng.stream(key, "drop_text"), self.drop_text, dot.shape)
-        logits = self.network.apply({"params": params}, target, dot, **self.condition(batch), drop_text=drop)
+        logits = apply(self.network, params, target, dot, **self.condition(batch), drop_text=drop)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-        lost = jnp.mean(jnp.square(codes.decode(stats, target) - image_emb))
+        error = jnp.mean(jnp.square(codes.decode(stats, target) - image_emb))
         variance = jnp.mean(jnp.square(image_emb - stats["mean"][None]))
         metrics = {
             "accuracy": (logits.argmax(axis=-1) == target).astype(jnp.float32).mean(),
-            "code_error": lost / jnp.maximum(variance, 1e-12),
+            "code_error": error / jnp.maximum(variance, 1e-12),
         }
         return losses.mean(), Outputs(metrics, stats)
 
+    def measure(
+        self, variables: Variables, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch
+    ) -> Metrics:
+        """Returns cosines of embeddings sampled for the first captions of the batch, see `cosines`."""
+        batch = head(batch)
+        keys = rng.per_image(key, jnp.arange(len(batch["mask"]), dtype=jnp.int32))
+        return cosines(self.sample(variables, keys, self.condition(batch), self.plan()), batch)
+
     def condition(self, batch: Batch) -> Condition:
-        """Returns the condition of a batch whose captions CLIP has read."""
+        """Returns the condition of a batch with text embeddings."""
         return {"text_emb": batch["text_emb"], "text": batch["tokens"], "mask": batch["mask"]}
 
+    def check_sampling(self, config: ArSamplingConfig) -> None:
+        """Accepts every configuration."""
+
+    def plan(self, config: ArSamplingConfig | None = None, *, absent: Drops | None = None) -> ArSamplingPlan:
+        """Returns the plan of `sample`.
+
+        Args:
+          config: how to sample; ``sampling`` of the stage by default.
+          absent: {"text": examples without a caption}.
+        """
+        config = self.sampling if config is None else config
+        return ArSamplingPlan(config.guidance != 1.0, config.guidance, config.dot_quantile, dict(absent or {}))
+
     def sample(
-        self,
-        variables: Variables,
-        keys: Key[Array, "B"],
-        condition: Condition,
-        config: ArSamplingConfig,
-        guidance: Float[Array, ""] | float | None = None,
-        dot_quantile: Float[Array, ""] | float | None = None,
-        *,
-        absent: Mapping[str, Bool[Array, "B"]] | None = None,
+        self, variables: Variables, keys: Key[Array, "B"], condition: Condition, plan: ArSamplingPlan
     ) -> Float[Array, "B E"]:
-        """Draws an image embedding for each key, by ancestral sampling in one scan over cached keys and values.
+        """Samples one image embedding a key: ancestral sampling in one scan, with cached keys and values.
 
         Args:
           variables: parameters, usually their average, and the statistics of ``calibrate``.
-          keys: one an image; it alone decides the draw.
+          keys: one an example; the samples depend on no other randomness.
           condition: as ``condition`` returns it.
-          config: static. Whether there is guidance follows from ``config.guidance``.
-          guidance: takes the place of ``config.guidance``; may be traced, so changing it compiles nothing.
-          dot_quantile: takes the place of ``config.dot_quantile``, likewise.
-          absent: {"text": images that go without a caption}.
+          plan: as `plan` returns it.
         """
-        scale = config.guidance if guidance is None else guidance
-        quantile = config.dot_quantile if dot_quantile is None else dot_quantile
-        drop = (absent or {}).get("text", jnp.zeros(keys.shape, bool))
-        dot = top_dots(jax.vmap(lambda key: rng.stream(key, "dot"))(keys), self.model.buckets, quantile)
-        guided = config.guidance != 1.0
-        if guided:  # both branches in one batched call, the second without the caption
+        drop = plan.absent.get("text", jnp.zeros(keys.shape, bool))
+        dot_keys = jax.vmap(lambda key: rng.stream(key, "dot"))(keys)
+        dot = top_dots(dot_keys, self.model.buckets, plan.dot_quantile)
+        if plan.guided:  # both branches in one batched call, the second without the caption
             condition = {name: twice(value) for name, value in condition.items()}
             drop = jnp.concatenate([drop, jnp.ones(keys.shape, bool)])
+            dot = twice(dot)
         code_keys = jax.vmap(lambda key: rng.stream(key, "codes"))(keys)
-        apply = functools.partial(self.network.apply, {"params": variables.params})
+        call = functools.partial(apply, self.network, variables.params)
 
-        def draw(logits: jax.Array, index: int | jax.Array) -> jax.Array:
-            if guided:
-                told, untold = jnp.split(logits, 2)
-                logits = untold + jnp.asarray(scale, jnp.float32) * (told - untold)
-            now = jax.vmap(rng.at_step, in_axes=(0, None))(code_keys, index)
-            return jax.vmap(jax.random.categorical)(now, logits).astype(jnp.int32)
+        def sample_code(logits: jax.Array, index: int | jax.Array) -> jax.Array:
+            if plan.guided:
+                conditional, unconditional = jnp.split(logits, 2)
+                logits = unconditional + jnp.asarray(plan.guidance, jnp.float32) * (conditional - unconditional)
+            step_keys = jax.vmap(rng.at_step, in_axes=(0, None))(code_keys, index)
+            return jax.vmap(jax.random.categorical)(step_keys, logits).astype(jnp.int32)
 
         def advance(carry, index):
             logits, past = carry
-            code = draw(logits, index)
-            read = twice(code) if guided else code
-            return apply(past, read, index, method=ArPriorNetwork.step), code
+            code = sample_code(logits, index)
+            return call(past, twice(code) if plan.guided else code, index, method=ArPriorNetwork.step), code
 
-        dot = twice(dot) if guided else dot
-        start = apply(dot, **condition, drop_text=drop, method=ArPriorNetwork.encode_prefix)
+        start = call(dot, **condition, drop_text=drop, method=ArPriorNetwork.encode_prefix)
         last = self.model.components - 1
-        (logits, _), drawn = jax.lax.scan(advance, start, jnp.arange(last))
-        drawn = jnp.concatenate([drawn, draw(logits, last)[None]]).T
-        return codes.decode(variables.stats, drawn)
-
-    def draw(
-        self,
-        variables: Variables,
-        keys: Key[Array, "B"],
-        condition: Condition,
-        config: ArSamplingConfig,
-        scalars: Mapping[str, jax.Array],
-        absent: Bool[Array, "B"],
-    ) -> Float[Array, "B E"]:
-        """As ``sample``, in the cascade's words for any prior; ``scalars`` are those of ``config.split``."""
-        return self.sample(variables, keys, condition, config, **scalars, absent={"text": absent})
+        (logits, _), sampled = jax.lax.scan(advance, start, jnp.arange(last))
+        sampled = jnp.concatenate([sampled, sample_code(logits, last)[None]]).T
+        return codes.decode(variables.stats, sampled)
 
 
 def top_dots(keys: Key[Array, "B"], buckets: int, quantile: float | Float[Array, ""]) -> Int[Array, "B"]:
-    """Draws dot product buckets from the training distribution above a quantile.
+    """Samples dot product buckets from the training distribution above a quantile.
 
-    Every bucket holds an equal share of the training pairs, so the draw is uniform over the upper ones.
+    Every bucket holds an equal share of the training pairs, so the distribution is uniform over the upper buckets.
     """
     share = jax.vmap(jax.random.uniform)(keys)
     place = quantile + (1.0 - quantile) * share
@@ -225,5 +210,5 @@ def top_dots(keys: Key[Array, "B"], buckets: int, quantile: float | Float[Array,
 
 
 def twice(value: Array) -> Array:
-    """Repeats a batch after itself."""
+    """Returns a batch concatenated with itself."""
     return jnp.concatenate([value, value])

@@ -1,14 +1,15 @@
 """What training and sampling may assume of a stage."""
 
 import dataclasses
-import zlib
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
+from jaxtyping import Array, Key
 
-from dalle2_jax.types import Batch, Metrics, Params
+from dalle2_jax.stages.contract import EmbeddingContract
+from dalle2_jax.types import Batch, Degrading, Metrics, Params
 
 
 class Variables(NamedTuple):
@@ -18,8 +19,41 @@ class Variables(NamedTuple):
     stats: Params
 
 
+def unchanged(params: Params) -> Params:
+    """Returns ``params``: the projection of a stage without constraints."""
+    return params
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRules:
+    """What the train step does differently for one kind of stage.
+
+    Attributes:
+      decay: (regular expression on a parameter's path, whether it is decayed), which go before
+        ``training.optim.DECAY_RULES``; the first match wins.
+      averaged_stats: names of the statistics that are averaged as the weights are, because the averaged weights are
+        used with them: running means and variances of batch norms.
+      project: maps the parameters to the nearest allowed ones, after every update. It is traced.
+    """
+
+    decay: tuple[tuple[str, bool], ...] = ()
+    averaged_stats: tuple[str, ...] = ()
+    project: Callable[[Params], Params] = unchanged
+
+
+class Network(Protocol):
+    """A Flax module: what `apply` needs of it."""
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def apply(network: Network, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """Applies a network without mutable collections; ``kwargs`` are those of ``flax.linen.Module.apply``."""
+    return network.apply({"params": params}, *args, **kwargs)
+
+
 class Outputs(NamedTuple):
-    """What ``Stage.loss`` returns beside the scalar: metrics, and the statistics after the step."""
+    """What ``Stage.loss`` returns in addition to the scalar: metrics, and the statistics after the step."""
 
     metrics: Metrics
     stats: Params
@@ -28,70 +62,185 @@ class Outputs(NamedTuple):
 class Stage(Protocol):
     """One trainable part of the system: a frozen, hashable value that holds no arrays.
 
-    Borrowed weights (CLIP under the prior, the base under a LoRA) come in as ``frozen``: they are not
-    differentiated, not optimised and not checkpointed again. Only ``prepare`` sees them: what ``loss``
-    needs of them, it finds in the prepared batch.
+    ``frozen`` maps the names in ``requires`` to the variables of those stages (CLIP for the prior, the base weights
+    for a LoRA). They are constants of the training step: not differentiated, not optimised, not checkpointed again.
+    `StageDefaults` has the members that most stages do not change.
     """
 
-    name: str
-    borrows: tuple[str, ...]
-    # and, where it has any, constant_stats: tuple[str, ...], names of statistics that no training changes
+    @property
+    def name(self) -> str:
+        """The stage's name, which is also the name of its folder in a system."""
+        ...
 
-    def init(self, key: jax.Array) -> Variables:
-        """Returns fresh variables."""
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the columns of a prepared batch that ``loss`` reads; see `select_columns` for those of the data."""
+        ...
 
-    def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
-        """Returns a larger batch with what the borrowed stages add; nothing is overwritten."""
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """Names of the stages whose variables ``prepare`` and ``loss`` need."""
+        ...
 
-    def loss(self, params: Params, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Outputs]:
-        """Returns the float32 scalar to minimise over a prepared batch, and the rest."""
+    @property
+    def constant_stats(self) -> tuple[str, ...]:
+        """Names of the statistics that training does not change."""
+        ...
 
+    @property
+    def degrading(self) -> Degrading | None:
+        """The degradation that makes "low_res" from "image" on the host; None where the data are not degraded."""
+        ...
 
-@runtime_checkable
-class Calibrates(Protocol):
-    """A stage, besides, whose statistics are measured once, before its first step.
+    @property
+    def training_rules(self) -> TrainingRules:
+        """What the train step does differently for this stage."""
+        ...
 
-    ``Stage.init`` gives zeros of the right shapes in their place. ``calibrates`` says whether the stage, as it is
-    configured, has any to measure.
-    """
+    @property
+    def calibrates(self) -> bool:
+        """Whether ``calibrate`` has to be called before the first step."""
+        ...
 
-    calibrates: bool
+    @property
+    def image_size(self) -> int | None:
+        """Side in pixels of the images that the stage generates; None for a stage that generates no images."""
+        ...
+
+    @property
+    def diffusion_steps(self) -> int | None:
+        """T of the forward process; None for a stage without diffusion."""
+        ...
+
+    def init(self, key: Key[Array, ""]) -> Variables:
+        """Returns initial variables; statistics that ``calibrate`` measures are zeros of the right shapes."""
+        ...
 
     def calibrate(self, frozen: Mapping[str, Variables], batches: Iterator[Batch]) -> Params:
-        """Returns the statistics of as many training batches (on the devices, as in training) as it takes."""
+        """Returns the statistics, measured on as many training batches (on the devices) as it takes."""
+        ...
+
+    def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
+        """Returns the batch with the columns of ``inputs`` that it lacks; existing columns are not overwritten."""
+        ...
+
+    def loss(
+        self, params: Params, stats: Params, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch
+    ) -> tuple[jax.Array, Outputs]:
+        """Returns the float32 scalar to minimise over a prepared batch, with metrics and the new statistics."""
+        ...
+
+    def measure(
+        self, variables: Variables, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch
+    ) -> Metrics:
+        """Returns measures of a prepared batch of held-out examples, in addition to the metrics of ``loss``."""
+        ...
+
+    def contract(self, params: Params) -> EmbeddingContract | None:
+        """Returns the embedding contract of these CLIP weights; None for a stage that is no CLIP."""
+        ...
+
+    def merged(self, frozen: Mapping[str, Variables], variables: Variables) -> Variables:
+        """Returns the variables to sample with: those given, or for a LoRA the base weights with the change added."""
+        ...
 
 
-@dataclasses.dataclass(frozen=True)
-class EmbeddingContract:
-    """Which embedding space a system speaks: which CLIP, and in what normalisation.
+@functools.lru_cache(maxsize=16)  # tracing a large network takes seconds, and a run needs its shapes several times
+def abstract_variables(stage: Stage) -> Variables:
+    """Returns the shapes of a stage's variables; no array is allocated."""
+    return jax.eval_shape(stage.init, jax.random.key(0))
 
-    Stages trained under different contracts cannot work together, though every shape fits;
-    most published unCLIP attempts failed on this. ``clip`` is a fingerprint of the CLIP weights.
-    ``normalisation`` is "unit" (to unit length, times ``scale``; 17.2 at 1,024 dimensions in
-    Ramesh et al. 2022, App. C) or "raw" (times ``scale``).
+
+class StageDefaults:
+    """The members of `Stage` that most stages have in common. It is inherited, and has no fields."""
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """No other stage is needed."""
+        return ()
+
+    @property
+    def constant_stats(self) -> tuple[str, ...]:
+        """All statistics belong to training."""
+        return ()
+
+    @property
+    def degrading(self) -> Degrading | None:
+        """The data are not degraded."""
+        return None
+
+    @property
+    def training_rules(self) -> TrainingRules:
+        """The default rules."""
+        return TrainingRules()
+
+    @property
+    def calibrates(self) -> bool:
+        """No statistics are measured before training."""
+        return False
+
+    @property
+    def image_size(self) -> int | None:
+        """No images are generated."""
+        return None
+
+    @property
+    def diffusion_steps(self) -> int | None:
+        """There is no diffusion."""
+        return None
+
+    def calibrate(self, frozen: Mapping[str, Variables], batches: Iterator[Batch]) -> Params:
+        """Raises NotImplementedError: ``calibrates`` is False."""
+        raise NotImplementedError(f"{type(self).__name__} has no statistics to measure")
+
+    def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
+        """Returns the batch unchanged."""
+        return batch
+
+    def measure(
+        self, variables: Variables, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch
+    ) -> Metrics:
+        """Returns nothing: the loss and its metrics are all that is measured."""
+        return {}
+
+    def contract(self, params: Params) -> EmbeddingContract | None:
+        """Returns None: the stage is no CLIP."""
+        return None
+
+    def merged(self, frozen: Mapping[str, Variables], variables: Variables) -> Variables:
+        """Returns the variables unchanged."""
+        return variables
+
+
+CLIP_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "image_emb": ("image",),
+    "text_emb": ("tokens", "mask"),
+    "text_seq": ("tokens", "mask"),
+    "null_text_emb": ("tokens", "mask"),
+    "null_text_seq": ("tokens", "mask"),
+    "null_mask": ("tokens", "mask"),
+}
+"""Columns of a batch that CLIP computes, and the columns that it computes them from."""
+
+
+def clip_columns(inputs: Iterable[str]) -> tuple[str, ...]:
+    """Returns those of ``inputs`` that CLIP computes, which a data set of embeddings stores."""
+    return tuple(name for name in inputs if name in CLIP_COLUMNS)
+
+
+def select_columns(inputs: Iterable[str], available: Collection[str]) -> tuple[str, ...]:
+    """Returns the columns to select from a data set for a stage.
+
+    Args:
+      inputs: the stage's ``inputs``.
+      available: the columns that the data set has.
+
+    Returns:
+      ``inputs``; an embedding that the data set lacks is replaced by the columns that CLIP computes it from, which
+      ``Stage.prepare`` then does. Other columns that the data set lacks are left in place, for its error message.
     """
-
-    clip: str
-    dim: int
-    normalisation: str = "unit"
-    scale: float = 17.2
-
-
-@jax.jit
-def _checksum(leaf: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
-    # Each value is hashed with its place (MurmurHash3's finaliser), so that exchanged values and
-    # flipped signs change the sum, which wraps at 2^32 and may be taken in any order.
-    mixed = bits ^ jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2_654_435_761)
-    for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13), (1, 16)):
-        mixed = (mixed ^ (mixed >> jnp.uint32(shift))) * jnp.uint32(multiplier)
-    return jnp.sum(mixed, dtype=jnp.uint32)
-
-
-def fingerprint(params: Params) -> str:
-    """Returns a short name of these exact float32 weights, the same however they are sharded."""
-    code = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        entry = f"{jax.tree_util.keystr(path)}:{leaf.shape}:{int(_checksum(leaf))}"
-        code = zlib.crc32(entry.encode(), code)
-    return f"{code:08x}"
+    names: dict[str, None] = {}
+    for name in inputs:
+        computed = name in CLIP_COLUMNS and name not in available
+        names |= dict.fromkeys(CLIP_COLUMNS[name] if computed else (name,))
+    return tuple(names)

@@ -1,4 +1,4 @@
-"""Embeddings as short sequences of integers, most telling first: the autoregressive prior's alphabet.
+"""Quantisation of embeddings to sequences of integers, by decreasing variance: the codes of the autoregressive prior.
 
 Ramesh et al. 2022, section 2.2: principal components of CLIP image embeddings, ordered by
 decreasing eigenvalue, each quantised into buckets. With mean m, eigenvectors U and, for component
@@ -7,12 +7,11 @@ k, edges e_k and centres c_k,
     y = U^T (z - m),    code_k = #{j : e_kj <= y_k}                                            (1)
     z' = m + U c[code]                                                                         (2)
 
-The paper does not say where the buckets lie. Here each holds as many of the calibration examples
-as any other and is read back as their mean, so every code is used equally often and, of such
-buckets, the mean squared error is least. Hence |y_k - y'_k| is at most the width of its bucket,
-save beyond the calibration's extremes.
+The paper does not specify the buckets. Here each holds the same number of calibration examples and is decoded to
+their mean, so every code is used equally often and, for such buckets, the mean squared error is minimal. Hence
+|y_k - y'_k| is at most the width of its bucket, except beyond the extremes of the calibration examples.
 
-Fitting is on the host in float64; what is fitted are plain float32 arrays, kept as a stage's statistics.
+The fit is computed on the host in float64; the results are float32 arrays, stored as statistics of the stage.
 """
 
 import jax
@@ -20,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dalle2_jax.types import Params, UserError
+from dalle2_jax.errors import UserError
+from dalle2_jax.types import Params
 
 _EXACT = jax.lax.Precision.HIGHEST  # accelerators round float32 products to fewer digits than 1,024 buckets have
 
@@ -36,22 +36,20 @@ def empty(embed_dim: int, components: int, buckets: int) -> Params:
     }
 
 
-def fit(
-    image_emb: Float[np.ndarray, "M E"], dots: Float[np.ndarray, "M"], components: int, buckets: int
-) -> Params:
+def fit(image_emb: Float[np.ndarray, "M E"], dots: Float[np.ndarray, "M"], components: int, buckets: int) -> Params:
     """Estimates components and buckets from M examples.
 
     Args:
-      image_emb: image embeddings in the contract's space.
+      image_emb: image embeddings in the space of the embedding contract.
       dots: the dot product of each with its text embedding.
-      components: how many to keep, of the largest variance.
-      buckets: how many values a code may have.
+      components: number of principal components, K.
+      buckets: number of values of a code, Q.
 
     Returns:
       ``mean`` [E], ``basis`` [E, K], ``edges`` [K, Q - 1], ``centres`` [K, Q] and ``dot_edges`` [Q - 1].
 
     Raises:
-      UserError: fewer examples than buckets, or numbers that are not finite.
+      UserError: fewer examples than buckets, or embeddings that are not finite.
     """
     if len(image_emb) < buckets:
         raise UserError(f"{len(image_emb)} examples cannot fill {buckets} buckets: calibrate on more, or use fewer")
@@ -71,7 +69,7 @@ def fit(
 
 
 def _equal_buckets(values: np.ndarray, buckets: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts each column of [M, K] into equal shares; returns the edges between and the means, [K, Q - 1] and [K, Q]."""
+    """Splits each column of [M, K] into equal shares; returns their edges and means, [K, Q - 1] and [K, Q]."""
     values = np.sort(values, axis=0)
     starts = np.arange(buckets) * len(values) // buckets
     counts = np.diff(starts, append=len(values))
@@ -93,7 +91,7 @@ def encode_dot(stats: Params, image_emb: Float[Array, "B E"], text_emb: Float[Ar
 
 
 def decode(stats: Params, codes: Int[Array, "B K"]) -> Float[Array, "B E"]:
-    """Returns the embeddings that codes stand for, by (2)."""
+    """Returns the embeddings of codes, by (2)."""
     components = jnp.take_along_axis(stats["centres"].T, codes, axis=0)
     return stats["mean"][None] + jnp.matmul(components, stats["basis"].T, precision=_EXACT)
 

@@ -1,4 +1,4 @@
-"""Pictures on their way into a stage: uint8 to [-1, 1], resizing, blur, crops, holes. All on the device."""
+"""Image preprocessing on the device: uint8 to [-1, 1], resizing, blur, crops, inpainting masks."""
 
 from collections.abc import Mapping
 
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from dalle2_jax import rng
-from dalle2_jax.types import UserError
+from dalle2_jax.errors import UserError
 
 UNKNOWN_RATE = 0.15
-"""Share of an inpainting network's training pictures of which nothing is known, so that it still draws from nothing."""
+"""Share of training images without known pixels, so that an inpainting network can also generate from noise alone."""
 
 
 def to_float(image: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -23,10 +23,26 @@ def to_uint8(image: Float[Array, "B H W C"]) -> UInt8[Array, "B H W C"]:
     return jnp.round((jnp.clip(image, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def resize(image: Float[Array, "B H W C"], side: int) -> Float[Array, "B S S C"]:
-    """Resizes square pictures with antialiasing: box means for whole factors, else cubic."""
+_FILTERS = {"bicubic": "cubic", "bilinear": "linear", "lanczos": "lanczos3"}
+"""Pillow's filters -> the names of ``jax.image.resize``. Both antialias, and both bicubics have a = -0.5."""
+
+
+def resize(image: Float[Array, "B H W C"], side: int, resample: str = "area") -> Float[Array, "B S S C"]:
+    """Resizes square images in [-1, 1] with antialiasing.
+
+    Args:
+      image: the images.
+      side: of the result, in pixels.
+      resample: "area" takes box means for integer factors, else bicubic. The others of ``types.RESAMPLES`` are
+        Pillow's filters, within one level of 255 of Pillow: like Pillow, rows and then columns are resized, and clipped
+        and rounded to 256 levels after each.
+    """
     batch, height, _, channels = image.shape
     if height == side:
+        return image
+    if resample != "area":
+        for shape in ((batch, height, side, channels), (batch, side, side, channels)):
+            image = to_float(to_uint8(jax.image.resize(image, shape, _FILTERS[resample], antialias=True)))
         return image
     if height % side == 0:
         factor = height // side
@@ -43,58 +59,60 @@ def gaussian_blur(image: Float[Array, "B H W C"], sigma: float) -> Float[Array, 
     return (edge * (rows[:, :, :-2] + rows[:, :, 2:]) + centre * rows[:, :, 1:-1]) / total
 
 
-def crop(
-    image: Float[Array, "B H W C"], corners: Int[Array, "B 2"], side: int
-) -> Float[Array, "B S S C"]:
-    """Cuts a side x side square from each picture, its upper left corner at (row, column)."""
+def crop(image: Float[Array, "B H W C"], corners: Int[Array, "B 2"], side: int) -> Float[Array, "B S S C"]:
+    """Crops a side x side square from each image, its upper left corner at (row, column)."""
     return jax.vmap(
         lambda one, corner: jax.lax.dynamic_slice(one, (corner[0], corner[1], 0), (side, side, one.shape[-1]))
     )(image, corners)
 
 
 def random_corners(key: Key[Array, ""], batch: int, side: int, crop_side: int, grid: int) -> Int[Array, "B 2"]:
-    """Draws crop corners on a grid, so that a low-resolution pixel is never cut in two."""
+    """Samples crop corners on a grid, so that crops consist of full low-resolution pixels."""
     return grid * jax.random.randint(key, (batch, 2), 0, (side - crop_side) // grid + 1)
 
 
-def picture_channels(in_channels: int, inpaint: bool, beside: int = 0) -> int:
-    """Returns the channels of one picture, of a network that reads ``beside`` others at its side.
+def image_channels(in_channels: int, inpaint: bool, conditioning_images: int = 0) -> int:
+    """Returns the channels of one image, given the input channels of a network.
 
-    An inpainting network reads one more, and a mask.
+    Args:
+      in_channels: of the network: the noised image, ``conditioning_images`` more and, for inpainting, the known pixels
+        and a mask of one channel.
+      inpaint: whether the network is an inpainting network.
+      conditioning_images: number of conditioning images.
 
     Raises:
-      UserError: the channels do not divide so.
+      UserError: the channels do not divide into as many images.
     """
-    pictures = 1 + beside + inpaint
-    channels, left = divmod(in_channels - inpaint, pictures)
-    if left or not channels:
+    count = 1 + conditioning_images + inpaint
+    channels, remainder = divmod(in_channels - inpaint, count)
+    if remainder or not channels:
         mask = " and a mask" if inpaint else ""
-        raise UserError(f"in_channels {in_channels} is not {pictures} pictures of the same channels{mask}")
+        raise UserError(f"in_channels {in_channels} is not {count} images of the same channels{mask}")
     return channels
 
 
 def visible_region(key: Key[Array, ""], batch: int, side: int) -> Bool[Array, "B S S 1"]:
-    """Draws what is known of training pictures: all but a box anywhere; nothing of ``UNKNOWN_RATE`` of them.
+    """Samples the mask of known pixels of training images: all but a random box, or none for ``UNKNOWN_RATE`` of them.
 
-    Nichol et al. 2021 (GLIDE), section 3.2, erases random regions and does not say of which form.
+    Nichol et al. 2021 (GLIDE), section 3.2, erases random regions; their shape is not specified.
     """
     sides = jax.random.randint(rng.stream(key, "sides"), (batch, 2), 1, side + 1)
     start = jax.random.uniform(rng.stream(key, "start"), (batch, 2))
     first = jnp.floor(start * (side - sides + 1).astype(jnp.float32)).astype(jnp.int32)
-    place = jnp.arange(side, dtype=jnp.int32)[None, None]
-    within = (place >= first[:, :, None]) & (place < (first + sides)[:, :, None])  # [B, rows or columns, S]
+    position = jnp.arange(side, dtype=jnp.int32)[None, None]
+    within = (position >= first[:, :, None]) & (position < (first + sides)[:, :, None])  # [B, rows or columns, S]
     erased = within[:, 0, :, None] & within[:, 1, None, :]
     nothing = jax.random.bernoulli(rng.stream(key, "nothing"), UNKNOWN_RATE, (batch, 1, 1))
     return ~(erased | nothing)[..., None]
 
 
-def beside_known(
-    x_t: Float[Array, "B H W C"], condition: Mapping[str, jax.Array]
-) -> Float[Array, "B H W D"]:
-    """Returns [x_t, known picture, mask] along the channels, as GLIDE's inpainting networks read them.
+def with_known_pixels(x_t: Float[Array, "B H W C"], condition: Mapping[str, jax.Array]) -> Float[Array, "B H W D"]:
+    """Returns [x_t, known image, mask] along the channels, the input of GLIDE's inpainting networks.
 
-    The condition's "known" is the picture float32[B, H, W, C] in [-1, 1] and its "known_mask", bool[B, H, W, 1],
-    true where it is known. Without them nothing is.
+    Args:
+      x_t: the noised image.
+      condition: its "known" is the image float32[B, H, W, C] in [-1, 1], and "known_mask", bool[B, H, W, 1], is true
+        where it is known. Without them no pixel is known.
     """
     if "known" not in condition:
         return jnp.concatenate([x_t, jnp.zeros_like(x_t), jnp.zeros_like(x_t[..., :1])], axis=-1)

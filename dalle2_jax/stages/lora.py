@@ -1,11 +1,11 @@
-"""LoRA: a stage that stays as it is but for low-rank changes of some kernels (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: a stage that is fine-tuned by low-rank changes of some kernels (Hu et al. 2021, arXiv 2106.09685).
 
-A kernel W is a matrix from its input axes to its output axes, [in, out]. In its place stands
+A kernel W is a matrix from its input axes to its output axes, [in, out]. It is replaced by
 
     W' = W + alpha / rank A B,    A [in, rank] ~ N(0, 1 / in),  B [rank, out] = 0 at first    (section 4.1, eq. 3)
 
-(x W here is W x there, so A and B are the paper's, transposed and in their order of use). Only A and B are trained
-and saved. B is zero at first, so the first step's output is the base's, exactly. The kernels of a scanned
+(x W here is W x in the paper, so A and B are the paper's, transposed and in their order of use). Only A and B are
+trained and saved. B is zero at first, so the initial output is exactly that of the base. The kernels of a scanned
 transformer are a stack [layers, ...], factored layer by layer.
 """
 
@@ -13,32 +13,35 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from dalle2_jax import rng
-from dalle2_jax.stages.base import Outputs, Stage, Variables
-from dalle2_jax.types import Batch, Params, UserError
+from dalle2_jax.errors import UserError
+from dalle2_jax.ranges import PositiveFloat, Width
+from dalle2_jax.stages.base import Outputs, Stage, TrainingRules, Variables, unchanged
+from dalle2_jax.stages.contract import EmbeddingContract
+from dalle2_jax.types import Batch, Degrading, Metrics, Params
 
 TARGETS = (
     r"(^|/)attn/(qkv|q|kv|context_kv|out)/kernel$",  # attention, of transformers and of the U-Net
     r"(^|/)blocks/(fc|proj)/kernel$",  # the transformers' MLPs
     r"(^|/)pool/(query|key|value|out)/kernel$",  # the attention that ends CLIP's ResNet
-    r"(^|/)(context_kv|caption_context_proj|text_seq_proj|image_token_proj)/kernel$",  # what attention is told
+    r"(^|/)(context_kv|caption_context_proj|text_seq_proj|image_token_proj)/kernel$",  # conditioning of attention
 )
 """The kernels that are changed unless a config says otherwise, as regular expressions on parameter paths."""
 
 CONVOLUTIONS = r"/conv_\d/kernel$"
-"""What to name for the residual blocks of a U-Net, which a network without attention has alone."""
+"""A target for the residual blocks of a U-Net: the only kernels of a network without attention."""
 
-STACKED = r"(^|/)blocks/"
+SCANNED_KERNELS = r"(^|/)blocks/"
 """Kernels with a leading axis of layers."""
 
-SPREADING = r"(^|/)(qkv|q|kv|context_kv|query|key|value|fc|image_token_proj)/kernel$"
-"""Kernels of one input axis and several output axes; others have one output axis: [N, K, D], [H, W, C, D], [D, E]."""
+FAN_OUT_KERNELS = r"(^|/)(qkv|q|kv|context_kv|query|key|value|fc|image_token_proj)/kernel$"
+"""Kernels with one input axis and several output axes; others have one output axis: [N, K, D], [H, W, C, D], [D, E]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +54,15 @@ class LoraConfig:
       UserError: a rank below 1, no targets, or one that is no regular expression.
     """
 
-    rank: int = 4
-    alpha: float = 4.0
+    rank: Width = 4
+    alpha: PositiveFloat = 4.0
     targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"rank {self.rank} must be at least 1")
         if not self.targets:
-            raise UserError("targets names no kernel: leave it out for the attention and MLP kernels")
+            raise UserError("targets names no kernel: remove it for the attention and MLP kernels")
         for pattern in self.targets:
             try:
                 re.compile(pattern)
@@ -69,10 +72,10 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraStage:
-    """A stage whose parameters are the factors of another's kernels: {.., "lora_a": A, "lora_b": B} for "kernel".
+    """A stage whose parameters are low-rank factors of another's kernels: {.., "lora_a": A, "lora_b": B} for "kernel".
 
-    The base's weights are borrowed, under the stage's own name, and those of its statistics that no training changes:
-    ``prepare`` hands them to ``loss`` in the batch, as "base". All other statistics are this stage's own.
+    The base weights, and the statistics that training does not change, are in ``frozen`` under the stage's own name.
+    All other statistics belong to this stage.
     """
 
     inner: Stage
@@ -84,58 +87,107 @@ class LoraStage:
         return self.inner.name
 
     @property
-    def borrows(self) -> tuple[str, ...]:
-        """What the inner stage borrows, and the base of its own name."""
-        return (*self.inner.borrows, self.name)
+    def requires(self) -> tuple[str, ...]:
+        """The inner stage's, and the base, which has the stage's own name."""
+        return (*self.inner.requires, self.name)
+
+    @property
+    def training_rules(self) -> TrainingRules:
+        """The inner stage's, without its projection, which applies to weights that a LoRA does not train."""
+        return dataclasses.replace(self.inner.training_rules, project=unchanged)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The inner stage's."""
+        return self.inner.inputs
+
+    @property
+    def constant_stats(self) -> tuple[str, ...]:
+        """None: the inner stage's constant statistics are part of the base."""
+        return ()
+
+    @property
+    def degrading(self) -> Degrading | None:
+        """The inner stage's."""
+        return self.inner.degrading
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the inner stage calibrates."""
+        return self.inner.calibrates
+
+    @property
+    def image_size(self) -> int | None:
+        """The inner stage's."""
+        return self.inner.image_size
+
+    @property
+    def diffusion_steps(self) -> int | None:
+        """The inner stage's."""
+        return self.inner.diffusion_steps
 
     def init(self, key: Key[Array, ""]) -> Variables:
-        """Returns fresh factors, and fresh statistics.
+        """Returns initial factors and statistics.
 
         Raises:
-          UserError: a target that fits no kernel of the stage.
+          UserError: a target that matches no kernel of the stage.
         """
         inner = self.inner.init(rng.stream(key, "inner"))
         paths = _kernels(inner.params)
-        lost = [pattern for pattern in self.config.targets if not any(re.search(pattern, path) for path in paths)]
-        given = [pattern for pattern in lost if pattern not in TARGETS]
-        if given or len(lost) == len(self.config.targets):
+        unmatched = [pattern for pattern in self.config.targets if not any(re.search(pattern, path) for path in paths)]
+        given = [pattern for pattern in unmatched if pattern not in TARGETS]
+        if given or len(unmatched) == len(self.config.targets):
             raise UserError(
-                f"config.lora.targets: no kernel of stage {self.name} fits {', '.join(map(repr, given or lost))}; "
+                f"config.lora.targets: no kernel of stage {self.name} fits {', '.join(map(repr, given or unmatched))}; "
                 f"its kernels are {', '.join(paths[:4])}, ..; {CONVOLUTIONS!r} fits a U-Net's convolutions"
             )
-        return Variables(_fresh(rng.stream(key, "lora"), inner.params, self.config), self._own(inner.stats))
+        return Variables(_initial_factors(rng.stream(key, "lora"), inner.params, self.config), self._own(inner.stats))
 
-    def borrowed(self, base: Variables) -> Variables:
-        """Returns what is borrowed of the base's variables."""
-        return Variables(base.params, {name: base.stats[name] for name in self._constant})
+    def frozen_part(self, base: Variables) -> Variables:
+        """Returns the variables of the base that stay constant: all parameters, and ``inner.constant_stats``."""
+        return Variables(base.params, {name: base.stats[name] for name in self.inner.constant_stats})
 
-    def whole(self, borrowed: Variables, own: Variables) -> Variables:
-        """Returns the inner stage's variables: the factors merged, and all statistics."""
-        return Variables(merge(borrowed.params, own.params, self.config), {**own.stats, **borrowed.stats})
+    def contract(self, params: Params) -> EmbeddingContract | None:
+        """Returns the contract of merged weights, as the inner stage."""
+        return self.inner.contract(params)
+
+    def merged(self, frozen: Mapping[str, Variables], variables: Variables) -> Variables:
+        """Returns the inner stage's variables: the base weights with the change added, and all statistics."""
+        base = frozen[self.name]
+        stats = {**variables.stats, **self.frozen_part(base).stats}
+        return Variables(merge(base.params, variables.params, self.config), stats)
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
-        """Adds what the inner stage adds, and what is borrowed of the base."""
-        return {**self.inner.prepare(frozen, batch), "base": frozen[self.name]}
+        """Returns the batch that the inner stage prepares."""
+        return self.inner.prepare(frozen, batch)
 
-    def loss(self, params: Params, stats: Params, key: Key[Array, ""], batch: Batch) -> tuple[jax.Array, Outputs]:
-        """The inner stage's loss with the factors merged; the base is a constant."""
-        rest = {name: value for name, value in batch.items() if name != "base"}
-        loss, outputs = self.inner.loss(*self.whole(batch["base"], Variables(params, stats)), key, rest)
+    def calibrate(self, frozen: Mapping[str, Variables], batches: Iterator[Batch]) -> Params:
+        """Returns the statistics that the inner stage measures."""
+        return self._own(self.inner.calibrate(frozen, batches))
+
+    def loss(
+        self, params: Params, stats: Params, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch
+    ) -> tuple[jax.Array, Outputs]:
+        """Returns the inner stage's loss at the merged weights; only the factors are differentiated."""
+        variables = self.merged(frozen, Variables(params, stats))
+        loss, outputs = self.inner.loss(variables.params, variables.stats, frozen, key, batch)
         return loss, Outputs(outputs.metrics, self._own(outputs.stats))
 
-    @property
-    def _constant(self) -> tuple[str, ...]:
-        return getattr(self.inner, "constant_stats", ())
+    def measure(
+        self, variables: Variables, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch
+    ) -> Metrics:
+        """Returns the inner stage's measures of the merged weights."""
+        return self.inner.measure(self.merged(frozen, variables), frozen, key, batch)
 
     def _own(self, stats: Params) -> Params:
-        return {name: value for name, value in stats.items() if name not in self._constant}
+        return {name: value for name, value in stats.items() if name not in self.inner.constant_stats}
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def merge(base: Params, factors: Params, config: LoraConfig) -> Params:
-    """Returns the base's weights with the factors' changes added, W + alpha / rank A B, in float32.
+    """Returns the base weights with the change added, W + alpha / rank A B, in float32.
 
-    Loading, export and training all merge by this. Weights without factors are the base's own.
+    Weights without factors are returned unchanged.
     """
     return _merge(base, factors, config)
 
@@ -170,25 +222,25 @@ def _kernels(params: Params, path: str = "") -> list[str]:
     return found
 
 
-def _fresh(key: Key[Array, ""], params: Params, config: LoraConfig, path: str = "") -> Params:
-    """Returns factors for the kernels that ``config`` targets, at their places in the tree."""
+def _initial_factors(key: Key[Array, ""], params: Params, config: LoraConfig, path: str = "") -> Params:
+    """Returns initial factors for the kernels that ``config`` targets, at the same paths."""
     factors = {}
     for name, value in params.items():
         here = f"{path}{name}"
         if isinstance(value, Mapping):
-            inner = _fresh(key, value, config, f"{here}/")
+            inner = _initial_factors(key, value, config, f"{here}/")
             factors |= {name: inner} if inner else {}
         elif name == "kernel" and any(re.search(pattern, here) for pattern in config.targets):
-            factors |= _pair(rng.stream(key, here), here, value.shape, config.rank)
+            factors |= _initial_pair(rng.stream(key, here), here, value.shape, config.rank)
     return factors
 
 
-def _pair(key: Key[Array, ""], path: str, shape: tuple[int, ...], rank: int) -> Params:
-    """Returns A and B of one kernel, each axis of which keeps its place and so its sharding rule."""
-    layers = 1 if re.search(STACKED, path) else 0
-    inputs = layers + 1 if re.search(SPREADING, path) else len(shape) - 1
-    spread = math.prod(shape[layers:inputs]) ** -0.5
+def _initial_pair(key: Key[Array, ""], path: str, shape: tuple[int, ...], rank: int) -> Params:
+    """Returns A and B of one kernel; their axes are in the kernel's order, so the same sharding rules apply."""
+    layers = 1 if re.search(SCANNED_KERNELS, path) else 0
+    inputs = layers + 1 if re.search(FAN_OUT_KERNELS, path) else len(shape) - 1
+    std = math.prod(shape[layers:inputs]) ** -0.5
     return {
-        "lora_a": spread * jax.random.normal(key, (*shape[:inputs], rank)),
+        "lora_a": std * jax.random.normal(key, (*shape[:inputs], rank)),
         "lora_b": jnp.zeros((*shape[:layers], rank, *shape[inputs:])),
     }

@@ -1,41 +1,52 @@
 """The diffusion prior: from a caption to a CLIP image embedding (Ramesh et al. 2022, section 2.2).
 
-The image embedding itself is diffused, in the contract's space, and the network predicts the
-un-noised embedding directly under a plain mean squared error. The text is dropped for 10 % of
-the examples: learned embeddings take its place, or, without ``model.learned_null``, what CLIP says
-of the empty caption (Karlo). Of LAION's prior the noised image embedding is dropped too, for another 10 %.
+The image embedding is diffused in the space of the embedding contract, and the network predicts the un-noised
+embedding directly, with a mean squared error (their eq. 2). The text is dropped for 10 % of the examples: it is
+replaced by learned embeddings or, without ``model.learned_null``, by CLIP's features of the empty caption (Karlo).
+LAION's prior drops the noised image embedding too, for another 10 %.
 
-The networks differ in what their configs say: which parts they go without, and in what length they
-want embeddings. LAION's has unit ones times sqrt(E) = ``embed_length``,
+The networks differ in the parts of the condition that are dropped, and in the norm of the embeddings they diffuse.
+LAION's diffuses unit embeddings times sqrt(E) = ``embed_length``,
 
     x_0 = z_i embed_length / scale                                                              (1)
 
-in a contract of unit embeddings times ``scale``.
+where the contract's embeddings are unit embeddings times ``scale``.
 
-With ``whiten`` what is diffused has mean 0 and deviation 1 in each dimension (Karlo, Kandinsky),
+With ``whiten`` the diffused embeddings have mean 0 and standard deviation 1 in each dimension (Karlo, Kandinsky),
 
     x_0 = (z_i - mean) / std,        z_i = mean + std x_0                                       (2)
 
-mean and deviation of the training embeddings being statistics of the stage: estimated once, by
-``calibrate``, before the first step, or imported with the weights.
+mean and std of the training embeddings are statistics of the stage: estimated by ``calibrate`` before the first step,
+or imported with the weights.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
+from dalle2_jax import rng
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.laion_prior import LaionPriorConfig, LaionPriorNetwork
 from dalle2_jax.models.prior import PriorConfig, PriorNetwork
-from dalle2_jax.stages.base import Variables
-from dalle2_jax.stages.clip import READ, READ_EMPTY, ClipStage, empty_captions, without_captions
-from dalle2_jax.stages.diffusion import Condition, DiffusionStage, Drops
-from dalle2_jax.types import Batch, Denoiser, Params, UserError
+from dalle2_jax.ranges import CalibrationExamples, Fraction
+from dalle2_jax.stages.base import Variables, apply
+from dalle2_jax.stages.clip import (
+    CAPTION_FEATURES,
+    NULL_FEATURES,
+    ClipStage,
+    empty_captions,
+    without_captions,
+)
+from dalle2_jax.stages.diffusion import DiffusionStage
+from dalle2_jax.stages.held_out import cosines, head
+from dalle2_jax.stages.sampling import Condition, Drops, SamplingPlan
+from dalle2_jax.types import Batch, Denoiser, Metrics, Params
 
 _NETWORKS = {PriorConfig: PriorNetwork, LaionPriorConfig: LaionPriorNetwork}
 
@@ -44,43 +55,44 @@ _NETWORKS = {PriorConfig: PriorNetwork, LaionPriorConfig: LaionPriorNetwork}
 class PriorStage(DiffusionStage):
     """Diffuses image embeddings, conditioned on the caption and its CLIP text embedding.
 
-    ``calibration_examples`` training pictures, rounded up to whole batches, decide what is white.
+    With ``whiten``, mean and std are estimated from ``calibration_examples`` training examples, rounded up to full
+    batches.
 
     Raises:
-      UserError: a loss, a number of steps or CLIP's contract that does not fit the model.
+      UserError: a loss, a number of steps or an embedding contract that does not fit the model.
     """
 
     model: PriorConfig | LaionPriorConfig
     clip: ClipStage
-    drop_text: float = 0.1
-    drop_image: float = 0.1  # of networks that can go without the noised embedding
+    drop_text: Fraction = 0.1
+    drop_image: Fraction = 0.1  # only for networks that drop the noised image embedding
     whiten: bool = False
-    calibration_examples: int = 65_536
+    calibration_examples: CalibrationExamples = 65_536
 
     def __post_init__(self) -> None:
         if self.diffusion.loss != "mse":  # a learned variance has another loss
             raise UserError(
-                f"loss {self.diffusion.loss!r} bounds the likelihood of pictures, and the prior draws embeddings, "
-                "without a variance: use loss 'mse' and variance 'fixed_small'"
+                f"loss {self.diffusion.loss!r} is a bound on the likelihood of images, and the prior samples "
+                "embeddings: use loss 'mse' and variance 'fixed_small'"
             )
         if self.calibration_examples < 2:
             raise UserError(f"calibration_examples {self.calibration_examples} must be at least 2")
-        known = self.model.timesteps
-        if known is not None and known < self.diffusion.num_steps:
+        timesteps = self.model.timesteps
+        if timesteps is not None and timesteps < self.diffusion.num_steps:
             raise UserError(
-                f"stage {self.name} has a table of {known} timesteps (model.timesteps), "
+                f"stage {self.name} has a table of {timesteps} timesteps (model.timesteps), "
                 f"so diffusion.num_steps may not be {self.diffusion.num_steps}"
             )
         if self.model.embed_length and not self.whiten and self.clip.embedding.normalisation != "unit":
             raise UserError(
-                f"stage {self.name} draws embeddings of unit length, and this clip hands on raw ones: it needs a clip "
-                f"with embedding.normalisation 'unit', scale {self.model.embed_length:.6g}, or conditioning.whiten True"
+                f"stage {self.name} samples unit embeddings, and this clip has raw ones: it needs a clip with "
+                f"embedding.normalisation 'unit', scale {self.model.embed_length:.6g}, or conditioning.whiten True"
             )
 
-    candidates: ClassVar[int] = 2  # embeddings drawn for each picture, the closest to the caption kept
+    candidates: ClassVar[int] = 2  # embeddings sampled for each image, of which the closest to the caption is used
 
     @property
-    def borrows(self) -> tuple[str, ...]:
+    def requires(self) -> tuple[str, ...]:
         return ("clip",)
 
     @property
@@ -92,26 +104,27 @@ class PriorStage(DiffusionStage):
         return _NETWORKS[type(self.model)](self.model)
 
     @property
-    def _read(self) -> tuple[str, ...]:
-        """What the prior is told of CLIP's reading."""
-        return (READ if self._reads_states else ("text_emb",)) + (READ_EMPTY if self._reads_empty else ())
+    def _text_features(self) -> tuple[str, ...]:
+        """The columns that CLIP computes from captions."""
+        features = CAPTION_FEATURES if self._reads_states else ("text_emb",)
+        return features + (NULL_FEATURES if self._reads_empty else ())
 
     @property
     def _reads_empty(self) -> bool:
-        """Whether an absent caption is the empty one."""
+        """Whether a dropped caption is replaced by the empty one."""
         return "text" in self.model.drops and not self.model.learned_null
 
     @property
     def _gain(self) -> float:
-        """Equation 1: how much longer what is diffused is than the contract's embeddings."""
+        """Ratio between the norm of x_0 and the norm of the contract's embeddings, eq. (1)."""
         if self.whiten or not self.model.embed_length:
             return 1.0
         return self.model.embed_length / self.clip.embedding.scale
 
     @property
-    def said(self) -> tuple[str, ...]:
-        """What ``prepare`` asks of CLIP, and a batch of precomputed embeddings has to have."""
-        return ("image_emb", *self._read)
+    def inputs(self) -> tuple[str, ...]:
+        """The embeddings of CLIP that the network reads, and the caption."""
+        return ("image_emb", *self._text_features, "tokens", "mask")
 
     @property
     def _reads_states(self) -> bool:
@@ -125,9 +138,9 @@ class PriorStage(DiffusionStage):
         return self.network.init(key, embedding, jnp.zeros(1, jnp.int32), embedding, text, mask)["params"]
 
     def init_stats(self) -> Params:
-        """Returns the first statistics; with ``whiten``, zeros where ``calibrate``'s mean and std belong."""
-        white = {name: jnp.zeros(self.model.embed_dim) for name in ("mean", "std")} if self.whiten else {}
-        return {**super().init_stats(), **white}
+        """Returns the initial statistics; with ``whiten``, zeros for the mean and std that ``calibrate`` measures."""
+        whitening = {name: jnp.zeros(self.model.embed_dim) for name in ("mean", "std")} if self.whiten else {}
+        return {**super().init_stats(), **whitening}
 
     @property
     def calibrates(self) -> bool:
@@ -135,16 +148,18 @@ class PriorStage(DiffusionStage):
         return self.whiten
 
     def calibrate(self, frozen: Mapping[str, Variables], batches: Iterator[Batch]) -> Params:
-        """Returns the statistics, mean and std measured on training batches. UserError if CLIP's embeddings are unfit.
+        """Returns the statistics, with mean and std of training batches.
 
-        Sums are in float64, of embeddings less the first, so that nothing is lost where the mean is large.
+        Sums are in float64, of the differences from the first embedding, which is accurate where the mean is large.
+
+        Raises:
+          UserError: embeddings that are not finite, or do not vary in every dimension.
         """
         embed = jax.jit(lambda frozen, batch: self.prepare(frozen, batch)["image_emb"])
-        first, seen = None, 0
-        total = squares = np.zeros(self.model.embed_dim)
+        seen, first, total, squares = 0, *np.zeros((3, self.model.embed_dim))
         while seen < self.calibration_examples:
             rows = multihost_utils.process_allgather(embed(frozen, next(batches)), tiled=True).astype(np.float64)
-            first = rows[0] if first is None else first
+            first = first if seen else rows[0]
             total, squares = total + (rows - first).sum(axis=0), squares + np.square(rows - first).sum(axis=0)
             seen += len(rows)
         variance = squares / seen - np.square(total / seen)
@@ -153,16 +168,24 @@ class PriorStage(DiffusionStage):
                 "CLIP's embeddings of the training data are not finite or do not vary in every dimension, "
                 "so they cannot be whitened: train clip again, or use conditioning.whiten False"
             )
-        white = {"mean": first + total / seen, "std": np.sqrt(variance)}
-        return {**super().init_stats(), **{name: value.astype(np.float32) for name, value in white.items()}}
+        whitening = {"mean": first + total / seen, "std": np.sqrt(variance)}
+        return {**super().init_stats(), **{name: value.astype(np.float32) for name, value in whitening.items()}}
 
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
-        """Adds image_emb and what CLIP says of the captions, unless they were precomputed."""
-        return self.clip.complete(frozen.get("clip"), batch, self.said)
+        """Adds image_emb and the text features that CLIP computes, unless they were precomputed."""
+        return self.clip.complete(frozen.get("clip"), batch, self.inputs)
 
-    def read(self, clip: Variables | None, batch: Batch) -> Batch:
-        """As ``prepare``, of the captions alone."""
-        return self.clip.complete(clip, batch, self._read)
+    def prepare_captions(self, clip: Variables | None, batch: Batch) -> Batch:
+        """Adds the text features that CLIP computes, unless they were precomputed."""
+        return self.clip.complete(clip, batch, self._text_features)
+
+    def measure(
+        self, variables: Variables, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch
+    ) -> Metrics:
+        """Returns cosines of embeddings sampled for the first captions of the batch, see `cosines`."""
+        batch = head(batch)
+        keys = rng.per_image(key, jnp.arange(len(batch["mask"]), dtype=jnp.int32))
+        return cosines(self.sample(variables, keys, self.condition(batch), self.plan(self.sampling_in_training)), batch)
 
     def example(self, stats: Params, key: jax.Array, batch: Batch) -> tuple[jax.Array, Condition]:
         x_0 = batch["image_emb"]
@@ -171,7 +194,7 @@ class PriorStage(DiffusionStage):
         return x_0 * self._gain, self.condition(batch)
 
     def condition(self, batch: Batch) -> Condition:
-        """Returns the condition of a batch whose captions CLIP has read."""
+        """Returns the condition of a batch with text features."""
         text = batch["text_seq" if self._reads_states else "tokens"]
         mask, hidden = batch["mask"], self.model.hidden_token
         mask = mask if hidden is None else mask & (batch["tokens"] != hidden)
@@ -185,20 +208,22 @@ class PriorStage(DiffusionStage):
         return (self.model.embed_dim,)
 
     def bind(self, params: Params, condition: Condition, drops: Drops, dropout_key: jax.Array | None) -> Denoiser:
-        drop, variables = drops.get("text"), {"params": params}
-        if self._reads_empty:
+        drop = drops.get("text")
+        if drop is not None and self._reads_empty:
             condition, drop = without_captions(condition, drop), None
         args = condition["text_emb"], condition["text"], condition["mask"], drop
         noised = {"drop_image": drops["image"]} if "image" in drops else {}
-        if dropout_key is not None:  # training sees the whole sequence; the prior has no dropout
-            return lambda x_t, t: self.network.apply(variables, x_t, t, *args, **noised)
+        if dropout_key is not None:  # training evaluates the full sequence; the prior has no dropout
+            return lambda x_t, t: apply(self.network, params, x_t, t, *args, **noised)
         # The caption's part of the sequence does not change from step to step.
-        cache = self.network.apply(variables, *args, method="encode_prefix")
-        return lambda x_t, t: self.network.apply(variables, cache, x_t, t, **noised, method="denoise")
+        cache = apply(self.network, params, *args, method="encode_prefix")
+        return lambda x_t, t: apply(self.network, params, cache, x_t, t, **noised, method="denoise")
 
-    def draw(self, variables: Variables, *args: Any, **around: Any) -> Float[Array, "B E"]:
-        """As every diffusion stage does, in the contract's space."""
-        drawn = super().draw(variables, *args, **around) / self._gain
+    def sample(
+        self, variables: Variables, keys: Key[Array, "B"], condition: Condition, plan: SamplingPlan
+    ) -> Float[Array, "B E"]:
+        """Samples one image embedding a key, in the space of the embedding contract; see ``DiffusionStage.sample``."""
+        x_0 = self.sample_x_0(variables.params, keys, condition, plan) / self._gain
         if not self.whiten:
-            return drawn
-        return variables.stats["mean"][None] + variables.stats["std"][None] * drawn
+            return x_0
+        return variables.stats["mean"][None] + variables.stats["std"][None] * x_0

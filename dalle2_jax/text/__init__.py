@@ -1,17 +1,22 @@
-"""Text in, tokens out: ``str -> int32[B, L]``."""
+"""Tokenizers: captions to token ids, ``str -> int32[B, L]``."""
 
 from pathlib import Path
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.text import byte_pair as _byte_pair
 from dalle2_jax.text import labels as _labels
 from dalle2_jax.text import sentencepiece as _sentencepiece
-from dalle2_jax.text.byte_pair import ClipTokenizer, GlideTokenizer, clip_tokenizer, glide_tokenizer
+from dalle2_jax.text.byte_pair import (
+    ClipTokenizer,
+    GlideTokenizer,
+    clip_tokenizer,
+    glide_tokenizer,
+)
 from dalle2_jax.text.folder import read_clip_tokenizer, write_clip_tokenizer
 from dalle2_jax.text.labels import LabelTokenizer
 from dalle2_jax.text.sentencepiece import SentencePieceTokenizer, train_sentencepiece
-from dalle2_jax.text.storage import read_description
+from dalle2_jax.text.storage import read_description, read_file
 from dalle2_jax.text.tokenizer import Tokenizer
-from dalle2_jax.types import UserError
 
 __all__ = [
     "ClipTokenizer",
@@ -36,17 +41,17 @@ _KINDS = {
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads the tokenizer that was saved in a folder, or a sentencepiece ``.model`` file.
+    """Loads the tokenizer in a folder, or a sentencepiece ``.model`` file.
 
     Raises:
-        UserError: when it is missing, damaged or of a kind this version does not know.
+        UserError: the tokenizer is missing, damaged or of an unknown kind.
     """
     path = Path(path)
     kind, file = (_sentencepiece.KIND, path) if path.suffix == ".model" else read_description(path)
     if kind not in _KINDS:
-        raise UserError(f"{path} holds a tokenizer of unknown kind {kind!r}: known are {', '.join(_KINDS)}")
+        raise UserError(f"{path} has a tokenizer of unknown kind {kind!r} (known kinds: {', '.join(_KINDS)})")
     try:
-        content = file.read_bytes()
+        content = read_file(file)
     except FileNotFoundError:
         raise UserError(f"there is no tokenizer at {file}") from None
     try:

@@ -1,4 +1,4 @@
-"""CLIP tokenizers as public checkpoints have them: in the files of a folder.
+"""CLIP tokenizers in the folders of public checkpoints.
 
 Hugging Face writes ``vocab.json`` and ``merges.txt``, or one ``tokenizer.json`` that holds both, and names the
 begin, end, pad and unknown tokens in ``tokenizer_config.json`` and ``special_tokens_map.json``. OpenAI has a list
@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.files import write_atomically
+from dalle2_jax.reading import parse_json
 from dalle2_jax.text.byte_pair import BEGIN, CLIP_VOCAB_SIZE, END, ClipTokenizer
-from dalle2_jax.text.merges import BYTE_LETTERS, Merge, read_merges, unzipped
-from dalle2_jax.types import UserError
+from dalle2_jax.text.merges import BYTE_LETTERS, Merge, decompress, read_merges
+from dalle2_jax.text.storage import read_file
 
 _OPENAI = "bpe_simple_vocab_16e6.txt"
 _ROLES = {"begin": "bos_token", "end": "eos_token", "pad": "pad_token", "unknown": "unk_token"}
@@ -22,11 +24,12 @@ _ROLES = {"begin": "bos_token", "end": "eos_token", "pad": "pad_token", "unknown
 def read_clip_tokenizer(folder: str | Path) -> ClipTokenizer:
     """Reads the CLIP tokenizer in a folder: vocab.json with merges.txt, else OpenAI's list, else tokenizer.json.
 
-    Of OpenAI's list, which goes on, the 48,894 merges are taken that CLIP uses. The pad token is the one that the
-    folder's files name, and without them id 0. Captions are cleaned as OpenAI does it, whoever wrote the files.
+    Of OpenAI's list, which is longer, the 48,894 merges that CLIP uses are read. The pad token is the one that the
+    files name; by default it has id 0. Captions are normalised as in OpenAI's code, including HTML entities, which
+    ``ClipTokenizer.with_html_unescape`` can disable.
 
     Raises:
-        UserError: when there is none, or its files are damaged or do not fit one another.
+        UserError: there is no tokenizer, or its files are damaged or do not belong together.
     """
     folder = Path(folder)
     try:
@@ -41,17 +44,17 @@ def read_clip_tokenizer(folder: str | Path) -> ClipTokenizer:
             return _tokenizer(vocabulary, merges, _roles(folder))
     except UserError as error:
         raise UserError(f"the tokenizer in {folder}: {error}") from None
-    raise UserError(f"{folder} holds no CLIP tokenizer (vocab.json and merges.txt, {_OPENAI}.gz or tokenizer.json)")
+    raise UserError(f"{folder} has no CLIP tokenizer (vocab.json and merges.txt, {_OPENAI}.gz or tokenizer.json)")
 
 
 def _tokenizer(vocabulary: Any, merges: tuple[Merge, ...], roles: dict[str, str]) -> ClipTokenizer:
-    """A tokenizer of {token: id}; ``roles`` are the control tokens that the folder names, if it names any."""
+    """Returns a tokenizer of a vocabulary {token: id}; ``roles`` maps roles to the control tokens in the files."""
     if not isinstance(vocabulary, dict) or {*map(repr, vocabulary.values())} != {*map(repr, range(len(vocabulary)))}:
-        raise UserError("the vocabulary does not give every token one of the ids from 0 on: it is damaged")
+        raise UserError("the vocabulary is damaged: its ids are not 0, 1, 2, ...")
     named = {"begin": BEGIN, "end": END, **roles}
     for role, token in named.items():
         if token not in vocabulary:
-            raise UserError(f"the vocabulary lacks {token!r}, the {role} token")
+            raise UserError(f"the vocabulary lacks {token[:60]!r}, the {role} token")
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     ids = {role: vocabulary[token] for role, token in named.items()}
     tokenizer = ClipTokenizer(tokens, merges, literal=tuple(dict.fromkeys(roles.values())), **ids)
@@ -60,38 +63,38 @@ def _tokenizer(vocabulary: Any, merges: tuple[Merge, ...], roles: dict[str, str]
 
 
 def _check_made(tokens: Sequence[str], merges: Sequence[Merge], named: Iterable[str]) -> None:
-    """Says so when merges are missing: a list cut short would give other tokens in silence."""
+    """Raises UserError if merges are missing: a truncated list would silently give other tokens."""
     made = {*named, *BYTE_LETTERS, *(f"{letter}</w>" for letter in BYTE_LETTERS), *map("".join, merges)}
     unmade = [token for token in tokens if token not in made and not (token.startswith("<") and token.endswith(">"))]
     if unmade:
-        raise UserError(f"no merge makes the token {unmade[0]!r} ({len(unmade)} such): the merges are cut short")
+        raise UserError(f"the merges are cut short: none makes the token {unmade[0][:60]!r} ({len(unmade)} such)")
 
 
 def _merges(path: Path) -> tuple[Merge, ...]:
     try:
-        return read_merges(path.read_bytes())
+        return read_merges(read_file(path))
     except UserError as error:
         raise UserError(f"{path.name}: {error}") from None
 
 
 def _fast(content: Any) -> tuple[Any, tuple[Merge, ...]]:
-    """The vocabulary and merges of a ``tokenizer.json``; its merges are pairs, or in older files "left right"."""
+    """Returns vocabulary and merges of a ``tokenizer.json``, whose merges are pairs, or "left right" in older files."""
     try:
         model = content["model"]
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         return model["vocab"], tuple((left, right) for left, right in pairs)
     except (KeyError, TypeError, ValueError):
-        raise UserError("tokenizer.json holds no byte-pair vocabulary with its merges") from None
+        raise UserError("tokenizer.json has no byte-pair vocabulary and merges") from None
 
 
 def _roles(folder: Path) -> dict[str, str]:
-    """The control tokens that the folder's files name, of which ``special_tokens_map.json`` has the last word."""
+    """Returns the control tokens in the folder's files; ``special_tokens_map.json`` has precedence."""
     named: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             content = _json(folder / name)
             if not isinstance(content, dict):
-                raise UserError(f"{name} is damaged: it holds no names")
+                raise UserError(f"{name} is damaged: it is not a JSON object")
             named |= content
     tokens = {role: named.get(key) for role, key in _ROLES.items()}
     contents = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
@@ -100,23 +103,24 @@ def _roles(folder: Path) -> dict[str, str]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(read_file(path))
     except ValueError:  # UnicodeDecodeError among them
         raise UserError(f"{path.name} is damaged: it is not JSON") from None
 
 
 def write_clip_tokenizer(folder: str | Path, tokenizer: ClipTokenizer, context_length: int) -> None:
-    """Writes a tokenizer as Hugging Face's CLIPTokenizer reads it: the inverse of `read_clip_tokenizer`.
+    """Writes a tokenizer in the format of Hugging Face's CLIPTokenizer: the inverse of `read_clip_tokenizer`.
 
-    Hugging Face finds its pad token anywhere in a caption, so OpenAI's, which is "!", is written as the end token;
-    no model sees which it is.
+    Hugging Face recognises the pad token anywhere in a caption. Therefore OpenAI's pad token "!" is replaced by the end
+    token, which changes no model output, because padding is masked. The format has no field for ``html_unescape``:
+    Hugging Face does not decode HTML entities.
 
     Args:
-        folder: where to; made if it is not there.
-        tokenizer: what is written.
-        context_length: to which captions are padded and cut.
+        folder: the folder; created if missing.
+        tokenizer: the tokenizer.
+        context_length: length to which captions are padded and truncated.
     """
-    fields = json.loads(unzipped(tokenizer.to_bytes()))
+    fields = json.loads(decompress(tokenizer.to_bytes()))
     tokens, unknown = fields["tokens"], fields["unknown"]
     ids = {"begin": fields["begin"], "end": fields["end"]}
     ids["unknown"] = fields["end"] if unknown is None else unknown

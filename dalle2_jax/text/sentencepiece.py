@@ -1,36 +1,40 @@
 """A sentencepiece tokenizer trained on a data set's own captions.
 
-Byte-pair pieces (Sennrich et al., arXiv 1508.07909) over text in NFKC form and lower case, with one piece for
-each of the 256 bytes, so that any Unicode text has tokens. The four control tokens have fixed numbers.
-Byte-pair merges and not the unigram model, because the unigram model's pruning leaves common words of a small
-corpus in letters: on two-object captions of shapes the longest has 48 pieces of 333, against 22 here.
+Byte-pair pieces (Sennrich et al., arXiv 1508.07909) of lower-case text in NFKC form, and one piece for each of the 256
+bytes, so that any Unicode text can be encoded. The four control tokens have fixed ids. The unigram model is not used,
+because it splits common words of a small corpus into characters: with 333 pieces, the longest two-object caption of
+shapes has 48 pieces, against 22 here.
 """
 
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Int32
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.files import write_atomically
 from dalle2_jax.text.storage import write_description
 from dalle2_jax.text.tokenizer import pack
-from dalle2_jax.types import UserError
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 KIND = "sentencepiece"
 _FILE = "tokenizer.model"
 _FIXED_PIECES = 4 + 256  # control tokens and bytes
-_CACHE_SIZE = 65_536  # captions; shapes has fewer, a larger data set repeats too seldom to gain
+_CACHE_SIZE = 65_536  # captions; shapes has fewer, and larger data sets rarely repeat captions
 
 
 class SentencePieceTokenizer:
-    """A trained model. ``model`` is the content of a ``.model`` file.
+    """A trained sentencepiece model.
+
+    Args:
+        model: content of a ``.model`` file.
 
     Raises:
-        UserError: when ``model`` is not a sentencepiece model with this package's control tokens.
+        UserError: it is not a sentencepiece model with the control tokens of this package.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -41,8 +45,8 @@ class SentencePieceTokenizer:
         control = tuple(getattr(self._processor, name)() for name in ("pad_id", "bos_id", "eos_id", "unk_id"))
         if control != (PAD, BOS, EOS, UNK):
             raise UserError(
-                f"the model's pad, bos, eos and unk are {control}, not {(PAD, BOS, EOS, UNK)}: "
-                "train it with python -m dalle2_jax.text train"
+                f"the ids of pad, bos, eos and unk must be {(PAD, BOS, EOS, UNK)}, got {control}: "
+                "train it with dalle2 text train"
             )
         self._model = model
         self._cache: dict[str, tuple[int, ...]] = {}
@@ -51,7 +55,7 @@ class SentencePieceTokenizer:
     def __repr__(self) -> str:
         return f"SentencePieceTokenizer(vocab_size={self.vocab_size})"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return SentencePieceTokenizer, (self._model,)
 
     def __eq__(self, other: object) -> bool:
@@ -65,26 +69,26 @@ class SentencePieceTokenizer:
         return self._model
 
     def save(self, directory: str | Path) -> None:
-        """Writes the model and its description into ``directory``, each file whole or not at all."""
+        """Writes the model and its description to a folder; each file is written atomically."""
         write_atomically(Path(directory) / _FILE, self._model)
         write_description(directory, KIND, _FILE)
 
     def encode(
         self, captions: Sequence[str], context_length: int
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """Returns tokens int32[B, L] (begin, pieces, end, then pad) and mask bool[B, L] (false on pad).
+        """Returns tokens int32[B, L] (begin, pieces, end, pad) and mask bool[B, L] (false on pad).
 
         Raises:
-            UserError: when ``context_length`` is below 2.
+            UserError: ``context_length`` is less than 2.
         """
         return pack([self._ids(caption) for caption in captions], context_length, BOS, EOS, PAD)
 
     def truncated(self, captions: Sequence[str], context_length: int) -> list[int]:
-        """Returns the indices of the captions with more pieces than ``context_length`` has room for."""
+        """Returns the indices of the captions that are truncated at ``context_length``."""
         return [index for index, caption in enumerate(captions) if len(self._ids(caption)) + 2 > context_length]
 
     def decode(self, tokens: Int32[np.ndarray, "L"]) -> str:
-        """Returns the text of one row of tokens, without control tokens."""
+        """Returns the text of a row of tokens, without control tokens."""
         return self._processor.decode([int(token) for token in tokens if token not in (PAD, BOS, EOS)])
 
     def _ids(self, caption: str) -> tuple[int, ...]:
@@ -97,19 +101,21 @@ class SentencePieceTokenizer:
 
 
 def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """Trains a tokenizer; the same captions and ``vocab_size`` give the same bytes.
+    """Trains a tokenizer. Equal captions and ``vocab_size`` give equal bytes.
 
-    A corpus that supports fewer pieces than ``vocab_size`` gives as many as it supports.
+    Args:
+        captions: training text.
+        vocab_size: number of pieces; a small corpus may give fewer.
 
     Raises:
-        UserError: when there is no text, or ``vocab_size`` has no room for the 256 bytes, the 4 control
-            tokens and every character of the captions.
+        UserError: there is no text, or ``vocab_size`` is too small for the 256 bytes, the 4 control tokens and all
+            characters of the captions.
     """
     lines = [line for caption in captions for line in caption.splitlines() if line.strip()]
     if not lines:
         raise UserError("there are no captions to train a tokenizer on")
     if vocab_size <= _FIXED_PIECES:
-        raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and 4 control tokens need more than 260")
+        raise UserError(f"vocab_size must be greater than 260 (256 bytes, 4 control tokens), got {vocab_size}")
     output = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -129,10 +135,12 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> SentencePie
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"no tokenizer of {vocab_size} pieces fits these captions: {_reason(error)}") from None
+        raise UserError(
+            f"no tokenizer with vocab_size {vocab_size} can be trained on these captions: {_reason(error)}"
+        ) from None
     return SentencePieceTokenizer(output.getvalue())
 
 
 def _reason(error: RuntimeError) -> str:
-    """The trainer's last sentence, without the source line and condition it begins with."""
+    """Returns the trainer's message, without the source line and condition at its start."""
     return " ".join(str(error).split("] ")[-1].split()) or "the trainer gave no reason"

@@ -1,4 +1,4 @@
-"""What every tokenizer offers, and how captions become rows of a batch."""
+"""The tokenizer protocol, and the padding of token ids to batches."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,42 +7,54 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from dalle2_jax.types import UserError
+from dalle2_jax.errors import UserError
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Captions to token rows. A tokenizer is picklable, so that it can travel to worker processes."""
+    """Converts captions to rows of tokens. Tokenizers are picklable, because data workers receive them."""
 
     vocab_size: int
-    """Rows that an embedding table needs: every token is below it."""
+    """Number of tokens: every token id is smaller."""
 
     def encode(
         self, captions: Sequence[str], context_length: int
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """Returns tokens int32[B, L] and mask bool[B, L], true on begin, text and end tokens.
+        """Returns tokens int32[B, L] and mask bool[B, L], which is true on begin, text and end tokens.
 
-        A caption too long for L is cut, and its last token is still the end token; "" is begin, end. Tokenizers
-        of networks that know no such frame (GLIDE's, class labels) have text alone, and true on it alone.
+        A caption longer than L is truncated and still ends in the end token; "" is begin, end. Tokenizers without
+        begin and end tokens (GLIDE's, class labels) return text tokens only, with a mask that is true on them.
         """
+        ...
 
     def truncated(self, captions: Sequence[str], context_length: int) -> list[int]:
-        """Returns the indices of the captions that `encode` would cut."""
+        """Returns the indices of the captions that `encode` truncates."""
+        ...
 
     def save(self, directory: str | Path) -> None:
-        """Writes what `dalle2_jax.text.load_tokenizer` needs, ``tokenizer.json`` last."""
+        """Writes the files that `dalle2_jax.text.load_tokenizer` reads, ``tokenizer.json`` last."""
 
 
 def pack(
     ids: Sequence[Sequence[int]], context_length: int, begin: int, end: int, pad: int
 ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-    """Frames each row of text ids with ``begin`` and ``end``, cuts it to fit and pads it.
+    """Adds begin and end tokens to each row of text ids, and truncates or pads it.
+
+    Args:
+        ids: text ids of each caption.
+        context_length: row length L.
+        begin: id of the begin token.
+        end: id of the end token.
+        pad: id of the pad token.
+
+    Returns:
+        Tokens int32[B, L] and mask bool[B, L], which is false on padding.
 
     Raises:
-        UserError: when ``context_length`` has no room for begin and end.
+        UserError: ``context_length`` is less than 2.
     """
     if context_length < 2:
-        raise UserError(f"context_length {context_length} has no room for the begin and end tokens: use 2 or more")
+        raise UserError(f"context_length must be at least 2 (begin and end tokens), got {context_length}")
     tokens = np.full((len(ids), context_length), pad, np.int32)
     mask = np.zeros((len(ids), context_length), bool)
     for row, text in enumerate(ids):

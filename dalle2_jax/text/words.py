@@ -1,9 +1,8 @@
-"""What byte-pair tokenizers do to a caption before their merges: cleaning it and cutting it into words.
+"""Splits captions into words for byte-pair tokenizers, with the rules of CLIP's and GLIDE's training.
 
-The rules are those that CLIP (Radford et al., arXiv 2103.00020) and GLIDE (Nichol et al., arXiv 2112.10741) were
-trained with. CLIP's captions were mended: curly quotes become straight ones, ligatures and wide letters plain
-ones, letters and their accents one character, HTML entities what they stand for, and control characters go.
-Text that was once decoded wrongly (mojibake) is left as it stands.
+Sources: CLIP (Radford et al., arXiv 2103.00020) and GLIDE (Nichol et al., arXiv 2112.10741). CLIP normalises captions:
+curly quotes become straight, ligatures and full-width letters become plain, letters are composed with their accents
+(NFC), HTML entities are decoded, and control characters are removed. Wrongly decoded text (mojibake) is not repaired.
 """
 
 import functools
@@ -18,15 +17,20 @@ _SURROGATE = re.compile("[\\ud800-\\udfff]")
 _REMOVED = re.compile(f"[{_CONTROLS}]")
 
 
-def clip_words(caption: str, literal: re.Pattern[str] | None = None) -> list[str]:
-    """Returns the words of a caption as CLIP reads them: mended, in lower case, every digit a word of its own.
+def clip_words(caption: str, literal: re.Pattern[str] | None = None, html_unescape: bool = True) -> list[str]:
+    """Returns the words of a caption as CLIP splits it: normalised, lower case, one word per digit.
 
     Args:
         caption: any text.
-        literal: splits off, before anything else is cut, what stands for a token of its own; one group.
+        literal: pattern, with one group, of texts that are tokens by themselves and are split off first.
+        html_unescape: whether HTML entities are decoded as in CLIP's ``basic_clean``: once by ``ftfy.fix_text`` if the
+            caption has no "<", and twice by ``html.unescape``.
     """
-    text = caption if "<" in caption else html.unescape(caption)  # what has no tags is mended without entities
-    text = html.unescape(html.unescape(_mended(text)))
+    if html_unescape:
+        caption = caption if "<" in caption else html.unescape(caption)
+        text = html.unescape(html.unescape(_normalise(caption)))
+    else:
+        text = _normalise(caption)
     text = " ".join(text.split()).lower()
     find = _clip_pattern().findall
     if literal is None:
@@ -36,32 +40,32 @@ def clip_words(caption: str, literal: re.Pattern[str] | None = None) -> list[str
 
 
 def glide_words(caption: str) -> list[str]:
-    """Returns the words of a caption as GLIDE reads them: in lower case, a word with the space before it."""
-    return _glide_pattern().findall(_whole(caption).lower())
+    """Returns the words of a caption as GLIDE splits it: lower case, each word with the preceding space."""
+    return _glide_pattern().findall(_join_surrogates(caption).lower())
 
 
-def _whole(text: str) -> str:
-    """Joins pairs of surrogates; those alone, which no encoding can write, become U+FFFD."""
+def _join_surrogates(text: str) -> str:
+    """Joins surrogate pairs; single surrogates, which cannot be encoded, become U+FFFD."""
     if not _SURROGATE.search(text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _mended(text: str) -> str:
-    text = _whole(text.translate(_table()))
+def _normalise(text: str) -> str:
+    text = _join_surrogates(text.translate(_table()))
     return unicodedata.normalize("NFC", _REMOVED.sub("", text))
 
 
 @functools.cache
 def _table() -> dict[int, str]:
-    """What each character that is mended becomes."""
+    """Returns the replacement of each character that is normalised."""
     quotes = dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
     plain = {letter: unicodedata.normalize("NFKC", letter) for letter in _LIGATURES} | {"ﬅ": "ſt"}
     plain |= {chr(code): unicodedata.normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFF01, 0xFFF0))}
-    # control characters of Latin-1 that were signs of Windows-1252
+    # Latin-1 control characters that are printable in Windows-1252
     signs = {chr(code): bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
-    mended = plain | signs | quotes
-    return {ord(old): "".join(quotes.get(letter, letter) for letter in new) for old, new in mended.items()}
+    replacements = plain | signs | quotes
+    return {ord(old): "".join(quotes.get(letter, letter) for letter in new) for old, new in replacements.items()}
 
 
 @functools.cache
@@ -80,9 +84,9 @@ def _glide_pattern() -> re.Pattern[str]:
 def _classes() -> tuple[str, str, str, str]:
     r"""Returns patterns of one Unicode letter, number, space, and other character.
 
-    Python's ``\w`` is letters, numbers of all three kinds and the underscore, and its ``\d`` the decimal digits,
-    so that the numbers of the two other kinds are all that must be listed. Its ``\s`` has four separators too
-    many (U+001C to U+001F).
+    Python's ``\w`` matches letters, numbers of the categories Nd, Nl and No, and the underscore; ``\d`` matches Nd.
+    Therefore only the numbers of Nl and No must be listed. ``\s`` also matches four separators (U+001C to U+001F) that
+    do not count as space here.
     """
     everything = map(chr, range(sys.maxunicode + 1))
     numbers = "".join(one for one in everything if unicodedata.category(one) in ("Nl", "No"))

@@ -1,138 +1,272 @@
-"""The training loop: feed, step, log, save, resume. It never names a stage.
+"""The training loop: feed, step, log, save, resume. It is the same for every stage.
 
-The host only dispatches: metrics stay on the device until the next logged step, batches are
-put on the devices while the step before computes, and checkpoints are written by a thread.
+The host only dispatches: metrics stay on the devices until the next logged step, batches are copied to the devices
+while they compute the previous step, and checkpoints are written by a thread.
 """
 
-import collections
 import dataclasses
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from dalle2_jax import rng
-from dalle2_jax.stages.base import Calibrates, Stage, Variables
-from dalle2_jax.training import metrics as metrics_lib
+from dalle2_jax.errors import UserError, choose
+from dalle2_jax.ranges import NonNegativeInt, PositiveInt, Range, Seed
+from dalle2_jax.stages.base import Stage, Variables
+from dalle2_jax.training.console import Console, progress
+from dalle2_jax.training.divergence import FiniteCheckpoints, not_finite
+from dalle2_jax.training.feed import Stream, prefetched
+from dalle2_jax.training.hooks import Hooks
+from dalle2_jax.training.interrupt import Interrupt, Stopped, agreed, interrupted
+from dalle2_jax.training.meter import Meter
+from dalle2_jax.training.metrics import MetricWriter
+from dalle2_jax.training.optim import Optimizer
+from dalle2_jax.training.reporting.trackers import TRACKERS, Tracker, Tracking
 from dalle2_jax.training.sharding import shard_batch, with_shardings
-from dalle2_jax.training.state import TrainState
-from dalle2_jax.training.step import abstract_state, init_state, make_train_step, state_shardings
-from dalle2_jax.types import Batch, Metrics, Params, UserError
-from dalle2_jax.workdir import Checkpoints, StageFolder
-
-PREFETCH = 2
-"""Batches on the device beyond the one in use."""
-
-AHEAD = 2
-"""Steps that wait on the devices behind the one they compute: enough that they never idle, and few enough that the host
-does not rush through the batches that lie ready, as it would after each log.
-"""
-
-
-class Stream(Protocol):
-    """An infinite iterator of this process's rows of global batches, with one small state."""
-
-    def __next__(self) -> dict[str, Any]: ...
-
-    def get_state(self) -> dict[str, Any]: ...
-
-    def set_state(self, state: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
+from dalle2_jax.training.state import Start, TrainState
+from dalle2_jax.training.step import abstract_state, init_state, make_train_step, parameter_count, state_shardings
+from dalle2_jax.types import Batch, Metrics, Params
+from dalle2_jax.workdir.checkpoints import Checkpoints
+from dalle2_jax.workdir.folder import StageFolder
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """How long a run goes and how often it reports. ``sample_every`` 0 draws no pictures."""
+    """The length of a run and how often it reports.
 
-    seed: int = 0
-    total_steps: int = 1000
-    batch_size: int = 64
-    log_every: int = 50
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    sample_every: int = 0
+    Attributes:
+      seed: of the parameters, the order of the data, and the noise.
+      total_steps: after which the run ends.
+      batch_size: examples per step, over all devices.
+      log_every: steps between two lines of metrics.jsonl.
+      checkpoint_every: steps between two checkpoints; the last step has one too.
+      keep_checkpoints: how many of the newest checkpoints stay on disk.
+      sample_every: steps between two previews; 0 for none.
+      eval_every: steps between two evaluations on split "val"; 0 for none.
+      workers: processes that prepare batches; 0 prepares them in a thread.
+      tracker: a service that gets the metrics too, a key of `trackers.TRACKERS`; "" for none.
+
+    Raises:
+      UsageError: an unknown tracker.
+    """
+
+    seed: Seed = 0
+    total_steps: NonNegativeInt = 1000  # 0 for an imported stage, which was not trained here
+    batch_size: Annotated[int, Range(1, 10_000_000)] = 64
+    log_every: PositiveInt = 50
+    checkpoint_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 2
+    sample_every: NonNegativeInt = 0
+    eval_every: NonNegativeInt = 0
+    workers: Annotated[int, Range(0, 1_000)] = 0
+    tracker: str = ""
+
+    def __post_init__(self) -> None:
+        if self.tracker:
+            choose("tracker", self.tracker, TRACKERS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything ``train`` needs, assembled by the entry point.
+    """Everything that `train` needs.
 
-    ``start`` are the weights and statistics that a run begins with, where they are not fresh: of fine-tuning.
-    Parts may be missing; its parameters are given away.
-
-    ``rejected`` tells for the metrics how many records of the data set were refused, by cause: when it was opened, and
-    by all hosts since, so that each of them must ask whenever one does.
+    Attributes:
+      run: the length of the run.
+      stage: what is trained.
+      frozen: the variables of the stages that ``stage.requires`` names.
+      optimizer: the update rule.
+      ema_decay: of the averaged weights.
+      stream: of batches.
+      mesh: of devices.
+      folder: where metrics and checkpoints are written.
+      hooks: functions called between steps.
+      start: the variables that a fine-tuned run starts from. Its parameters are donated.
+      rejected: returns how many records of the data set were rejected, by cause, on all hosts. A collective operation:
+        every host calls it when one does.
+      remedy: a sentence about what to do if the run diverges.
+      examples: number of training examples; None if unknown.
+      config: the config page, for the banner.
+      tracker: gets the metrics too; None for no tracker.
+      show_progress: whether a banner and a progress bar are printed.
     """
 
     run: RunConfig
     stage: Stage
     frozen: Mapping[str, Variables]
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     ema_decay: float
     stream: Stream
     mesh: Mesh
     folder: StageFolder
-    preview: Callable[[Variables, int], None] | None = None
-    start: Variables = Variables(None, None)
+    hooks: Hooks = Hooks()
+    start: Start | Variables = Start()
     rejected: Callable[[], Mapping[str, int]] = dict
+    remedy: str = "Lower the learning rate"
+    examples: int | None = None
+    config: str = ""
+    tracker: Tracker | None = None
+    show_progress: bool = True
 
 
-def prefetched(stream: Stream, mesh: Mesh) -> Iterator[tuple[Batch, dict[str, Any], float]]:
-    """Yields (batch on the devices, the stream's state after it, seconds waited for the host)."""
-    queue: collections.deque = collections.deque()
-    while True:
-        waited = 0.0
-        while len(queue) <= PREFETCH:
-            start = time.perf_counter()
-            rows = next(stream)
-            waited += time.perf_counter() - start
-            queue.append((shard_batch(rows, mesh), stream.get_state()))
-        batch, state = queue.popleft()
-        yield batch, state, waited
+def train(job: Job) -> TrainState:
+    """Trains to ``total_steps``, from the newest checkpoint if there is one, and returns the last state.
+
+    Raises:
+      UserError: a metric or the state is not finite, and is not saved; or the data cannot be read, or the run was
+        interrupted, and a checkpoint was written.
+    """
+    run, key = job.run, rng.root(job.run.seed)
+    checkpoints = Checkpoints(job.folder, run.keep_checkpoints)
+    state, skipped = restore_or_init(job, key, checkpoints)
+    first = int(state.step)
+    with (
+        Console(job.stage.name, first, run.total_steps, job.show_progress) as console,
+        MetricWriter(job.folder.path, first) as writer,
+        Tracking(job.tracker, job.folder, console.warn) as tracking,
+    ):
+        for message in skipped:
+            console.warn(message)
+        describe(job, first, console)
+        try:
+            with Interrupt() as interrupt:
+                finite = FiniteCheckpoints(checkpoints, first, job.remedy)
+                return Loop(job, key, finite, Reports(writer, tracking, console), interrupt).run(state)
+        finally:
+            checkpoints.wait()
+            job.stream.close()
 
 
-def idle(history: list[tuple[int, Metrics]]) -> bool:
-    """Whether the devices have computed all steps that they were given."""
-    return not history or all(value.is_ready() for value in history[-1][1].values())
+class Reports(NamedTuple):
+    """Where the metrics of a run go."""
+
+    writer: MetricWriter
+    tracking: Tracking
+    console: Console
 
 
-class Interrupt:
-    """Turns SIGINT and SIGTERM into a flag, so that the loop ends with a checkpoint. A context manager."""
+class Loop:
+    """The steps of one run. The caller closes its parts."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
+    def __init__(
+        self,
+        job: Job,
+        key: jax.Array,
+        checkpoints: FiniteCheckpoints,
+        reports: Reports,
+        interrupt: Interrupt,
+    ):
+        self._job, self._key, self._checkpoints = job, key, checkpoints
+        self._reports, self._console, self._interrupt = reports, reports.console, interrupt
+        self._meter = Meter(job.run.batch_size, checkpoints.last)
+        self._data_state = job.stream.get_state()
 
-    def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
+    def run(self, state: TrainState) -> TrainState:
+        """Runs the steps after ``state.step`` and returns the last state.
 
-    def _handle(self, number: int, _: Any) -> None:
-        self.requested = True
-        signal.signal(number, self._previous[number])  # a second signal ends at once
+        The host waits for the devices only in `Meter.add`, at logged steps and at checkpoints.
+        """
+        job, run, first = self._job, self._job.run, int(state.step)
+        step_fn = make_train_step(
+            job.stage, job.optimizer, job.ema_decay, state_shardings(job.stage, job.optimizer, job.mesh)
+        )
+        batches = prefetched(job.stream, job.mesh) if first < run.total_steps else iter(())
+        for step in range(first + 1, run.total_steps + 1):
+            try:
+                fed = self._interrupt.next(batches)
+            except (UserError, Stopped) as error:
+                self._end_without_batch(error, step - 1, state)
+            self._data_state = fed.state
+            self._meter.count_wait(fed.waited)
+            with self._console.compiling(step == first + 1):
+                state, metrics = step_fn(state, job.frozen, self._key, fed.batch)
+                self._meter.add(step, metrics)
+            self._interrupt.patient = True
+            self._console.advance(self._meter.finished)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            last = step == run.total_steps
+            save = last or step % run.checkpoint_every == 0
+            evaluate = _due(job.hooks.evaluate, run.eval_every, step, last)
+            log = save or evaluate or step % run.log_every == 0
+            # read once: a signal that arrives later is answered after the next step
+            stop = agreed(self._interrupt.requested, log)
+            if log or stop:
+                self._log(step, state, metrics, evaluate)
+            if save or stop:
+                self._save(step, state)
+            if job.hooks.preview and _due(job.hooks.preview, run.sample_every, step, last):
+                with self._meter.paused(metrics):
+                    job.hooks.preview(state.averaged, step)
+            if stop and not last:
+                raise interrupted(step, stop)
+        return state
+
+    def _end_without_batch(self, error: UserError | Stopped, step: int, state: TrainState) -> NoReturn:
+        """Saves the finished steps after bad data or a signal, and raises the error, or `Interrupted` for a signal."""
+        if step > self._checkpoints.last and jax.process_count() == 1:
+            self._checkpoints.means(self._meter.unread())
+            self._save(step, state)
+        if isinstance(error, Stopped):
+            raise interrupted(step, self._interrupt.requested) from None
+        raise error
+
+    def _log(self, step: int, state: TrainState, metrics: Metrics, evaluate: bool) -> None:
+        """Writes and shows the means of the metrics since the last logged step."""
+        hooks = self._job.hooks
+        means: dict[str, Any] = self._checkpoints.means(self._meter.unread())
+        if evaluate and hooks.evaluate:
+            try:
+                with self._meter.paused(metrics):
+                    means |= hooks.evaluate(state.averaged, step)
+            except FloatingPointError as error:
+                raise self._checkpoints.diverged(str(error)) from error
+        means |= self._meter.rates(step)
+        self._reports.writer.write(step, means, self._job.rejected())
+        self._reports.tracking.log(step, means)
+        self._console.show_metrics(step, means)
+        if hooks.log:
+            hooks.log(step, means)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self._checkpoints.save(step, state, self._data_state)
+        if self._job.hooks.checkpoint:
+            self._job.hooks.checkpoint(step)
+
+
+def _due(hook: Callable | None, every: int, step: int, last: bool) -> bool:
+    """Whether a hook that is called every ``every`` steps, and after the last one, is called after ``step``."""
+    return hook is not None and every > 0 and (last or step % every == 0)
+
+
+# --- before the first step ------------------------------------------------------------------
+
+
+def describe(job: Job, step: int, console: Console) -> None:
+    """Prints what is trained, on what, and where it is written."""
+    devices = jax.device_count()
+    facts = [
+        f"{devices} {jax.devices()[0].platform} device{'s' if devices > 1 else ''}",
+        f"{parameter_count(job.stage):,} parameters",
+        *([f"{job.examples:,} training images"] if job.examples is not None else []),
+        f"{job.run.total_steps:,} steps of {job.run.batch_size:,}",
+        *([f"config {job.config}"] if job.config else []),
+        f"in {job.folder.path}",
+    ]
+    console.note(f"{job.stage.name}: {', '.join(facts)}")
+    if step:
+        console.note(f"{job.stage.name}: continues from step {step}")
 
 
 def calibrated(job: Job) -> Params | None:
-    """Returns the statistics before the first step: the start's or measured ones, else None.
+    """Returns the statistics before the first step: those of ``job.start``, or measured ones, else None.
 
-    The stream stays where it is.
+    The stream's position does not change.
     """
-    if job.start.stats is not None or not (isinstance(job.stage, Calibrates) and job.stage.calibrates):
+    if job.start.stats is not None or not job.stage.calibrates:
         return job.start.stats
     start = job.stream.get_state()
-    with metrics_lib.progress(f"{job.stage.name}: calibrating", "batch") as bar:
+    with progress(f"{job.stage.name}: calibrating", "batch", job.show_progress) as bar:
 
         def batches() -> Iterator[Batch]:
             while True:
@@ -145,87 +279,22 @@ def calibrated(job: Job) -> Params | None:
 
 
 def restore_or_init(job: Job, key: jax.Array, checkpoints: Checkpoints) -> tuple[TrainState, list[str]]:
-    """Returns the newest readable checkpoint's state, or a fresh one, and what to tell the user.
+    """Returns the newest readable checkpoint's state, or a fresh one, and a line for each checkpoint that is damaged.
 
-    The stream is moved to where the checkpoint left it.
+    The stream moves to the checkpoint's position.
     """
     shardings = state_shardings(job.stage, job.optimizer, job.mesh)
     target = with_shardings(abstract_state(job.stage, job.optimizer), shardings)
-    restored = checkpoints.restore(target.trees())
+    restored = checkpoints.restore(target.trees(), optional=("ema_stats",))
     if restored is None:
         return init_state(job.stage, job.optimizer, key, job.mesh, calibrated(job), job.start.params), []
     if restored.skipped:
         checkpoints.discard_after(restored.step)
     job.stream.set_state(restored.data_state)
-    state = TrainState.from_trees(restored.step, restored.trees)
-    state = state.replace(step=jax.device_put(state.step, shardings.step))
-    return state, [*restored.skipped, f"{job.stage.name}: continues from step {restored.step}"]
-
-
-def train(job: Job) -> TrainState:
-    """Trains to ``total_steps``, from the newest checkpoint if there is one, and returns the last state.
-
-    Raises:
-      UserError: a loss is not finite; or the data are bad, or the run was interrupted, and a checkpoint was written.
-    """
-    run, key = job.run, rng.root(job.run.seed)
-    checkpoints = Checkpoints(job.folder, run.keep_checkpoints)
-    state, messages = restore_or_init(job, key, checkpoints)
-    first = int(state.step)
-    with metrics_lib.MetricWriter(job.folder.path, job.stage.name, first, run.total_steps) as writer:
-        for message in messages:
-            writer.say(message)
-        try:
-            with Interrupt() as interrupt:
-                return _run(job, key, state, first, checkpoints, writer, interrupt)
-        finally:
-            checkpoints.wait()
-            job.stream.close()
-
-
-def _run(job, key, state, first, checkpoints, writer, interrupt) -> TrainState:
-    """Runs the steps after ``first``; the caller owns the writer and waits for the checkpoints."""
-    run = job.run
-    step_fn = make_train_step(
-        job.stage, job.optimizer, job.ema_decay, state_shardings(job.stage, job.optimizer, job.mesh)
-    )
-    history, waited, saved, clock, data_state = [], 0.0, first, None, job.stream.get_state()
-    batches = prefetched(job.stream, job.mesh) if first < run.total_steps else iter(())
-    for step in range(first + 1, run.total_steps + 1):
-        try:
-            batch, next_state, wait = next(batches)
-        except UserError:  # what is wrong with the data takes nothing of what was learnt of them
-            if step - 1 > saved and jax.process_count() == 1:
-                metrics_lib.mean_of_finite(jax.device_get(history), saved)
-                checkpoints.save(step - 1, state.trees(), data_state)
-            raise
-        data_state = next_state
-        waited += wait if idle(history) else 0.0  # else the devices had steps to compute meanwhile
-        state, metrics = step_fn(state, job.frozen, key, batch)
-        history.append((step, metrics))
-        if len(history) > AHEAD:
-            jax.block_until_ready(history[-1 - AHEAD])
-        if clock is None:  # the first step compiles; time is counted from its end
-            jax.block_until_ready(metrics)
-            clock, waited, timed_from = time.perf_counter(), 0.0, step
-        stop = interrupt.requested  # read once: a signal after this is the next step's to answer
-        save = stop or step == run.total_steps or step % run.checkpoint_every == 0
-        if step % run.log_every == 0 or save:
-            means = metrics_lib.mean_of_finite(jax.device_get(history), saved)
-            seconds = max(time.perf_counter() - clock, 1e-9)
-            rate = (step - timed_from) * run.batch_size / seconds
-            writer.write(
-                step, {**means, "examples_per_second": rate, "data_wait": waited / seconds}, job.rejected()
-            )
-            history, waited, clock, timed_from = [], 0.0, time.perf_counter(), step
-        if save:
-            checkpoints.save(step, state.trees(), data_state)
-            saved = step
-        if job.preview and run.sample_every and (step % run.sample_every == 0 or step == run.total_steps):
-            jax.block_until_ready(metrics)  # the clock stops for the pictures, not for steps under way
-            start = time.perf_counter()
-            job.preview(Variables(state.ema, state.stats), step)
-            clock += time.perf_counter() - start
-        if stop and step < run.total_steps:
-            raise UserError(f"interrupted at step {step}, which is saved; the same command continues from there")
-    return state
+    state = TrainState.from_trees(restored.step, restored.trees, job.stage.training_rules.averaged_stats)
+    state = dataclasses.replace(state, step=jax.device_put(state.step, shardings.step))
+    wrong = not_finite(state)
+    if wrong:
+        path = job.folder.path / "checkpoints" / str(restored.step)
+        raise UserError(f"checkpoint {path} has NaN or infinite {wrong}: remove it, and give the same command again")
+    return state, [*restored.skipped]

@@ -1,25 +1,28 @@
-"""Which device holds what: a mesh (data, fsdp, tensor) and rules over parameter names.
+"""Shardings: a mesh (data, fsdp, tensor) and rules over parameter names.
 
-The batch is split over data and fsdp together. Parameters, their average and the optimizer's
-moments follow the same rules, since a moment's path ends in its parameter's name: ``tensor``
-splits attention heads and hidden units, ``fsdp`` the largest axis that divides. Small arrays are
-replicated; gathering them would cost more than it saves.
+The batch is split over data and fsdp together. Parameters, their average and the optimizer's moments follow the same
+rules, because a moment's path ends in its parameter's name: ``tensor`` splits attention heads and hidden units,
+``fsdp`` the largest axis that it divides. Small arrays are replicated; gathering them would cost more than it saves.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, cast
 
+import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dalle2_jax.types import UserError
+from dalle2_jax.errors import UserError
+from dalle2_jax.ranges import Range
 from dalle2_jax.training.optim import path_name
+from dalle2_jax.types import Batch
 
 SIZE_FLOOR = 2**14
-"""Arrays of fewer elements are replicated."""
+"""Arrays with fewer elements are replicated."""
 
 TENSOR_RULES = (
     # (pattern over the path, axis from the right that `tensor` splits; a LoRA's factor has it at the same place)
@@ -30,17 +33,23 @@ TENSOR_RULES = (
 )
 
 
+AxisSize = Annotated[int, Range(1, 1_000_000, also=(-1,))]
+
+LOGICAL_AXES = (("batch", ("data", "fsdp")),)
+"""(logical axis in the networks' sharding constraints, the mesh axes over which it is sharded)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+    """Sizes of the mesh axes; one of them may be -1, which takes all remaining devices."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: AxisSize = -1
+    fsdp: AxisSize = 1
+    tensor: AxisSize = 1
 
 
 def make_mesh(config: MeshConfig, local: bool = False) -> Mesh:
-    """Returns the mesh over all devices, or over this host's. UserError when the sizes do not fit their count."""
+    """Returns the mesh over all devices, or over this host's. UserError if the sizes do not fit the device count."""
     sizes = [config.data, config.fsdp, config.tensor]
     devices = jax.local_device_count() if local else jax.device_count()
     known = math.prod(size for size in sizes if size != -1)
@@ -62,13 +71,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+@contextlib.contextmanager
+def logical_axes(mesh: Mesh) -> Iterator[None]:
+    """Maps the logical axes of sharding constraints to ``mesh`` while a program is traced.
+
+    Networks name logical axes ("batch") instead of mesh axes. Outside this context their constraints have no effect.
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(LOGICAL_AXES):
+        yield
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a value that every device holds whole."""
+    """Returns the sharding of a value of which every device has a full copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Returns how one array is split, from its path and shape."""
+    """Returns the partition of an array, from its path and shape."""
     axes: list[str | None] = [None] * len(shape)
     if math.prod(shape) < SIZE_FLOOR:
         return PartitionSpec()
@@ -76,7 +95,7 @@ def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     if by_rule is not None and mesh.shape["tensor"] > 1 and shape[by_rule] % mesh.shape["tensor"] == 0:
         axes[by_rule % len(shape)] = "tensor"
     if mesh.shape["fsdp"] > 1:
-        # A convolution is split on its output channels alone: gathers of the other axes compile slowly.
+        # A convolution is split on its output channels only: gathers of the other axes compile slowly.
         convolution = by_rule is None and name.endswith("/kernel") and len(shape) == 4
         candidates = [len(shape) - 1] if convolution else sorted(range(len(shape)), key=lambda i: -shape[i])
         for axis in candidates:
@@ -94,11 +113,15 @@ def tree_shardings(abstract: Any, mesh: Mesh) -> Any:
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
-    """Returns the shapes with their shardings attached, ready to restore into."""
+    """Returns the shapes with their shardings attached, as a target of `Checkpoints.restore`."""
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings)
 
 
-def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's rows of a global batch on its devices, asynchronously."""
+def shard_batch(batch: Mapping[str, Any] | Batch, mesh: Mesh) -> Batch:
+    """Copies this process's rows of a global batch to its devices, asynchronously."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    arrays = {
+        name: jax.make_array_from_process_local_data(sharding, rows)
+        for name, rows in cast(Mapping[str, Any], batch).items()
+    }
+    return cast(Batch, arrays)

@@ -1,16 +1,17 @@
-"""The one train step of all stages: pure, jitted, sharded, its state donated."""
+"""The train step of all stages: pure, jitted, sharded, with a donated state."""
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
 import optax
 from jax.sharding import Mesh
 
 from dalle2_jax import rng
-from dalle2_jax.stages.base import Stage, Variables
-from dalle2_jax.training.optim import ema_update
-from dalle2_jax.training.sharding import replicated, tree_shardings
+from dalle2_jax.stages.base import Stage, Variables, abstract_variables
+from dalle2_jax.training.optim import Optimizer, ema_decay_at, ema_update
+from dalle2_jax.training.sharding import logical_axes, replicated, tree_shardings
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.types import Batch, Metrics, Params
 
@@ -19,38 +20,74 @@ Step = Callable[[TrainState, Mapping[str, Variables], jax.Array, Batch], tuple[T
 
 def train_step(
     stage: Stage,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     ema_decay: float,
     state: TrainState,
     frozen: Mapping[str, Variables],
     key: jax.Array,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
-    """One step. ``key`` is the run's root key; the step's own key follows from ``state.step``."""
+    """Returns the state after one step, and the step's metrics on the devices.
+
+    Args:
+      stage: what is trained.
+      optimizer: the update rule.
+      ema_decay: largest decay of the averaged weights.
+      state: before the step.
+      frozen: the variables of the stages that ``stage.requires`` names.
+      key: the run's root key; the step's key follows from it and ``state.step``.
+      batch: a global batch, as the stream yields it.
+    """
     step_key = rng.at_step(rng.stream(key, "train"), state.step)
     batch = stage.prepare(frozen, batch)
     grad_fn = jax.value_and_grad(stage.loss, has_aux=True)
-    (loss, outputs), grads = grad_fn(state.params, state.stats, step_key, batch)
+    (loss, outputs), grads = grad_fn(state.params, state.stats, frozen, step_key, batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    rules = stage.training_rules
+    params = rules.project(cast(Params, optax.apply_updates(cast(optax.Params, state.params), updates)))
     step = state.step + 1
     ema = ema_update(state.ema, params, step, ema_decay)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **outputs.metrics}
-    return TrainState(step, params, ema, opt_state, outputs.stats), metrics
+    averaged = {name: outputs.stats[name] for name in rules.averaged_stats}
+    ema_stats = ema_update(state.ema_stats, averaged, step, ema_decay)
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": optimizer.learning_rate(state.step),
+        "ema_decay": ema_decay_at(step, ema_decay),
+        **outputs.metrics,
+    }
+    return TrainState(step, params, ema, opt_state, outputs.stats, ema_stats), metrics
 
 
-def make_train_step(stage: Stage, optimizer: optax.GradientTransformation, ema_decay: float, shardings) -> Step:
-    """Compiles ``train_step`` with the state's shardings fixed, so that no step moves a parameter."""
+def make_train_step(stage: Stage, optimizer: Optimizer, ema_decay: float, shardings) -> Step:
+    """Returns the jitted `train_step`; the state keeps its shardings, so that no step moves a parameter.
+
+    Equal arguments give the same function, so that a run that continues in the same process compiles nothing again.
+    """
+    leaves, structure = jax.tree.flatten(shardings)
+    return _jitted_step(stage, optimizer, ema_decay, tuple(leaves), structure)
+
+
+@functools.lru_cache(maxsize=4)
+def _jitted_step(
+    stage: Stage,
+    optimizer: Optimizer,
+    ema_decay: float,
+    leaves: tuple[jax.sharding.NamedSharding, ...],
+    structure: Any,  # jax.tree_util.PyTreeDef, which is no type to the type checker
+) -> Step:
+    shardings = jax.tree.unflatten(structure, leaves)
 
     def step(state, frozen, key, batch):
-        return train_step(stage, optimizer, ema_decay, state, frozen, key, batch)
+        with logical_axes(shardings.step.mesh):
+            return train_step(stage, optimizer, ema_decay, state, frozen, key, batch)
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _create(
     stage: Stage,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     key: jax.Array,
     stats: Params | None = None,
     params: Params | None = None,
@@ -58,39 +95,58 @@ def _create(
     variables = stage.init(key)
     known = {name: value for name, value in (stats or {}).items() if name in variables.stats}
     params = variables.params if params is None else params
-    return TrainState.create(params, {**variables.stats, **known}, optimizer)
+    averaged = stage.training_rules.averaged_stats
+    return TrainState.create(params, {**variables.stats, **known}, optimizer, averaged)
 
 
-@functools.lru_cache(maxsize=8)  # tracing a large network takes seconds, and a run asks for its shapes several times
-def abstract_state(stage: Stage, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state's shapes; no array is made."""
-    return jax.eval_shape(lambda key: _create(stage, optimizer, key), jax.random.key(0))
+def abstract_state(stage: Stage, optimizer: Optimizer) -> TrainState:
+    """Returns the shapes of the state; no array is allocated."""
+
+    def create(variables: Variables) -> TrainState:
+        return TrainState.create(*variables, optimizer, stage.training_rules.averaged_stats)
+
+    return jax.eval_shape(create, abstract_variables(stage))
 
 
 def init_state(
     stage: Stage,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     key: jax.Array,
     mesh: Mesh,
     stats: Params | None = None,
     params: Params | None = None,
 ) -> TrainState:
-    """Returns the state before the first step, each array created where it will live: none ever exists unsharded.
+    """Returns the state before the first step; every array is created sharded.
 
-    ``stats`` take the place of fresh ones of their names. ``params`` take the place of fresh ones, and are given away.
+    Args:
+      stage: what is trained.
+      optimizer: the update rule.
+      key: the run's root key.
+      mesh: of devices.
+      stats: statistics that replace the initial ones of their names.
+      params: parameters that replace the initial ones; they are donated.
     """
-    shardings = state_shardings(stage, optimizer, mesh)
-    create = jax.jit(functools.partial(_create, stage, optimizer), out_shardings=shardings, donate_argnums=2)
-    return create(rng.stream(key, "init"), stats, params)
+    leaves, structure = jax.tree.flatten(state_shardings(stage, optimizer, mesh))
+    return _jitted_create(stage, optimizer, tuple(leaves), structure)(rng.stream(key, "init"), stats, params)
 
 
-def state_shardings(stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Returns where each array of the state lives."""
+@functools.lru_cache(maxsize=4)
+def _jitted_create(
+    stage: Stage,
+    optimizer: Optimizer,
+    leaves: tuple[jax.sharding.NamedSharding, ...],
+    structure: Any,  # jax.tree_util.PyTreeDef, which is no type to the type checker
+) -> Callable[[jax.Array, Params | None, Params | None], TrainState]:
+    shardings = jax.tree.unflatten(structure, leaves)
+    return jax.jit(functools.partial(_create, stage, optimizer), out_shardings=shardings, donate_argnums=2)
+
+
+def state_shardings(stage: Stage, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """Returns the sharding of each array of the state."""
     shardings = tree_shardings(abstract_state(stage, optimizer), mesh)
     return shardings.replace(step=replicated(mesh))
 
 
 def parameter_count(stage: Stage) -> int:
     """Returns the number of trainable parameters, from shapes alone."""
-    params = jax.eval_shape(stage.init, jax.random.key(0)).params
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(stage).params))

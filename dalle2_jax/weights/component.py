@@ -1,26 +1,30 @@
-"""What a family's module says of a checkpoint: which stage it is, its config, and how its tensors are renamed."""
+"""A checkpoint on its way into a system: the source that is read, and the components that are found in it."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dalle2_jax.errors import UsageError, WeightsError, choose, shown
 from dalle2_jax.text import Tokenizer
-from dalle2_jax.types import UserError
+from dalle2_jax.weights.config_files import Section, json_object
+from dalle2_jax.weights.kinds import ATTENTION_ORDERS, ATTENTIONS
 from dalle2_jax.weights.rules import Rule
 from dalle2_jax.weights.tensors import Tensor, open_tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
-    """What a state dict leaves open, and a user may know; None is as in the released files of its family.
+    """Properties of a network that its state dict does not show. None: as in the released files of the family.
 
     Attributes:
-        head_channels: of each attention, of GLIDE's and ADM's networks.
-        image_size: side of the pictures they were trained on.
-        attention_order: of ADM's, "legacy" (a head's q, k, v together) or "new".
-        attention: of LAION's prior, "relaxed" or "cosine".
+        head_channels: width of each attention head of a GLIDE or ADM network.
+        image_size: side in pixels of the images a GLIDE or ADM network was trained on.
+        attention_order: order of the rows of ADM's projections, "legacy" (head by head) or "new".
+        attention: attention of a DALLE2-pytorch prior, "relaxed" (before 1.4.3) or "cosine" (1.4.3 to 1.8.4).
+
+    Raises:
+        UsageError: a value out of range.
     """
 
     head_channels: int | None = None
@@ -28,10 +32,36 @@ class Hints:
     attention_order: str | None = None
     attention: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in (("head_channels", self.head_channels), ("image_size", self.image_size)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"{name} must be an integer of at least 1, got {shown(value)}")
+        if self.attention_order is not None:
+            choose("attention order", self.attention_order, dict.fromkeys(ATTENTION_ORDERS))
+        if self.attention is not None:
+            choose("attention", self.attention, dict.fromkeys(ATTENTIONS))
+
+
+def make_hints(values: Mapping[str, Any]) -> Hints:
+    """Returns `Hints` with the given fields.
+
+    Raises:
+        UsageError: an unknown field, or a value out of range.
+    """
+    for name in values:
+        choose("hint", name, dict.fromkeys(field.name for field in dataclasses.fields(Hints)))
+    return Hints(**values)
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file or folder that somebody wants to import: for a file, the tensors it holds."""
+    """A file or folder to import.
+
+    Attributes:
+        path: the file or folder.
+        tensors: the tensors of a file, by key; none for a folder.
+        hints: what the user knows about it.
+    """
 
     path: Path
     tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -39,59 +69,68 @@ class Source:
 
     @classmethod
     def open(cls, path: Path, hints: Hints = Hints()) -> "Source":
-        """Looks into a file, but not into a folder. UserError where there is none, or it is damaged."""
+        """Opens a file or folder; lists the tensors of a file.
+
+        Raises:
+            WeightsError: it does not exist, or the file is damaged.
+        """
         if path.is_dir():
             return cls(path, hints=hints)
         if not path.exists():
-            raise UserError(f"there is nothing at {path}")
+            raise WeightsError(f"there is no file or folder {path}", path)
         return cls(path, open_tensors(path), hints)
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """Returns a folder's JSON file, or None where it has none. UserError where it is damaged."""
-        path = self.path / name
-        if not path.is_file():
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{path} is not a JSON object")
-        return content
-
-    def weights(self, *stems: str) -> dict[str, Tensor]:
-        """Returns the tensors of a folder's file of one of these stems: "model", "diffusion_pytorch_model".
-
-        Safetensors first, in one file or several; torch's own last.
+        """Returns the object in a JSON file of the folder, or None if there is no such file.
 
         Raises:
-            UserError: the folder has no such file.
+            WeightsError: the file is damaged.
         """
-        endings = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-        names = [f"{stem}{ending}" for ending in endings for stem in stems]
+        path = self.path / name
+        return json_object(path) if path.is_file() else None
+
+    def section(self, name: str) -> Section | None:
+        """Returns a JSON file of the folder as a `Section`, or None; raises as `json`."""
+        content = self.json(name)
+        return None if content is None else Section(content, str(self.path / name))
+
+    def weights(self, *stems: str) -> dict[str, Tensor]:
+        """Returns the tensors of a weights file in the folder.
+
+        Args:
+            *stems: names of the file without suffix, as in "model" or "diffusion_pytorch_model".
+
+        Returns:
+            The tensors of the first file that exists: safetensors (one file, then an index) before torch files.
+
+        Raises:
+            WeightsError: the folder has no such file, or the file is damaged.
+        """
+        suffixes = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+        names = [f"{stem}{suffix}" for suffix in suffixes for stem in stems]
         for name in names:
             if (self.path / name).is_file():
                 return open_tensors(self.path / name)
-        raise UserError(f"{self.path} holds no weights: {names[0]} is missing")
+        raise WeightsError(f"{self.path} holds no weights: {names[0]} is missing", self.path)
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A stage in a public checkpoint, or a part of one (a tower of CLIP, the prior's statistics), not read yet.
+    """A stage in a public checkpoint, or a part of one (a tower of CLIP, the statistics of a prior), not read yet.
 
     Attributes:
         stage: "clip", "prior", "decoder", "upsampler_1" or "upsampler_2".
-        family: what it is, for people: "Karlo prior".
-        where: the file or folder, for errors.
-        config: the stage's config, as train.py would store it: the sections model, text, diffusion, sampling,
-            conditioning and embedding, as far as this part decides them.
-        tensors: by key.
-        params: the rename table of the stage's parameters.
-        stats: and of its statistics.
-        ignored: regular expressions of keys that are left out deliberately.
-        tokenizer: what the checkpoint brings, if it does.
-        embedding: the contract that it was trained under, where that is not ``clip_towers.EMBEDDING``.
-        needs: what completes a part, for errors: "the image encoder".
+        family: name of its family for messages, as in "Karlo prior".
+        where: its file or folder, for messages.
+        config: sections of the stage's config that this part determines: model, text, diffusion, sampling,
+            conditioning, embedding and preprocessing.
+        tensors: tensors by key.
+        params: conversion table of the stage's parameters.
+        stats: conversion table of the stage's statistics.
+        ignored: regular expressions of keys that are skipped on purpose.
+        tokenizer: the tokenizer that belongs to the checkpoint, if it has one.
+        embedding: the CLIP embeddings it was trained with, {"normalisation": ..., "scale": ...}; None for raw ones.
+        completed_by: name of the part that is missing for a complete stage; "" for a complete one.
     """
 
     stage: str
@@ -104,25 +143,28 @@ class Component:
     ignored: Sequence[str] = ()
     tokenizer: Tokenizer | None = None
     embedding: Mapping[str, Any] | None = None
-    needs: str = ""
+    completed_by: str = ""
 
 
-def merged(components: Sequence[Component]) -> dict[str, Component]:
+def merge_parts(components: Sequence[Component]) -> dict[str, Component]:
     """Joins the parts of each stage.
 
-    Of a part that comes twice (folders of a family repeat some) the first counts, and of a stage that two families
-    have: ECLIPSE's prior, and Karlo's.
+    The first of several equal parts is used (folders of one family share some), and the first of several complete
+    stages (the priors of ECLIPSE and Karlo).
+
+    Returns:
+        One component per stage name.
 
     Raises:
-        UserError: two parts that say different things, or two CLIPs, of which the second has a tower more.
+        WeightsError: two parts have different configs, or two CLIPs, of which the second has more towers.
     """
     stages: dict[str, Component] = {}
     for part in components:
-        before = stages.get(part.stage)
-        if before is None:
+        first = stages.get(part.stage)
+        if first is None:
             stages[part.stage] = part
-        elif not _paths(part) & _paths(before) or (part.stage == "clip" and not _paths(part) <= _paths(before)):
-            stages[part.stage] = _joined(before, part)
+        elif not _paths(part) & _paths(first) or (part.stage == "clip" and not _paths(part) <= _paths(first)):
+            stages[part.stage] = _join(first, part)
     return stages
 
 
@@ -130,11 +172,11 @@ def _paths(part: Component) -> set[str]:
     return {f"params/{rule.path}" for rule in part.params} | {f"stats/{rule.path}" for rule in part.stats}
 
 
-def _joined(one: Component, other: Component) -> Component:
+def _join(one: Component, other: Component) -> Component:
     where = one.where if one.where == other.where else f"{one.where} and {other.where}"
-    twice = sorted(_paths(one) & _paths(other))
-    if twice:
-        raise UserError(f"{where} both hold stage {one.stage} (its {twice[0]}): give one of them")
+    duplicates = sorted(_paths(one) & _paths(other))
+    if duplicates:
+        raise WeightsError(f"{where} both hold stage {one.stage} (its {duplicates[0]}): give one of them", other.where)
     clash = set(one.tensors) & set(other.tensors)
     if clash:
         raise AssertionError(f"parts of {one.stage} share keys: {sorted(clash)[:4]}")
@@ -142,26 +184,27 @@ def _joined(one: Component, other: Component) -> Component:
         one,
         family=one.family if one.family == other.family else f"{one.family}, {other.family}",
         where=where,
-        config=_deep(one.config, other.config, where, ""),
+        config=_merge_configs(one.config, other.config, where, ""),
         tensors={**one.tensors, **other.tensors},
         params=(*one.params, *other.params),
         stats=(*one.stats, *other.stats),
         ignored=(*one.ignored, *other.ignored),
         tokenizer=one.tokenizer or other.tokenizer,
         embedding=one.embedding or other.embedding,
-        needs=one.needs and other.needs,
+        completed_by=one.completed_by and other.completed_by,
     )
 
 
-def _deep(one: Mapping[str, Any], other: Mapping[str, Any], where: str, path: str) -> dict[str, Any]:
-    """Joins two configs. None gives way to a value."""
+def _merge_configs(one: Mapping[str, Any], other: Mapping[str, Any], where: str, path: str) -> dict[str, Any]:
+    """Merges two configs; a value replaces None."""
     result = dict(one)
     for key, value in other.items():
-        before = result.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            result[key] = _deep(before, value, where, f"{path}{key}.")
-        elif before is None or key not in result:
+        first = result.get(key)
+        if isinstance(first, Mapping) and isinstance(value, Mapping):
+            result[key] = _merge_configs(first, value, where, f"{path}{key}.")
+        elif first is None:
             result[key] = value
-        elif value is not None and value != before:
-            raise UserError(f"{where} do not belong together: {path}{key} is {before!r} in one, {value!r} in the other")
+        elif value is not None and value != first:
+            what = f"{path}{key} is {first!r} in one, {value!r} in the other"
+            raise WeightsError(f"{where} do not belong together: {what}")
     return result

@@ -1,8 +1,8 @@
-"""The language of rename tables: which tensors of a torch checkpoint make which leaf, and the way back.
+"""Conversion tables between the tensors of a torch checkpoint and the leaves of a Flax parameter tree.
 
-A table is a list of `Rule`. Each says how one leaf of our tree is joined from tensors and split into them again, so
-that one table serves import and export; `fill` and `empty` apply a table and check that it is a bijection: every
-tensor is consumed, every leaf filled, every shape equal.
+A table is a list of `Rule`. Each rule joins tensors into one leaf and splits the leaf into tensors again, so that one
+table serves import (`from_tensors`) and export (`to_tensors`). Loading is strict: `from_tensors` checks that the table
+is a bijection, in which every tensor is used once, every leaf is set once and every shape matches.
 
     rules = [
         *dense("time_mlp/fc_1", "time_embed.0"),
@@ -13,9 +13,10 @@ tensor is consumed, every leaf filled, every shape equal.
         )),
     ]
 
-Torch keeps a dense kernel as [out, in] and a convolution's as [out, in, height, width]; Flax has the outputs last.
+Torch stores a dense kernel as [out, in] and a convolution kernel as [out, in, H, W]; Flax stores the outputs last.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,23 +24,29 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dalle2_jax.types import Params, UserError
+from dalle2_jax.errors import UserError, WeightsError
+from dalle2_jax.types import Params
+from dalle2_jax.weights.config_files import named
 from dalle2_jax.weights.tensors import Tensor
 
-_NAMED = 4  # keys that an error spells out
+_MAX_NAMES = 4  # names that an error message lists
 
 
 class Layout(NamedTuple):
-    """How some tensors of torch's lie as one array of ours, and back."""
+    """The conversion between one or more torch tensors and one Flax array."""
 
     join: Callable[[Sequence[np.ndarray]], np.ndarray]
     split: Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
 class Rule(NamedTuple):
-    """One leaf: its path ("text/ln_final/scale"), its tensors' keys, and their layout.
+    """The conversion of one leaf.
 
-    A leaf of a scanned transformer is stacked: it has a group of keys for each layer, its first axis.
+    Attributes:
+        path: path of the leaf, as in "text/ln_final/scale".
+        groups: keys of the leaf's tensors. A stacked leaf has one group per layer, any other leaf has one group.
+        layout: how the tensors of a group are joined and split.
+        stacked: whether the first axis of the leaf is the layer of a scanned transformer.
     """
 
     path: str
@@ -49,46 +56,64 @@ class Rule(NamedTuple):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All its tensors' keys."""
+        """Keys of all tensors of the leaf."""
         return tuple(key for group in self.groups for key in group)
 
 
 # --- layouts --------------------------------------------------------------------------------
 
 
-def one(forth: Callable[[np.ndarray], np.ndarray], back: Callable[[np.ndarray], np.ndarray]) -> Layout:
-    """A layout of a single tensor."""
+def single(forth: Callable[[np.ndarray], np.ndarray], back: Callable[[np.ndarray], np.ndarray]) -> Layout:
+    """Returns the layout of a leaf that is made of one tensor."""
     return Layout(lambda tensors: forth(tensors[0]), lambda leaf: (back(leaf),))
 
 
-SAME = one(lambda x: x, lambda x: x)
-DENSE = one(np.transpose, np.transpose)
+SAME = single(lambda x: x, lambda x: x)
+DENSE = single(np.transpose, np.transpose)
 """[out, in] <-> [in, out]."""
-POINT = one(lambda x: x[..., 0].T, lambda x: x.T[..., None])
-"""A convolution of one position [out, in, 1] <-> a dense kernel [in, out]."""
-CONV = one(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+POINT = single(lambda x: x[..., 0].T, lambda x: x.T[..., None])
+"""A convolution of kernel size 1, [out, in, 1] <-> a dense kernel [in, out]."""
+CONV = single(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
 """[out, in, H, W] <-> [H, W, in, out]."""
 
 
 def leading(axes: int) -> Layout:
-    """Axes of length 1 before those of the leaf: [1, 1, D] <-> [D] for two of them."""
-    return one(lambda x: x.reshape(x.shape[axes:]), lambda x: x.reshape((1,) * axes + x.shape))
+    """Returns a layout that removes leading axes of length 1: [1, 1, D] <-> [D] for ``axes`` 2."""
+    return single(lambda x: x.reshape(x.shape[axes:]), lambda x: x.reshape((1,) * axes + x.shape))
+
+
+def positive_std(axes: int) -> Layout:
+    """Returns the layout of `leading` for standard deviations.
+
+    Joining raises WeightsError if one is 0, negative or not finite.
+    """
+    layout = leading(axes)
+
+    def join(tensors: Sequence[np.ndarray]) -> np.ndarray:
+        value = layout.join(tensors)
+        invalid = ~(np.isfinite(value) & (value > 0))
+        if invalid.any():
+            count = f"{invalid.sum()} of {invalid.size} standard deviations"
+            raise WeightsError(f"{count} are not positive and finite: they were never estimated")
+        return value
+
+    return Layout(join, layout.split)
 
 
 def _rows_first(leaf: np.ndarray, bias: bool) -> np.ndarray:
-    """[D, parts, N, K] -> [parts, N, K, D]; a bias has no D."""
+    """Returns a kernel [D, parts, N, K] as [parts, N, K, D], and a bias, which has no D, unchanged."""
     return leaf if bias else np.moveaxis(leaf, 0, -1)
 
 
 def fused(parts: int, heads: int, bias: bool = False, heads_first: bool = False, point: bool = False) -> Layout:
-    """Queries, keys and values in one tensor [parts * N * K, D] <-> [D, parts, N, K]; its bias <-> [parts, N, K].
+    """Returns the layout of fused projections: [parts * N * K, D] <-> [D, parts, N, K]; a bias <-> [parts, N, K].
 
     Args:
-        parts: 3, or 2 for keys and values alone.
-        heads: N.
-        bias: whether this is the bias.
-        heads_first: whether the rows are N heads of (q, k, v) instead of three times N heads.
-        point: whether the tensor is a convolution of one position, [rows, D, 1].
+        parts: 3 for queries, keys and values; 2 for keys and values.
+        heads: number of heads N.
+        bias: whether the leaf is a bias.
+        heads_first: whether the rows are ordered (head, part, K) instead of (part, head, K).
+        point: whether the tensor is a convolution of kernel size 1, [rows, D, 1].
     """
 
     def forth(x: np.ndarray) -> np.ndarray:
@@ -104,11 +129,11 @@ def fused(parts: int, heads: int, bias: bool = False, heads_first: bool = False,
         x = x.reshape(-1, *x.shape[3:])
         return x[..., None] if point and not bias else x
 
-    return one(forth, back)
+    return single(forth, back)
 
 
 def separate(heads: int, bias: bool = False) -> Layout:
-    """Queries, keys and values in a tensor each, [N * K, D] <-> [D, parts, N, K]; biases <-> [parts, N, K]."""
+    """Returns the layout of one tensor [N * K, D] per projection <-> [D, parts, N, K]; biases <-> [parts, N, K]."""
 
     def join(tensors: Sequence[np.ndarray]) -> np.ndarray:
         x = np.stack([x.reshape(heads, x.shape[0] // heads, *x.shape[1:]) for x in tensors])
@@ -121,7 +146,7 @@ def separate(heads: int, bias: bool = False) -> Layout:
 
 
 def merged_heads(heads: int, point: bool = False) -> Layout:
-    """The kernel after attention, [D, N * K] (with a last axis of 1 if ``point``) <-> [N, K, D]."""
+    """Returns the layout of an attention's output kernel: [D, N * K] <-> [N, K, D]; ``point`` as for `fused`."""
 
     def forth(x: np.ndarray) -> np.ndarray:
         x = (x[..., 0] if point else x).T
@@ -131,36 +156,38 @@ def merged_heads(heads: int, point: bool = False) -> Layout:
         x = leaf.reshape(-1, leaf.shape[-1]).T
         return x[..., None] if point else x
 
-    return one(forth, back)
+    return single(forth, back)
 
 
 # --- rules ----------------------------------------------------------------------------------
 
 
 def leaf(path: str, key: str, layout: Layout = SAME) -> list[Rule]:
-    """A leaf of one tensor."""
+    """Returns the rule of a leaf that is made of one tensor."""
     return [Rule(path, ((key,),), layout)]
 
 
 def dense(path: str, key: str, layout: Layout = DENSE, bias: bool = True) -> list[Rule]:
-    """A dense layer, or whatever has a kernel of that ``layout`` and a bias."""
+    """Returns the rules of a layer with a kernel of the given layout and, if ``bias``, a bias."""
     kernel = leaf(f"{path}/kernel", f"{key}.weight", layout)
     return kernel + (leaf(f"{path}/bias", f"{key}.bias") if bias else [])
 
 
 def conv(path: str, key: str, bias: bool = True) -> list[Rule]:
-    """A convolution over pictures."""
+    """Returns the rules of a 2-D convolution."""
     return dense(path, key, CONV, bias)
 
 
 def norm(path: str, key: str) -> list[Rule]:
-    """A layer or group norm."""
+    """Returns the rules of a layer or group normalisation."""
     return [*leaf(f"{path}/scale", f"{key}.weight"), *leaf(f"{path}/bias", f"{key}.bias")]
 
 
 def projections(path: str, keys: Sequence[str], heads: int, **packing: Any) -> list[Rule]:
-    """The projections before attention: several keys are ``separate``, one is ``fused`` as ``packing`` says."""
-    layouts = [separate(heads, bias) if len(keys) > 1 else fused(heads=heads, bias=bias, **packing) for bias in (0, 1)]
+    """Returns the rules of an attention's input projections: `separate` for several keys, `fused` for one."""
+    layouts = [
+        separate(heads, bias) if len(keys) > 1 else fused(heads=heads, bias=bias, **packing) for bias in (False, True)
+    ]
     names = ("kernel", "weight"), ("bias", "bias")
     return [
         Rule(f"{path}/{ours}", (tuple(f"{key}.{theirs}" for key in keys),), layout)
@@ -169,12 +196,12 @@ def projections(path: str, keys: Sequence[str], heads: int, **packing: Any) -> l
 
 
 def constant(path: str, value: float) -> list[Rule]:
-    """A scalar that the checkpoint lacks; the way back drops it."""
+    """Returns the rule of a scalar that the checkpoint does not contain; export omits it."""
     return [Rule(path, ((),), Layout(lambda _: np.asarray(value, np.float32), lambda _: ()))]
 
 
 def under(path: str, key: str, rules: Iterable[Rule]) -> list[Rule]:
-    """The rules with ``path/`` before each path and ``key`` (with its dot) before each key."""
+    """Returns the rules with ``path/`` before each path and ``key`` (which includes its dot) before each key."""
     return [
         rule._replace(
             path=f"{path}/{rule.path}" if path else rule.path,
@@ -185,7 +212,7 @@ def under(path: str, key: str, rules: Iterable[Rule]) -> list[Rule]:
 
 
 def stacked(*layers: Iterable[Rule]) -> list[Rule]:
-    """The rules of equal layers as one rule a path, whose leaf has the layers as its first axis."""
+    """Merges the rules of equal layers: one rule per path, whose leaf has the layers as its first axis."""
     table: dict[str, Rule] = {}
     for layer in layers:
         for rule in layer:
@@ -197,7 +224,7 @@ def stacked(*layers: Iterable[Rule]) -> list[Rule]:
 # --- applying a table -----------------------------------------------------------------------
 
 
-def fill(
+def from_tensors(
     rules: Sequence[Rule],
     tensors: Mapping[str, Tensor],
     abstract: Params,
@@ -205,18 +232,21 @@ def fill(
     ignored: Sequence[str] = (),
     dtype: Any = np.float32,
 ) -> Params:
-    """Reads a checkpoint into our tree, a tensor at a time.
+    """Reads a checkpoint into a parameter tree, one tensor at a time.
 
     Args:
         rules: the table.
-        tensors: what the checkpoint holds, by key.
-        abstract: our tree's shapes.
-        where: the checkpoint's name, for errors.
-        ignored: regular expressions of keys that are left out deliberately.
-        dtype: of the leaves.
+        tensors: the checkpoint's tensors, by key.
+        abstract: tree of the shapes to fill.
+        where: name of the checkpoint, for errors.
+        ignored: regular expressions of keys that are skipped on purpose.
+        dtype: dtype of the leaves.
+
+    Returns:
+        A tree of numpy arrays with the structure and shapes of ``abstract``.
 
     Raises:
-        UserError: a tensor missing, left over or of another shape, a leaf that no rule fills.
+        WeightsError: a tensor is missing, unexpected or of another shape, or a leaf has no rule.
     """
     shapes = {_path(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
     check(rules, tensors, shapes, where, ignored)
@@ -226,36 +256,49 @@ def fill(
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = _joined(rule, tensors, shapes[rule.path], dtype)
+        node[name] = _read_leaf(rule, tensors, shapes[rule.path], dtype)
     return tree
+
+
+def check_keys(rules: Sequence[Rule], tensors: Mapping[str, Any], where: str, ignored: Sequence[str] = ()) -> list[str]:
+    """Checks a checkpoint's keys against a table, and returns the keys of the table.
+
+    Raises:
+        WeightsError: keys are missing or unexpected.
+    """
+    keys = [key for rule in rules for key in rule.keys]
+    known = set(keys)
+    missing = [key for key in keys if key not in tensors]
+    unexpected = [key for key in tensors if key not in known and not any(re.fullmatch(form, key) for form in ignored)]
+    if missing:
+        what = f"{where} lacks {_list('tensor', missing)}"
+        raise WeightsError(f"{what}: the file is cut short or of another family", where, missing, unexpected)
+    if unexpected:
+        what = f"{where} has unexpected {_list('tensor', unexpected)}"
+        raise WeightsError(f"{what}: the file is of another family", where, missing, unexpected)
+    return keys
 
 
 def check(
     rules: Sequence[Rule], tensors: Mapping[str, Any], paths: Iterable[str], where: str, ignored: Sequence[str] = ()
 ) -> None:
-    """Checks a table's bijection between keys and paths.
+    """Checks that a table is a bijection between a checkpoint's keys and the paths of a tree.
 
     Raises:
-        UserError: naming what is missing or left over.
+        WeightsError: keys are missing or unexpected, or the checkpoint has no tensors for a path.
+        AssertionError: the table uses a key or a path twice, or a path that the tree does not have.
     """
-    wanted = [key for rule in rules for key in rule.keys]
-    given = set(wanted)
-    missing = [key for key in wanted if key not in tensors]
-    left = [key for key in tensors if key not in given and not any(re.fullmatch(form, key) for form in ignored)]
+    keys = check_keys(rules, tensors, where, ignored)
+    table, leaves = [rule.path for rule in rules], set(paths)
+    missing = sorted(leaves.difference(table))
     if missing:
-        raise UserError(f"{where} lacks {_some('tensor', missing)}: it is cut short or of another family")
-    if left:
-        raise UserError(f"{where} has {_some('tensor', left)} with no place here: it is of another family")
-    filled, leaves = [rule.path for rule in rules], set(paths)
-    unfilled = sorted(leaves - set(filled))
-    if unfilled:
-        raise UserError(f"{where} says nothing of {_some('parameter', unfilled)}")
-    if len(set(filled)) < len(filled) or len(given) < len(wanted) or set(filled) - leaves:
-        raise AssertionError(f"the table of {where} is no bijection")
+        raise WeightsError(f"{where} has no tensors for {_list('parameter', missing)}", where, missing)
+    if not len({*table}) == len(table) == len(leaves) or len({*keys}) < len(keys):
+        raise AssertionError(f"the table of {where} is not a bijection")
 
 
-def empty(rules: Sequence[Rule], params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields a tree's tensors by their keys, the inverse of ``fill``, a tensor at a time."""
+def to_tensors(rules: Sequence[Rule], params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the (key, tensor) pairs of a parameter tree, one tensor at a time: the inverse of `from_tensors`."""
     leaves = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     for rule in rules:
         value = np.asarray(leaves[rule.path])
@@ -264,35 +307,45 @@ def empty(rules: Sequence[Rule], params: Params) -> Iterator[tuple[str, np.ndarr
 
 
 def shapes(rules: Sequence[Rule], params: Params) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the tensors that ``empty`` would yield of a tree, or of a tree of shapes."""
-    # a zero that is broadcast: no layout copies it
+    """Returns the shapes of the tensors that `to_tensors` yields for a tree of arrays or of shapes, by key."""
+    # Broadcast zeros take no memory: layouts reshape and transpose without copying.
     hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), np.float32), leaf.shape), params)
-    return {key: value.shape for key, value in empty(rules, hollow)}
+    return {key: value.shape for key, value in to_tensors(rules, hollow)}
 
 
-def _joined(rule: Rule, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    whole = np.empty(shape, dtype)
+def _read_leaf(rule: Rule, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    expected = shape[1:] if rule.stacked else shape
+    for group in filter(None, rule.groups):  # checked before memory is allocated
+        if sum(math.prod(tensors[key].shape) for key in group) != math.prod(expected):
+            raise _shape_error(group, rule, tensors, expected)
+    value = np.empty(shape, dtype)
     for i, group in enumerate(rule.groups):
-        expected = shape[1:] if rule.stacked else shape
         try:
             part = rule.layout.join([tensors[key].read() for key in group])
-        except ValueError:  # it cannot even be laid out so
+        except ValueError:  # the layout cannot reshape these tensors
             part = None
+        except UserError as error:
+            file = tensors[group[0]].file
+            raise WeightsError(f"{file}: {named(group[0])}: {error}", file) from error
         if part is None or part.shape != expected:
-            got = ", ".join(f"{key} {list(tensors[key].shape)}" for key in group)
-            raise UserError(f"{tensors[group[0]].file}: {got} does not fit {rule.path} {list(expected)}")
-        if rule.stacked:
-            whole[i] = part
-        else:
-            whole[...] = part
-    return whole
+            raise _shape_error(group, rule, tensors, expected)
+        value[i if rule.stacked else ...] = part
+    return value
+
+
+def _shape_error(
+    group: Sequence[str], rule: Rule, tensors: Mapping[str, Tensor], expected: tuple[int, ...]
+) -> WeightsError:
+    given = ", ".join(f"{named(key)} {list(tensors[key].shape)}" for key in group)
+    file = tensors[group[0]].file
+    return WeightsError(f"{file}: {given} does not match {rule.path} {list(expected)}", file)
 
 
 def _path(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _some(what: str, names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMED])
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{what}{'s' if len(names) > 1 else ''} {shown}{more}"
+def _list(what: str, names: Sequence[str]) -> str:
+    listed = ", ".join(map(named, names[:_MAX_NAMES]))
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"{what}{'s' if len(names) > 1 else ''} {listed}{more}"

@@ -1,14 +1,20 @@
 import multiprocessing
 import os
+import pathlib
 import pickle
 import signal
+import time
+from multiprocessing import util
 
 import numpy as np
 import pytest
+from streams import text_stream
 
-from dalle2_jax.data import ShapesSource, fixed_batch, make_stream
+from dalle2_jax import signals
+from dalle2_jax.data import ShapesSource, Source, example, fixed_batch, prepare
+from dalle2_jax.data.sources import objects
+from dalle2_jax.errors import UserError
 from dalle2_jax.text import train_sentencepiece
-from dalle2_jax.types import UserError
 
 SOURCE = ShapesSource("train", 16, max_objects=2, num_examples=40)
 
@@ -30,8 +36,10 @@ def _equal(left, right):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-class Numbers:
-    """A source whose pictures show their own number, to see what a stream visits."""
+class Numbers(Source):
+    """A source whose images hold their own index, which shows the examples that a stream visits."""
+
+    columns = ("image", "caption")
 
     def __init__(self, count):
         self.count = count
@@ -39,11 +47,10 @@ class Numbers:
     def __len__(self):
         return self.count
 
-    def draw(self, index, rng):
-        return self[index]["image"], str(rng.integers(10**6))
-
-    def __getitem__(self, index):
-        return {"image": np.full((1, 1, 3), index, np.uint8), "captions": ("",), "caption": ""}
+    def fetch(self, indices, rngs=None):
+        images = np.array(indices, np.uint8).reshape(-1, 1, 1, 1).repeat(3, axis=3)
+        columns = {"image": images, "caption": objects([str(rng.integers(10**6)) for rng in rngs])}
+        return {name: columns[name] for name in self.columns}
 
     def captions(self, limit):
         return iter(())
@@ -53,8 +60,8 @@ def _numbers(batches):
     return [int(number) for batch in batches for number in batch["image"][:, 0, 0, 0]]
 
 
-def test_batches_have_the_shapes_and_types_of_the_seam(tokenizer):
-    batch = next(make_stream(SOURCE, tokenizer, 24, 8, seed=0))
+def test_batches_have_the_documented_shapes_and_dtypes(tokenizer):
+    batch = next(text_stream(SOURCE, tokenizer, 24, 8, seed=0))
     assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
         "image": ((8, 16, 16, 3), "uint8"),
         "tokens": ((8, 24), "int32"),
@@ -64,102 +71,127 @@ def test_batches_have_the_shapes_and_types_of_the_seam(tokenizer):
 
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_a_resumed_stream_continues_bit_for_bit(tokenizer, num_threads):
-    make = lambda: make_stream(SOURCE, tokenizer, 24, 8, seed=3, num_threads=num_threads)  # noqa: E731
-    whole = _take(make(), 12)  # over the end of the second pass
+    make = lambda: text_stream(SOURCE, tokenizer, 24, 8, seed=3, num_threads=num_threads)  # noqa: E731
+    uninterrupted = _take(make(), 12)  # crosses the end of the second epoch
     stream = make()
     _take(stream, 7)
     state = pickle.loads(pickle.dumps(stream.get_state()))
     assert state == {"global_next_index": 56}
     resumed = make()
     resumed.set_state(state)
-    _equal(_take(resumed, 5), whole[7:])
+    _equal(_take(resumed, 5), uninterrupted[7:])
     stream.set_state({"global_next_index": 0})
-    _equal(_take(stream, 3), whole[:3])
+    _equal(_take(stream, 3), uninterrupted[:3])
 
 
-def test_each_pass_visits_everything_once_in_its_own_order(tokenizer):
-    visited = _numbers(_take(make_stream(Numbers(24), tokenizer, 8, 6, seed=1), 8))
+def test_each_epoch_visits_every_example_once_in_its_own_order(tokenizer):
+    visited = _numbers(_take(text_stream(Numbers(24), tokenizer, 8, 6, seed=1), 8))
     first, second = visited[:24], visited[24:]
     assert sorted(first) == sorted(second) == list(range(24))
     assert first != second and first != list(range(24))
-    assert visited != _numbers(_take(make_stream(Numbers(24), tokenizer, 8, 6, seed=2), 8))
+    assert visited != _numbers(_take(text_stream(Numbers(24), tokenizer, 8, 6, seed=2), 8))
 
 
 def test_a_batch_may_be_larger_than_the_source(tokenizer):
-    assert sorted(_numbers([next(make_stream(Numbers(4), tokenizer, 8, 8, seed=1))])) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(_numbers([next(text_stream(Numbers(4), tokenizer, 8, 8, seed=1))])) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_captions_are_drawn_anew_each_pass(tokenizer):
-    stream = make_stream(ShapesSource("train", 8, num_examples=1), tokenizer, 24, 16, seed=0)
+def test_captions_are_resampled_every_epoch(tokenizer):
+    stream = text_stream(ShapesSource("train", 8, num_examples=1), tokenizer, 24, 16, seed=0)
     assert len(np.unique(next(stream)["tokens"], axis=0)) > 4
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_the_global_batch(tokenizer, count):
-    whole = _take(make_stream(SOURCE, tokenizer, 24, 8, seed=5), 6)
-    parts = [make_stream(SOURCE, tokenizer, 24, 8, 5, process, count) for process in range(count)]
-    for batch in whole[:3]:
+    uninterrupted = _take(text_stream(SOURCE, tokenizer, 24, 8, seed=5), 6)
+    parts = [text_stream(SOURCE, tokenizer, 24, 8, 5, process, count) for process in range(count)]
+    for batch in uninterrupted[:3]:
         shares = [next(part) for part in parts]
         for name in batch:
             joined = np.stack([share[name] for share in shares], axis=1).reshape(batch[name].shape)
             np.testing.assert_array_equal(joined, batch[name])
     states = [part.get_state() for part in parts]
     assert states == [states[0]] * count
-    alone = make_stream(SOURCE, tokenizer, 24, 8, seed=5)  # the run goes on, on one process
+    alone = text_stream(SOURCE, tokenizer, 24, 8, seed=5)  # the run resumes on one process
     alone.set_state(states[0])
-    _equal(_take(alone, 3), whole[3:])
+    _equal(_take(alone, 3), uninterrupted[3:])
 
 
 def test_worker_processes_give_the_same_stream(tokenizer):
-    whole = _take(make_stream(SOURCE, tokenizer, 24, 8, seed=5), 5)
-    stream = make_stream(SOURCE, tokenizer, 24, 8, seed=5, num_workers=1)
+    uninterrupted = _take(text_stream(SOURCE, tokenizer, 24, 8, seed=5), 5)
+    stream = text_stream(SOURCE, tokenizer, 24, 8, seed=5, num_workers=1)
     stream.set_state({"global_next_index": 16})
-    _equal(_take(stream, 1), whole[2:3])
+    _equal(_take(stream, 1), uninterrupted[2:3])
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGINT)  # which a user's Ctrl-C sends to all, and the main process answers
-    _equal(_take(stream, 2), whole[3:])
+        os.kill(worker.pid, signal.SIGINT)  # Ctrl-C sends SIGINT to every process; only the parent handles it
+    _equal(_take(stream, 2), uninterrupted[3:])
     assert stream.get_state() == {"global_next_index": 40}
     stream.close()
 
 
-def test_a_worker_that_is_killed_is_said_in_one_line(tokenizer):
-    stream = make_stream(SOURCE, tokenizer, 24, 8, seed=5, num_workers=1)
+def test_a_worker_that_is_killed_is_reported_in_one_line(tokenizer):
+    stream = text_stream(SOURCE, tokenizer, 24, 8, seed=5, num_workers=1)
     next(stream)
     for worker in multiprocessing.active_children():
         worker.kill()
-    with pytest.raises(UserError, match=r"was ended .exit code -9.*lower config.workers") as told:
+    with pytest.raises(UserError, match=r"died .exit code -9.*lower config.workers") as caught:
         for _ in range(100):
             next(stream)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     stream.close()
 
 
-def test_other_failures_keep_their_traceback(tokenizer):
+def test_unexpected_exceptions_are_raised_with_their_traceback(tokenizer):
     class Failing(Numbers):
-        def draw(self, index, rng):
+        def fetch(self, indices, rngs=None):
             raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        next(make_stream(Failing(3), tokenizer, 24, 2, seed=0))
+        next(text_stream(Failing(3), tokenizer, 24, 2, seed=0))
 
 
-def test_fixed_batches_are_fixed(tokenizer):
-    batch, captions = fixed_batch(SOURCE, tokenizer, 24, [3, 1])
+def test_fixed_batches_are_identical_each_time(tokenizer):
+    batch, captions = fixed_batch(prepare(SOURCE, tokenizer, 24), [3, 1])
     assert captions == [SOURCE.caption(3), SOURCE.caption(1)]
-    np.testing.assert_array_equal(batch["image"][0], SOURCE[3]["image"])
+    np.testing.assert_array_equal(batch["image"][0], example(SOURCE, 3)["image"])
     np.testing.assert_array_equal(batch["tokens"], tokenizer.encode(captions, 24)[0])
-    _equal([batch], [fixed_batch(SOURCE, tokenizer, 24, [3, 1])[0]])
+    _equal([batch], [fixed_batch(prepare(SOURCE, tokenizer, 24), [3, 1])[0]])
 
 
-def test_mistakes_are_answered(tokenizer):
+def test_invalid_arguments_raise_user_errors(tokenizer):
     with pytest.raises(UserError, match="batch_size 9 .* 2 processes"):
-        make_stream(SOURCE, tokenizer, 24, 9, 0, process_count=2)
+        text_stream(SOURCE, tokenizer, 24, 9, 0, process_count=2)
     with pytest.raises(UserError, match="batch_size 0"):
-        make_stream(SOURCE, tokenizer, 24, 0, 0)
+        text_stream(SOURCE, tokenizer, 24, 0, 0)
     for seed in (-1, 2**32):
         with pytest.raises(UserError, match="seed of a stream"):
-            make_stream(SOURCE, tokenizer, 24, 8, seed)
-    with pytest.raises(UserError, match="workers must be 0 or more, not -1"):
-        make_stream(SOURCE, tokenizer, 24, 8, 0, num_workers=-1)
+            text_stream(SOURCE, tokenizer, 24, 8, seed)
+    with pytest.raises(UserError, match="workers must be 0 or more, got -1"):
+        text_stream(SOURCE, tokenizer, 24, 8, 0, num_workers=-1)
     with pytest.raises(UserError, match="no examples"):
-        make_stream(Numbers(0), tokenizer, 24, 8, 0)
+        text_stream(Numbers(0), tokenizer, 24, 8, 0)
+
+
+def blocked(process):
+    """Returns which of SIGINT and SIGTERM a process blocks or ignores."""
+    lines = pathlib.Path(f"/proc/{process}/status").read_text().splitlines()
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    mask = int(status["SigBlk"], 16) | int(status["SigIgn"], 16)
+    return {number for number in (signal.SIGINT, signal.SIGTERM) if mask >> (number - 1) & 1}
+
+
+def test_workers_ignore_signals_during_startup_and_are_terminated_afterwards(tokenizer, capfd):
+    """A Ctrl-C during their imports reaches every process of the group; the parent must not wait forever."""
+    before, finalizers = signals.worker_processes(), {*util._finalizer_registry}
+    stream = text_stream(SOURCE, tokenizer, 24, 8, seed=5, num_workers=2)
+    stream._iterator = stream._start(0)  # starts the workers as the first batch does, without waiting for a batch
+    deadline = time.monotonic() + 30
+    while len(workers := signals.worker_processes() - before) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(workers) == 2 and [blocked(worker) for worker in workers] == [{signal.SIGINT, signal.SIGTERM}] * 2
+    start = time.monotonic()
+    stream.close()
+    assert time.monotonic() - start < 8 and not signals.worker_processes() - before
+    assert capfd.readouterr().err == ""
+    for key in {*util._finalizer_registry} - finalizers:  # of killed processes; they would run at exit
+        util._finalizer_registry.pop(key, None)

@@ -1,21 +1,23 @@
 import numpy as np
 import pytest
 
-from dalle2_jax.data import ShapesSource
-from dalle2_jax.data.scene_reader import ATTRIBUTES
+from dalle2_jax.data import ShapesSource, example
+from dalle2_jax.data.synthetic.scene_reader import ATTRIBUTES
 from dalle2_jax.evaluation.attributes import attribute_accuracy
 
 
 def _examples(count, max_objects):
     source = ShapesSource("val", 64, max_objects=max_objects)
-    images = np.stack([source[index]["image"] for index in range(count)])
+    images = np.stack([example(source, index)["image"] for index in range(count)])
     return images, [source.scene(index) for index in range(count)], [source.caption(index) for index in range(count)]
 
 
-def test_rendered_pictures_score_one_and_shuffled_captions_chance():
+def test_rendered_images_score_one_and_shuffled_captions_chance():
     images, scenes, captions = _examples(200, 2)
     measured = attribute_accuracy(images, scenes, captions)
     assert measured["matched"] == dict.fromkeys(ATTRIBUTES, 1.0)
+    assert measured["n"].keys() == {*ATTRIBUTES} and measured["n"]["all"] == 200
+    assert 0 < measured["n"]["relation"] < 200 and 0 < measured["n"]["background"] < 200  # where the caption names it
     shuffled = measured["shuffled"]
     assert shuffled.keys() == set(ATTRIBUTES)
     assert shuffled["all"] < 0.03 and shuffled["colour"] < 0.2 and 0.3 < shuffled["count"] < 0.7
@@ -27,18 +29,19 @@ def test_one_object_has_no_relation_and_chance_rates():
     images, scenes, _ = _examples(300, 1)
     measured = attribute_accuracy(images, scenes)
     assert "relation" not in measured["matched"]
+    assert measured["n"] == dict.fromkeys(measured["matched"], 300)
     assert measured["shuffled"]["colour"] == pytest.approx(1 / 8, abs=0.06)
     assert measured["shuffled"]["shape"] == pytest.approx(1 / 5, abs=0.07)
     assert measured["shuffled"]["background"] == pytest.approx(1 / 3, abs=0.09)
 
 
-def test_half_wrong_pictures_score_half():
+def test_half_wrong_images_score_half():
     images, scenes, captions = _examples(20, 1)
     images[10:] = images[:10]
     assert 0.5 <= attribute_accuracy(images, scenes, captions)["matched"]["all"] <= 0.6
 
 
-def test_no_picture_keeps_its_caption_in_the_shuffle():
+def test_no_image_keeps_its_caption_in_the_shuffle():
     images, scenes, _ = _examples(2, 1)
     assert scenes[0].attributes != scenes[1].attributes
     for seed in range(4):

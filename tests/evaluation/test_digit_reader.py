@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dalle2_jax.data import digits
+from dalle2_jax.data.synthetic import digits
 from dalle2_jax.evaluation.digits import digit_accuracy, train_digit_reader
 
 
@@ -17,6 +17,7 @@ def test_reads_real_scans(reader):
     measured = digit_accuracy(val.images, val.labels.tolist(), reader)
     assert measured["accuracy"] == measured["real_val"] == reader.val_accuracy
     assert measured["shuffled"] < 0.2
+    assert measured["n"] == dict.fromkeys(("accuracy", "shuffled", "real_val"), len(val.labels))
     assert digit_accuracy(val.images, val.labels.tolist()) == measured
 
 

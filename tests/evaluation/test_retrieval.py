@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from dalle2_jax.data import FolderConfig, ShapesSource, grammar, make_source
-from dalle2_jax.data.digits import write
+from dalle2_jax.data import FolderConfig, ShapesSource, example, make_source
+from dalle2_jax.data.synthetic import grammar
+from dalle2_jax.data.synthetic.digits import write
 from dalle2_jax.evaluation.retrieval import distinct_examples, recall_at_1, table
 
 
@@ -16,12 +17,12 @@ def test_recall_of_perfect_and_of_swapped_embeddings():
 
 
 def test_recall_has_two_directions():
-    """Every picture finds its caption, but the second caption finds the first picture."""
+    """Every image finds its caption, but the second caption finds the first image."""
     image_emb = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     text_emb = np.array([[1.0, 0.1], [1.0, 0.2], [-1.0, 0.1]])
     rates = recall_at_1(image_emb, text_emb)
-    assert rates["image_to_text"] == pytest.approx(3 / 3)  # the second picture is still closest to the second caption
-    assert rates["text_to_image"] == pytest.approx(2 / 3)  # the second caption is closest to the first picture
+    assert rates["image_to_text"] == pytest.approx(3 / 3)  # the second image is still closest to the second caption
+    assert rates["text_to_image"] == pytest.approx(2 / 3)  # the second caption is closest to the first image
 
 
 def test_recall_does_not_see_lengths():
@@ -65,15 +66,17 @@ def test_fewer_where_there_are_no_more(tmp_path):
     write(tmp_path / "digits")
     source = make_source(FolderConfig(str(tmp_path / "digits"), 8), "val")
     indices = distinct_examples(source, 10_000)
-    captions = [source[index]["caption"] for index in range(len(source))]
+    captions = [example(source, index)["caption"] for index in range(len(source))]
     assert len(indices) == len(set(captions)) == len({captions[index] for index in indices}) < len(source)
 
 
 def test_table():
-    """A column a dictionary, a dash where a rate is missing."""
-    text = table("12 pictures", {"matched": {"colour": 0.5, "all": 0.25}, "shuffled": {"colour": 0.125}})
-    assert text.splitlines() == [
-        "12 pictures     matched    shuffled",
-        "colour            50.0%       12.5%",
-        "all               25.0%           -",
+    """A column a mapping, a dash where a rate is missing; without a count a rate has no interval."""
+    columns = {"matched": {"colour": 0.5, "all": 0.25}, "shuffled": {"colour": 0.125}}
+    lines = table("12 images", columns, {"colour": 8}).splitlines()
+    assert [line.split() for line in lines] == [
+        ["12", "images", "n", "matched", "shuffled"],
+        ["colour", "8", "50.0%", "[21.5,", "78.5]", "12.5%", "[2.2,", "47.1]"],
+        ["all", "-", "25.0%", "-"],
     ]
+    assert len({len(line) for line in lines}) == 1

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from tiny import close, differ, jitted, normal, random_variables, same
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.ar_prior import ArPriorConfig, ArPriorNetwork
 from dalle2_jax.models.transformer import TextConfig
-from dalle2_jax.types import UserError
 
 TEXT = TextConfig(vocab_size=11, context_length=5, width=12, layers=1, heads=2, activation="gelu")
 CONFIG = ArPriorConfig(TEXT, width=16, layers=2, heads=2, context_length=9, embed_dim=6, components=4, buckets=7)
@@ -81,8 +81,8 @@ def test_dropped_text_is_forgotten(prior):
     params, (codes, dot, text_emb, text, mask, _) = prior
     predict, drop = jitted(ArPriorNetwork(CONFIG)), jnp.array([True, False])
     logits = predict(params, codes, dot, text_emb, text, mask, drop)
-    told = (dot + 1) % 7, text_emb + 1, jnp.flip(text, axis=1), jnp.flip(mask, axis=1)
-    other = predict(params, codes, *told, drop)
+    inputs = (dot + 1) % 7, text_emb + 1, jnp.flip(text, axis=1), jnp.flip(mask, axis=1)
+    other = predict(params, codes, *inputs, drop)
     same(other[0], logits[0])
     differ(other[1], logits[1])
     kept = predict(params, codes, dot, text_emb, text, mask, NO)
@@ -98,11 +98,11 @@ def test_remat_and_one_component(prior):
     logits = jitted(ArPriorNetwork(CONFIG))(params, *args)
     close(jitted(ArPriorNetwork(replace(CONFIG, remat=True)))(params, *args), logits)
     single = ArPriorNetwork(replace(CONFIG, components=1))
-    codes, *told = args
-    first, past = jitted(single, "encode_prefix")(params, *told)
+    codes, *inputs = args
+    first, past = jitted(single, "encode_prefix")(params, *inputs)
     assert past.keys.shape[2] == 5 + 2
     close(first, logits[:, 0])
-    close(jitted(single)(params, codes[:, :1], *told)[:, 0], logits[:, 0])
+    close(jitted(single)(params, codes[:, :1], *inputs)[:, 0], logits[:, 0])
 
 
 def test_parameters_at_the_papers_size():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tiny import close, differ, jitted, normal, random_variables, same
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from dalle2_jax.models.resnet import ResNetConfig
-from dalle2_jax.types import UserError
 
 TEXT = TextConfig(vocab_size=20, context_length=6, width=16, layers=2, heads=2)
 VIT = ClipConfig(8, TEXT, VisionConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2))
@@ -20,7 +20,7 @@ MASK = TOKENS > 0
 LENGTHS = (4, 2)
 
 
-def picture(config):
+def images_of(config):
     side = config.vision.image_size
     return jnp.tanh(normal(1, 2, side, side, 3))
 
@@ -28,12 +28,12 @@ def picture(config):
 @pytest.fixture(scope="module", params=["vit", "resnet"])
 def clip(request):
     config = {"vit": VIT, "resnet": RESNET}[request.param]
-    return config, random_variables(Clip(config), picture(config), TOKENS, MASK)
+    return config, random_variables(Clip(config), images_of(config), TOKENS, MASK)
 
 
 def test_shapes_and_temperature(clip):
     config, variables = clip
-    image_emb, text_emb, scale = jitted(Clip(config))(variables, picture(config), TOKENS, MASK)
+    image_emb, text_emb, scale = jitted(Clip(config))(variables, images_of(config), TOKENS, MASK)
     assert image_emb.shape == text_emb.shape == (2, 8)
     np.testing.assert_allclose(scale, np.exp(variables["params"]["logit_scale"]), rtol=1e-5)
     norms = jnp.linalg.norm(text_emb, axis=-1)
@@ -42,14 +42,14 @@ def test_shapes_and_temperature(clip):
 
 
 def test_initial_temperature():
-    params = jax.jit(Clip(VIT).init)(jax.random.key(0), picture(VIT), TOKENS)["params"]
+    params = jax.jit(Clip(VIT).init)(jax.random.key(0), images_of(VIT), TOKENS)["params"]
     np.testing.assert_allclose(jnp.exp(params["logit_scale"]), 1 / 0.07, rtol=1e-5)
 
 
-def test_normalises_pictures_itself(clip):
+def test_normalises_images_itself(clip):
     config, variables = clip
     plain = replace(config, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
-    image = picture(config)
+    image = images_of(config)
     by_hand = (image / 2 + 0.5 - jnp.array(config.image_mean).reshape(1, 1, 1, 3)) / jnp.array(
         config.image_std
     ).reshape(1, 1, 1, 3)
@@ -58,7 +58,7 @@ def test_normalises_pictures_itself(clip):
 
 
 def encode_text(tokens, mask=None):
-    variables = random_variables(Clip(VIT), picture(VIT), TOKENS)
+    variables = random_variables(Clip(VIT), images_of(VIT), TOKENS)
     return jitted(Clip(VIT), "encode_text")(variables, tokens, mask)
 
 
@@ -81,17 +81,17 @@ def test_text_is_causal():
 
 def test_batch_statistics_move_in_training_alone():
     model = Clip(RESNET)
-    variables = random_variables(model, picture(RESNET), TOKENS)
+    variables = random_variables(model, images_of(RESNET), TOKENS)
     train = jitted(model, "encode_image", train=True, mutable=("batch_stats",))
-    _, updated = train(variables, picture(RESNET))
+    _, updated = train(variables, images_of(RESNET))
     jax.tree.map(lambda a, b: differ(b, a), variables["batch_stats"], updated["batch_stats"])
     encode = jitted(model, "encode_image")
-    close(encode(variables, picture(RESNET).at[1].set(0.0))[0], encode(variables, picture(RESNET))[0])
+    close(encode(variables, images_of(RESNET).at[1].set(0.0))[0], encode(variables, images_of(RESNET))[0])
 
 
 def test_bfloat16_returns_float32(clip):
     config, variables = clip
-    args = variables, picture(config), TOKENS, MASK
+    args = variables, images_of(config), TOKENS, MASK
     half, exact = jitted(Clip(replace(config, dtype="bfloat16")))(*args), jitted(Clip(config))(*args)
     for ours, theirs in zip(half[:2], exact[:2], strict=True):
         assert ours.dtype == jnp.float32
@@ -99,8 +99,8 @@ def test_bfloat16_returns_float32(clip):
 
 
 def test_bad_input():
-    variables = random_variables(Clip(VIT), picture(VIT), TOKENS)
-    with pytest.raises(UserError, match="16x16 pictures, got 8x16"):
+    variables = random_variables(Clip(VIT), images_of(VIT), TOKENS)
+    with pytest.raises(UserError, match="16x16 pixels, got 8x16"):
         Clip(VIT).apply(variables, jnp.zeros((1, 8, 16, 3)), method=Clip.encode_image)
     with pytest.raises(UserError, match="context_length is 6"):
         Clip(VIT).apply(variables, TOKENS[:, :4], method=Clip.encode_text)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tiny import close, differ, jitted, normal, random_variables, same
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.models.unet import UNetConfig
-from dalle2_jax.types import UserError
 
 UNET = UNetConfig(
     image_size=8,
@@ -39,7 +39,7 @@ NO = jnp.array([False, False])
 X = normal(0, 2, 8, 8, 3)
 
 
-def told(config):
+def condition_inputs(config):
     """(image_emb, text_emb, text, mask) as this decoder takes them."""
     image_emb = None if config.image_emb_dim is None else normal(1, 2, 7)
     if config.text_input is None:
@@ -54,7 +54,7 @@ def told(config):
 @pytest.fixture(scope="module", params=CONFIGS)
 def decoder(request):
     config = CONFIGS[request.param]
-    return config, random_variables(DecoderNetwork(config), X, T, *told(config))
+    return config, random_variables(DecoderNetwork(config), X, T, *condition_inputs(config))
 
 
 def encode(decoder, image_emb, text_emb, text, mask, drop_image=NO, drop_text=NO):
@@ -69,7 +69,7 @@ def rows_equal(a, b, row):
 
 def test_condition_shapes(decoder):
     config = decoder[0]
-    condition = encode(decoder, *told(config))
+    condition = encode(decoder, *condition_inputs(config))
     tokens = (4 if config.image_emb_dim else 0) + (5 if config.text_input in ("tokens", "clip") else 0)
     assert condition.emb.shape == (2, 32)
     assert condition.context.shape == (2, tokens, 6) if tokens else condition.context is None
@@ -81,15 +81,15 @@ def test_condition_shapes(decoder):
 
 def test_two_calls_equal_one(decoder):
     config, params = decoder
-    whole = jitted(DecoderNetwork(config))(params, X, T, *told(config))
+    whole = jitted(DecoderNetwork(config))(params, X, T, *condition_inputs(config))
     assert whole.shape == (2, 8, 8, 3) and whole.dtype == jnp.float32
-    close(denoised(decoder, *told(config)), whole)
+    close(denoised(decoder, *condition_inputs(config)), whole)
 
 
 @pytest.mark.parametrize("decoder", ["paper", "karlo", "image alone"], indirect=True)
 def test_dropped_image_is_forgotten(decoder):
     config = decoder[0]
-    image_emb, *text = told(config)
+    image_emb, *text = condition_inputs(config)
     dropped, other = (encode(decoder, emb, *text, FIRST) for emb in (image_emb, image_emb + 1))
     assert rows_equal(dropped, other, 0) and not rows_equal(dropped, other, 1)
     kept = encode(decoder, image_emb, *text)
@@ -104,7 +104,7 @@ def denoised(decoder, *args):
 @pytest.mark.parametrize("decoder", ["paper", "glide", "karlo", "adm"], indirect=True)
 def test_dropped_text_is_forgotten(decoder):
     config = decoder[0]
-    image_emb, text_emb, text, mask = told(config)
+    image_emb, text_emb, text, mask = condition_inputs(config)
     other_emb = None if text_emb is None else text_emb + 1
     dropped = denoised(decoder, image_emb, text_emb, text, mask, NO, FIRST)
     other_text = 1 - text // 2 if config.text_input == "label" else jnp.flip(text, axis=1)
@@ -121,7 +121,7 @@ def test_dropped_text_is_forgotten(decoder):
 @pytest.mark.parametrize("decoder", ["paper", "glide", "karlo"], indirect=True)
 def test_padding_is_not_read(decoder):
     config = decoder[0]
-    image_emb, text_emb, text, mask = told(config)
+    image_emb, text_emb, text, mask = condition_inputs(config)
     out = denoised(decoder, image_emb, text_emb, text, mask)
     same(out, denoised(decoder, image_emb, text_emb, text.at[0, 3:].set(9), mask))
 
@@ -129,7 +129,7 @@ def test_padding_is_not_read(decoder):
 @pytest.mark.parametrize("decoder", ["adm"], indirect=True)
 def test_a_class_is_its_embedding_and_no_class_their_mean(decoder):
     config, params = decoder
-    text = told(config)[2]
+    text = condition_inputs(config)[2]
     table = params["params"]["label_embedding"]["embedding"]
     same(encode(decoder, None, None, text, None).emb, table[text[:, 0]])
     mean = table.mean(axis=0)
@@ -139,7 +139,7 @@ def test_a_class_is_its_embedding_and_no_class_their_mean(decoder):
 
 def test_bfloat16_returns_float32():
     config = CONFIGS["paper"]
-    args = X, T, *told(config), FIRST, FIRST
+    args = X, T, *condition_inputs(config), FIRST, FIRST
     params = random_variables(DecoderNetwork(config), *args)
     half = DecoderNetwork(replace(config, unet=replace(UNET, dtype="bfloat16")))
     out = jitted(half)(params, *args)

@@ -15,11 +15,12 @@ import pytest
 from tiny import close, differ, jitted, normal, random_variables, same
 
 from dalle2_jax.diffusion import Ddpm, make_schedule, predictor, q_sample
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.laion_prior import LaionPriorConfig, LaionPriorNetwork
 from dalle2_jax.models.multi_query import MultiQueryTransformer, _buckets
-from dalle2_jax.types import UserError
-from dalle2_jax.weights import fill, open_tensors
-from dalle2_jax.weights.laion import IGNORED, chosen, laion_rules, laion_sizes
+from dalle2_jax.weights.families.laion import IGNORED, laion_rules, laion_sizes, select_tensors
+from dalle2_jax.weights.rules import from_tensors
+from dalle2_jax.weights.tensors import open_tensors
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "models"
 YES, NO = jnp.ones(4, bool), jnp.zeros(4, bool)
@@ -31,7 +32,7 @@ class Recorded:
 
     def __init__(self, name, **changes):
         path = FIXTURES / f"{name}.safetensors"
-        tensors = chosen(open_tensors(path), path.name)
+        tensors = select_tensors(open_tensors(path), path.name)
         arrays = np.load(FIXTURES / f"{name}.npz")
         self.outputs = {key: jnp.asarray(arrays[key]) for key in arrays.files if arrays[key].dtype != np.int64}
         t = jnp.asarray(arrays["t"].astype(np.int32))
@@ -42,7 +43,7 @@ class Recorded:
         self.config = LaionPriorConfig(**sizes)
         self.model = LaionPriorNetwork(self.config)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), *self.args)["params"]
-        self.params = {"params": fill(laion_rules(self.config), tensors, shapes, path.name, IGNORED)}
+        self.params = {"params": from_tensors(laion_rules(self.config), tensors, shapes, path.name, IGNORED)}
 
     def __call__(self, *dropped, **changed):
         args = dict(zip(("x_t", "t", "text_emb", "text", "mask"), self.args, strict=True)) | changed
@@ -100,8 +101,8 @@ def test_guided_sampling_equals_the_recorded(learned):
 
     def guided(x_t, t):
         both = jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t])
-        without, told = jnp.split(learned.model.apply(learned.params, cache, *both, drop, method="denoise"), 2)
-        return without + 2.5 * (told - without)
+        without, conditioning = jnp.split(learned.model.apply(learned.params, cache, *both, drop, method="denoise"), 2)
+        return without + 2.5 * (conditioning - without)
 
     stepper, predict = Ddpm(), predictor("x0", guided)
     rows = stepper.rows(schedule)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from tiny import close, differ, jitted, normal, random_variables, same
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.prior import PriorConfig, PriorNetwork
-from dalle2_jax.types import UserError
 
 TOKENS = PriorConfig(width=16, layers=2, heads=2, embed_dim=6, context_length=5, vocab_size=11)
 CLIP = replace(TOKENS, text_input="clip", vocab_size=None, text_width=7)

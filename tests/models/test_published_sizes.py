@@ -21,7 +21,7 @@ def count(module, *args, **kwargs):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def pictures(unet):
+def example_inputs(unet):
     return jnp.zeros((1, unet.image_size, unet.image_size, unet.in_channels)), jnp.zeros((1,), jnp.int32)
 
 
@@ -57,7 +57,7 @@ UNETS = {
 @pytest.mark.parametrize("name", UNETS)
 def test_unet(name):
     config, published = UNETS[name]
-    assert count(UNet(config), *pictures(config)) == published
+    assert count(UNet(config), *example_inputs(config)) == published
 
 
 ADMS = {
@@ -71,7 +71,7 @@ ADMS = {
 def test_adm(name):
     unet, published = ADMS[name]
     config = DecoderConfig(unet, None, text_input="label", num_classes=1000)
-    assert count(DecoderNetwork(config), *pictures(unet), None, None, jnp.zeros((1, 1), jnp.int32)) == published
+    assert count(DecoderNetwork(config), *example_inputs(unet), None, None, jnp.zeros((1, 1), jnp.int32)) == published
 
 
 GLIDE_TEXT = TextConfig(50257, 128, 512, 16, 8, "gelu")
@@ -88,11 +88,11 @@ def test_glide(name):
     unet, published = GLIDES[name]
     config = DecoderConfig(unet, None, text_input="tokens", text=GLIDE_TEXT)
     tokens = jnp.zeros((1, 128), jnp.int32)
-    assert count(DecoderNetwork(config), *pictures(unet), None, None, tokens) == published
+    assert count(DecoderNetwork(config), *example_inputs(unet), None, None, tokens) == published
 
 
 def test_karlo_decoder():
     unet = UNetConfig(64, 3, 6, 320, LADDER_64, 3, SIDES, context_dim=1536)
     config = DecoderConfig(unet, 768, 4, "clip", text_width=768, text_emb_proj=True)
     emb, states = jnp.zeros((1, 768)), jnp.zeros((1, 77, 768))
-    assert count(DecoderNetwork(config), *pictures(unet), emb, emb, states) == 893_318_086
+    assert count(DecoderNetwork(config), *example_inputs(unet), emb, emb, states) == 893_318_086

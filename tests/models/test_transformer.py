@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 from tiny import close, differ, jitted, normal, random_variables, same
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.attention import attend
-from dalle2_jax.models.layers import GroupNorm, LayerNorm, activation, timestep_embedding
-from dalle2_jax.models.transformer import Block, Transformer, TransformerConfig, causal_mask
-from dalle2_jax.types import UserError
+from dalle2_jax.models.layers import (
+    GroupNorm,
+    LayerNorm,
+    activation,
+    timestep_embedding,
+)
+from dalle2_jax.models.transformer import (
+    Block,
+    Transformer,
+    TransformerConfig,
+    causal_mask,
+)
 
 CONFIG = TransformerConfig(width=16, layers=3, heads=2)
 

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 from tiny import close, differ, jitted, normal, random_variables, same
 
-from dalle2_jax.models.layers import average_pool, fold_patches, unfold_patches, upsample_nearest
+from dalle2_jax.errors import UserError
+from dalle2_jax.models.layers import (
+    average_pool,
+    fold_patches,
+    unfold_patches,
+    upsample_nearest,
+)
 from dalle2_jax.models.unet import UNet, UNetConfig
-from dalle2_jax.types import UserError
 
 CONFIG = UNetConfig(
     image_size=8,
@@ -110,7 +115,7 @@ def test_patches_are_only_folded():
 
 
 def test_nothing_shifts():
-    """Mirrored kernels draw the mirrored picture: padding and resampling favour no side."""
+    """Mirrored kernels give the mirrored image: padding and resampling favour no side."""
     x, t, emb, _ = inputs(PLAIN)
     params = random_variables(UNet(PLAIN), x, t, emb)
     mirrored = jax.tree.map(lambda p: jnp.flip(p, axis=1) if p.ndim == 4 else p, params)
@@ -168,7 +173,7 @@ def test_fold_and_resample():
 
 
 def test_input_skip_adds_shares_of_the_input():
-    """At initialisation it is silent, as the output; with shares (0.5, 2) of the two pictures in x it is their sum."""
+    """At initialisation it is silent, as the output; with shares (0.5, 2) of the two images in x it is their sum."""
     config = replace(PLAIN, in_channels=6, input_skip=True)
     x, t, emb, _ = inputs(config)
 

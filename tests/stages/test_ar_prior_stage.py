@@ -1,4 +1,4 @@
-"""The autoregressive prior as a stage: what it learns, how it draws, and that it is calibrated once."""
+"""The autoregressive prior as a stage: what it learns, how it samples, and that it is calibrated once."""
 
 import dataclasses
 
@@ -9,23 +9,29 @@ import optax
 import pytest
 
 from dalle2_jax import rng, testing
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.ar_prior import ArPriorConfig, ArPriorNetwork
 from dalle2_jax.models.transformer import TextConfig
-from dalle2_jax.stages import ArPriorStage, ArSamplingConfig, Variables, codes
+from dalle2_jax.stages import ArPriorStage, ArSamplingConfig, ArSamplingPlan, Variables, codes
 from dalle2_jax.stages.ar_prior import top_dots
-from dalle2_jax.stages.base import Calibrates, Stage
+from dalle2_jax.stages.base import Stage
 from dalle2_jax.training.loop import Job, RunConfig, train
 from dalle2_jax.training.optim import OptimConfig, make_optimizer
-from dalle2_jax.training.sharding import MeshConfig, make_mesh, shard_batch, tree_shardings, with_shardings
+from dalle2_jax.training.sharding import (
+    MeshConfig,
+    make_mesh,
+    shard_batch,
+    tree_shardings,
+    with_shardings,
+)
 from dalle2_jax.training.step import init_state, make_train_step, state_shardings
-from dalle2_jax.types import UserError
-from dalle2_jax.workdir import Checkpoints, StageFolder
+from dalle2_jax.workdir.checkpoints import Checkpoints
+from dalle2_jax.workdir.folder import StageFolder
 
 TEXT = TextConfig(testing.VOCAB_SIZE, testing.CONTEXT_LENGTH, width=16, layers=1, heads=2, activation="gelu")
 MODEL = ArPriorConfig(TEXT, 16, 2, 2, context_length=8, embed_dim=testing.EMBED_DIM, components=6, buckets=2)
 STAGE = ArPriorStage(MODEL, testing.tiny_stage("clip_vit"), calibration_examples=32)
 FINE = dataclasses.replace(STAGE, model=dataclasses.replace(MODEL, buckets=8))
-GUIDED = ArSamplingConfig(guidance=2.0)
 
 
 def keys(count, first=0):
@@ -59,7 +65,10 @@ def toy():
     def run(params):
         def step(carry, index):
             params, state = carry
-            loss = lambda p: STAGE.loss(p, stats, rng.at_step(rng.root(1), index), batch)
+
+            def loss(p):
+                return STAGE.loss(p, stats, {}, rng.at_step(rng.root(1), index), batch)
+
             (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params)
             with jax.numpy_dtype_promotion("standard"):
                 updates, state = optimizer.update(grads, state)
@@ -72,36 +81,37 @@ def toy():
 
 
 @pytest.fixture(scope="module")
-def draw():
+def generate():
     traces = []
 
     @jax.jit
-    def drawn(variables, keys, condition, absent, guidance, quantile):
+    def samples(variables, keys, condition, absent, guidance, quantile):
         traces.append(1)
-        return STAGE.sample(variables, keys, condition, GUIDED, guidance, quantile, absent={"text": absent})
+        plan = ArSamplingPlan(True, guidance, quantile, {"text": absent})
+        return STAGE.sample(variables, keys, condition, plan)
 
-    drawn.traces = traces
-    return drawn
+    samples.traces = traces
+    return samples
 
 
 def repeated(batch, rows, times):
     return {name: jnp.repeat(value[rows], times, axis=0) for name, value in STAGE.condition(batch).items()}
 
 
-def nearest(batch, stats, drawn):
-    """Returns the row of the toy batch that each draw stands for, -1 where it is none of them."""
+def nearest(batch, stats, samples):
+    """Returns the row of the toy batch that each sample equals, -1 where it equals none."""
     known = codes.encode(stats, batch["image_emb"])
     assert len({tuple(row) for row in np.asarray(known).tolist()}) == 8
-    same = (codes.encode(stats, drawn)[:, None] == known[None]).all(axis=-1)
+    same = (codes.encode(stats, samples)[:, None] == known[None]).all(axis=-1)
     return np.where(same.any(axis=1), same.argmax(axis=1), -1)
 
 
 def test_loss_starts_at_log_of_buckets_and_falls(toy):
     (params, stats), batch, first = toy
     np.testing.assert_allclose(first, np.log(2), rtol=1e-5)
-    told = dataclasses.replace(STAGE, drop_text=0.0)
-    loss, (metrics, kept) = jax.jit(told.loss)(params, stats, rng.root(0), batch)
-    assert loss < 0.05  # near or far is told by the dot product, so nothing is left to guess
+    conditioning = dataclasses.replace(STAGE, drop_text=0.0)
+    loss, (metrics, kept) = jax.jit(conditioning.loss)(params, stats, {}, rng.root(0), batch)
+    assert loss < 0.05  # the dot product determines the code, so nothing is left to guess
     assert metrics["accuracy"] > 0.95
     decoded = codes.decode(stats, codes.encode(stats, batch["image_emb"]))
     centred = batch["image_emb"] - batch["image_emb"].mean(axis=0, keepdims=True)
@@ -110,45 +120,45 @@ def test_loss_starts_at_log_of_buckets_and_falls(toy):
     jax.tree.map(np.testing.assert_array_equal, kept, stats)
 
 
-def test_draws_reproduce_the_mapping_that_was_learned(toy, draw):
+def test_samples_reproduce_the_mapping_that_was_learned(toy, generate):
     variables, batch, _ = toy
     condition, kept = repeated(batch, slice(0, 4), 16), jnp.zeros(64, bool)
     for guidance in (1.0, 1.5):
-        drawn = draw(variables, keys(64), condition, kept, guidance, 0.5)
-        assert np.mean(nearest(batch, variables.stats, drawn) == np.repeat(np.arange(4), 16)) > 0.9
+        samples = generate(variables, keys(64), condition, kept, guidance, 0.5)
+        assert np.mean(nearest(batch, variables.stats, samples) == np.repeat(np.arange(4), 16)) > 0.9
 
 
-def test_the_dot_product_is_asked_for_from_above_the_quantile(toy, draw):
+def test_the_dot_product_is_asked_for_from_above_the_quantile(toy, generate):
     """From the whole distribution, far embeddings come as often as near ones."""
     variables, batch, _ = toy
     condition = repeated(batch, slice(0, 4), 16)
-    rows = nearest(batch, variables.stats, draw(variables, keys(64), condition, jnp.zeros(64, bool), 1.0, 0.0))
+    rows = nearest(batch, variables.stats, generate(variables, keys(64), condition, jnp.zeros(64, bool), 1.0, 0.0))
     assert 0.3 < np.mean(rows >= 4) < 0.7
     assert np.mean(rows % 4 == np.repeat(np.arange(4), 16)) > 0.85
 
 
-def test_absent_captions_are_not_read(toy, draw):
+def test_absent_captions_are_not_read(toy, generate):
     variables, batch, _ = toy
     absent = jnp.arange(64) < 32
-    first = draw(variables, keys(64), repeated(batch, slice(0, 4), 16), absent, 1.5, 0.5)
-    other = draw(variables, keys(64), repeated(batch, slice(3, None, -1), 16), absent, 1.5, 0.5)
+    first = generate(variables, keys(64), repeated(batch, slice(0, 4), 16), absent, 1.5, 0.5)
+    other = generate(variables, keys(64), repeated(batch, slice(3, None, -1), 16), absent, 1.5, 0.5)
     np.testing.assert_array_equal(first[:32], other[:32])
     assert not np.array_equal(first[32:], other[32:])
     assert len(np.unique(np.asarray(first[:32]), axis=0)) > 4  # not those of one caption
 
 
-def test_guidance_of_one_is_no_guidance_and_a_key_is_an_image(toy, draw):
-    """Every fourth image, drawn alone and without guidance, is what it was in the whole batch."""
+def test_guidance_of_one_is_no_guidance_and_a_key_is_an_image(toy, generate):
+    """Every fourth image, sampled alone and without guidance, is what it was in the whole batch."""
     variables, batch, _ = toy
     condition, kept = repeated(batch, slice(0, 4), 16), jnp.zeros(64, bool)
-    whole = draw(variables, keys(64), condition, kept, 1.0, 0.0)
+    whole = generate(variables, keys(64), condition, kept, 1.0, 0.0)
     some = {name: value[::4] for name, value in condition.items()}
-    sample = jax.jit(STAGE.sample, static_argnames="config")
-    alone = sample(variables, keys(64)[::4], some, ArSamplingConfig(dot_quantile=0.0))
+    plan = STAGE.plan(ArSamplingConfig(dot_quantile=0.0))
+    alone = jax.jit(STAGE.sample)(variables, keys(64)[::4], some, plan)
     np.testing.assert_allclose(whole[::4], alone, atol=1e-6)
     assert len(np.unique(np.asarray(whole[:16]), axis=0)) > 1  # of one caption, by their keys alone
-    unguided = draw(variables, keys(64), condition, kept, 0.0, 0.0)
-    absent = draw(variables, keys(64), condition, ~kept, 1.0, 0.0)
+    unguided = generate(variables, keys(64), condition, kept, 0.0, 0.0)
+    absent = generate(variables, keys(64), condition, ~kept, 1.0, 0.0)
     np.testing.assert_allclose(unguided, absent, atol=1e-6)
     assert not np.allclose(unguided, whole)
 
@@ -161,35 +171,35 @@ def test_guidance_moves_the_logits_by_its_definition():
     condition = {name: value[:1] for name, value in stage.condition(batch).items()}
     count, quantile = 2048, 0.99  # the last dot product bucket alone
     many = {name: jnp.repeat(value, count, axis=0) for name, value in condition.items()}
-    sample = jax.jit(stage.sample, static_argnames="config")
-    drawn = sample(variables, keys(count), many, GUIDED, 3.0, quantile)
-    frequencies = np.bincount(codes.encode(variables.stats, drawn)[:, 0], minlength=8) / count
+    plan = stage.plan(ArSamplingConfig(3.0, quantile))
+    samples = jax.jit(stage.sample)(variables, keys(count), many, plan)
+    frequencies = np.bincount(codes.encode(variables.stats, samples)[:, 0], minlength=8) / count
 
     top, both = jnp.full(2, 7, jnp.int32), {name: jnp.repeat(value, 2, axis=0) for name, value in condition.items()}
     apply, drop = jax.jit(ArPriorNetwork(stage.model).apply), jnp.array([False, True])
-    told, untold = apply({"params": variables.params}, top[:, None], top, **both, drop_text=drop)[:, 0]
-    expected = jax.nn.softmax(untold + 3.0 * (told - untold))
-    assert np.abs(frequencies - expected).max() < 0.04 < np.abs(frequencies - jax.nn.softmax(told)).max()
+    conditioning, unconditional = apply({"params": variables.params}, top[:, None], top, **both, drop_text=drop)[:, 0]
+    expected = jax.nn.softmax(unconditional + 3.0 * (conditioning - unconditional))
+    assert np.abs(frequencies - expected).max() < 0.04 < np.abs(frequencies - jax.nn.softmax(conditioning)).max()
 
 
-def test_new_numbers_compile_nothing(toy, draw):
+def test_new_numbers_compile_nothing(toy, generate):
     variables, batch, _ = toy
     condition, kept = repeated(batch, slice(0, 4), 16), jnp.zeros(64, bool)
-    draw(variables, keys(64), condition, kept, 1.0, 0.5)
-    before = len(draw.traces)
+    generate(variables, keys(64), condition, kept, 1.0, 0.5)
+    before = len(generate.traces)
     for guidance, quantile in ((1.1, 0.5), (4.0, 0.7), (2.0, 0.0)):
-        draw(variables, keys(64), condition, kept, guidance, quantile)
-    assert len(draw.traces) == before
-    split = ArSamplingConfig(3.0, 0.7).split()
-    assert split[1] == {"guidance": 3.0, "dot_quantile": 0.7}
-    assert split[0] == ArSamplingConfig(1.7, 0.5).split()[0] != ArSamplingConfig(1.0, 0.5).split()[0]
+        generate(variables, keys(64), condition, kept, guidance, quantile)
+    assert len(generate.traces) == before
+    plan, other, unguided = (STAGE.plan(ArSamplingConfig(scale, 0.7)) for scale in (3.0, 1.7, 1.0))
+    assert (plan.guided, plan.guidance, plan.dot_quantile) == (True, 3.0, 0.7)
+    assert jax.tree.structure(plan) == jax.tree.structure(other) != jax.tree.structure(unguided)
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.5, 0.85])
 def test_dots_are_uniform_above_the_quantile(quantile):
-    drawn = np.asarray(top_dots(keys(8192), 32, quantile))
+    samples = np.asarray(top_dots(keys(8192), 32, quantile))
     first = int(quantile * 32)
-    counts = np.bincount(drawn, minlength=32)
+    counts = np.bincount(samples, minlength=32)
     assert counts[:first].sum() == 0 and len(counts) == 32
     share = np.full(32 - first, 1 / 32 / (1 - quantile))
     share[0] = 1 - share[1:].sum()  # the quantile may cut a bucket
@@ -204,15 +214,15 @@ def test_drop_rate():
     other = {**batch, "text_emb": batch["text_emb"] * 2.0, "tokens": jnp.flip(batch["tokens"], axis=0)}
     for rate, ignored in ((1.0, True), (0.0, False)):
         loss = jax.jit(dataclasses.replace(FINE, drop_text=rate).loss)
-        one, two = (loss(params, stats, rng.root(0), b)[0] for b in (batch, other))
+        one, two = (loss(params, stats, {}, rng.root(0), b)[0] for b in (batch, other))
         assert (float(one) == float(two)) == ignored
 
 
 # --- calibration, training, the disk ----------------------------------------------------------
 
 
-class PicturesStream:
-    """Batch n has pictures and captions of seed n; the position is the whole state."""
+class ImageStream:
+    """Batch n has images and captions of seed n; the position is the whole state."""
 
     def __init__(self):
         self.position, self.log = 0, []
@@ -242,12 +252,12 @@ def job(tmp_path, total_steps, stage=FINE):
     optimizer = make_optimizer(OptimConfig(lr=1e-2), 4)
     folder = StageFolder(tmp_path, stage.name)
     folder.write_json("config.json", {})
-    return Job(run, stage, testing.tiny_frozen(stage), optimizer, 0.9, PicturesStream(), one_device(), folder)
+    return Job(run, stage, testing.tiny_frozen(stage), optimizer, 0.9, ImageStream(), one_device(), folder)
 
 
 def test_contract():
-    assert isinstance(STAGE, Calibrates) and STAGE.calibrates and not testing.tiny_stage("prior").calibrates
-    assert hash(STAGE) == hash(dataclasses.replace(STAGE)) and STAGE.borrows == ("clip",)
+    assert STAGE.calibrates and not testing.tiny_stage("prior").calibrates
+    assert hash(STAGE) == hash(dataclasses.replace(STAGE)) and STAGE.requires == ("clip",)
     for member in ("init", "prepare", "loss"):
         assert callable(getattr(STAGE, member)) and hasattr(Stage, member)
     prepared = jax.eval_shape(STAGE.prepare, testing.tiny_frozen(STAGE), testing.tiny_batch(3))
@@ -261,7 +271,7 @@ def test_contract():
 
 
 def test_calibration_fills_what_init_left_empty():
-    frozen, stream = testing.tiny_frozen(FINE), PicturesStream()
+    frozen, stream = testing.tiny_frozen(FINE), ImageStream()
     stats = FINE.calibrate(frozen, stream_batches(stream))
     assert stream.log == [0, 1, 2, 3]  # 32 examples
     empty = jax.eval_shape(FINE.init, rng.root(0)).stats
@@ -286,7 +296,7 @@ def test_calibrated_once_then_kept_restored_and_never_trained(tmp_path):
     whole = train(straight)
     # four batches to calibrate on, then training from the first batch again
     assert straight.stream.log[:8] == [0, 1, 2, 3, 0, 1, 2, 3]
-    expected = FINE.calibrate(straight.frozen, stream_batches(PicturesStream()))
+    expected = FINE.calibrate(straight.frozen, stream_batches(ImageStream()))
     for name, value in whole.stats.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-5)
 
@@ -298,16 +308,17 @@ def test_calibrated_once_then_kept_restored_and_never_trained(tmp_path):
         np.testing.assert_array_equal(one, two)
 
     shapes = with_shardings(abstract := jax.eval_shape(FINE.init, rng.root(0)), tree_shardings(abstract, second.mesh))
-    lent = Checkpoints(second.folder).restore({"ema": shapes.params, "stats": shapes.stats})
+    restored = Checkpoints(second.folder).restore({"ema": shapes.params, "stats": shapes.stats})
     for name, value in whole.stats.items():
-        np.testing.assert_array_equal(lent.trees["stats"][name], value)
+        np.testing.assert_array_equal(restored.trees["stats"][name], value)
 
 
+@pytest.mark.sharding
 def test_sharded_equals_one_device(monkeypatch):
     monkeypatch.setattr("dalle2_jax.training.sharding.SIZE_FLOOR", 64)
     frozen, optimizer = testing.tiny_frozen(FINE), make_optimizer(OptimConfig(lr=1e-2, eps=1e-3), 3)
     # Adam's default eps makes a whole step of a gradient that is rounding alone, such as the last bias's here
-    stats, losses = FINE.calibrate(frozen, stream_batches(PicturesStream())), {}
+    stats, losses = FINE.calibrate(frozen, stream_batches(ImageStream())), {}
     for mesh in (one_device(), make_mesh(MeshConfig(2, 2, 2))):
         state = init_state(FINE, optimizer, rng.root(0), mesh, stats)
         if mesh.size == 8:

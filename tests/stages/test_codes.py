@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.stages import codes
-from dalle2_jax.types import UserError
 
 DEVIATIONS = np.array([8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.1, 0.05])
 
@@ -41,25 +41,25 @@ def test_components_are_the_principal_ones_in_order(fitted):
 def test_every_bucket_is_used_equally_often(fitted):
     image_emb, stats = fitted
     for data, tolerance in ((image_emb, 1), (gaussians(65_536, seed=1)[0], 65_536 / 32 * 0.35)):
-        drawn = np.asarray(codes.encode(stats, jnp.asarray(data)))
-        for component in drawn.T:
+        samples = np.asarray(codes.encode(stats, jnp.asarray(data)))
+        for component in samples.T:
             assert np.abs(np.bincount(component, minlength=32) - len(data) / 32).max() <= tolerance
     dots = jnp.asarray(image_emb), jnp.ones((4096, 8))
     assert np.abs(np.bincount(codes.encode_dot(stats, *dots), minlength=32) - 128).max() <= 1
 
 
 def test_round_trip_stays_within_a_bucket(fitted):
-    """And so its error is what the components left out, and the buckets' share, which falls with their number."""
+    """The error is that of the omitted components and of the buckets, which falls with their number."""
     image_emb, stats = fitted
     fresh, _ = gaussians(4096, seed=1)
-    drawn = np.asarray(codes.encode(stats, jnp.asarray(fresh)))
-    decoded = np.asarray(codes.decode(stats, jnp.asarray(drawn)))
+    samples = np.asarray(codes.encode(stats, jnp.asarray(fresh)))
+    decoded = np.asarray(codes.decode(stats, jnp.asarray(samples)))
     components, back = ((x - stats["mean"]) @ stats["basis"] for x in (fresh, decoded))
     extremes = (image_emb - stats["mean"]) @ stats["basis"]
     for k in range(5):
         edges = np.concatenate([[extremes[:, k].min()], stats["edges"][k], [extremes[:, k].max()]])
         inside = (components[:, k] > edges[0]) & (components[:, k] < edges[-1])
-        width = np.diff(edges)[drawn[:, k]]
+        width = np.diff(edges)[samples[:, k]]
         assert inside.mean() > 0.99
         assert np.all(np.abs(back - components)[inside, k] <= width[inside] + 1e-5)
     left_out = np.square(DEVIATIONS[5:]).sum() / np.square(DEVIATIONS).sum()
@@ -70,8 +70,8 @@ def test_round_trip_stays_within_a_bucket(fitted):
 
 def test_codes_of_decoded_codes_are_the_same(fitted):
     _, stats = fitted
-    drawn = jnp.asarray(np.random.default_rng(3).integers(32, size=(256, 5)), jnp.int32)
-    np.testing.assert_array_equal(codes.encode(stats, codes.decode(stats, drawn)), drawn)
+    samples = jnp.asarray(np.random.default_rng(3).integers(32, size=(256, 5)), jnp.int32)
+    np.testing.assert_array_equal(codes.encode(stats, codes.decode(stats, samples)), samples)
 
 
 def test_larger_means_a_larger_code_and_extremes_saturate(fitted):

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 
 from dalle2_jax import testing
-from dalle2_jax.stages.base import Stage, fingerprint
+from dalle2_jax.stages import Stage, fingerprint
+from dalle2_jax.stages.base import clip_columns, select_columns
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
+from dalle2_jax.types import Batch
 
 
 def params():
     return {"a": {"kernel": jnp.arange(64.0).reshape(8, 8) - 30.5}, "b": jnp.full(3, 2.0)}
 
 
+@pytest.mark.sharding
 def test_the_same_however_it_is_sharded():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     spread = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "tensor"))
@@ -50,5 +53,26 @@ def test_names_count():
 def test_a_stage_is_a_value_without_arrays(kind):
     stage = testing.tiny_stage(kind)
     assert stage == testing.tiny_stage(kind) and hash(stage) == hash(testing.tiny_stage(kind))
-    assert stage.borrows in ((), ("clip",))
+    assert stage.requires in ((), ("clip",))
     assert all(hasattr(stage, member) for member in Stage.__annotations__ | {"init": 0, "prepare": 0, "loss": 0})
+
+
+def test_columns_to_select_are_the_inputs_or_what_clip_computes_them_from():
+    inputs = testing.tiny_stage("prior").inputs
+    assert inputs == ("image_emb", "text_emb", "tokens", "mask")
+    assert clip_columns(inputs) == ("image_emb", "text_emb")
+    assert select_columns(inputs, ("image", "tokens", "mask")) == ("image", "tokens", "mask")
+    assert select_columns(inputs, ("image_emb", "tokens", "mask")) == ("image_emb", "tokens", "mask")
+    assert select_columns(inputs, inputs) == inputs
+    assert select_columns(("image", "low_res"), ("image",)) == ("image", "low_res")  # the data set's error names it
+
+
+@pytest.mark.parametrize("kind", testing.KINDS)
+def test_every_input_is_a_column_and_is_enough_for_the_loss(kind):
+    stage = testing.tiny_stage(kind)
+    frozen, variables = testing.tiny_frozen(stage), testing.tiny_variables(stage)
+    batch = stage.prepare(frozen, testing.tiny_batch(2))
+    assert {*stage.inputs} <= {*batch} and {*stage.inputs} <= Batch.__optional_keys__
+    batch = {name: batch[name] for name in stage.inputs}
+    loss, _ = jax.eval_shape(stage.loss, *variables, frozen, jax.random.key(0), batch)
+    assert loss.shape == ()

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 
 from dalle2_jax import testing
-from dalle2_jax.stages import ClipStage, EmbeddingConfig, Variables, images
+from dalle2_jax.errors import UserError
+from dalle2_jax.stages import (
+    ClipStage,
+    EmbeddingConfig,
+    LoraConfig,
+    LoraStage,
+    Variables,
+    images,
+)
 from dalle2_jax.stages.clip import fit_captions, unit
-from dalle2_jax.types import UserError
 
 SIZE = 6
 
@@ -27,7 +34,7 @@ def clip(request):
         embeddings, _ = stage.network.apply(
             collections, image, batch["tokens"], batch["mask"], train=True, mutable=["batch_stats"]
         )
-        return stage.loss(params, stats, key, batch), embeddings[:2]
+        return stage.loss(params, stats, {}, key, batch), embeddings[:2]
 
     return stage, testing.tiny_variables(stage), run
 
@@ -71,6 +78,40 @@ def test_the_temperature_is_clipped_at_100(clip):
     assert below < above
 
 
+def test_the_temperature_has_a_gradient_wherever_it_is(clip):
+    """Above the maximum it is that at the maximum, so that weights from elsewhere can come down."""
+    stage, variables, _ = clip
+    batch = testing.tiny_batch(SIZE)
+
+    def loss(log_scale, variables):
+        return stage.loss(
+            {**variables.params, "logit_scale": log_scale}, variables.stats, {}, jax.random.key(0), batch
+        )[0]
+
+    slope = jax.jit(jax.grad(loss))
+    at_100, above = (slope(jnp.float32(value), variables) for value in (math.log(100), 9.0))
+    assert abs(at_100) > 1e-3
+    np.testing.assert_allclose(above, at_100, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("value", "projected"), [(9.0, math.log(100)), (-1.0, 0.0), (3.0, 3.0), (-math.inf, 0.0)])
+def test_the_temperature_is_clipped_after_an_update(clip, value, projected):
+    stage, variables, _ = clip
+    params = {**variables.params, "logit_scale": jnp.float32(value)}
+    after = stage.training_rules.project(params)
+    np.testing.assert_allclose(after["logit_scale"], projected, rtol=1e-6)
+    assert after["logit_scale"].dtype == jnp.float32
+    assert all(after[name] is params[name] for name in params if name != "logit_scale")
+
+
+def test_a_lora_keeps_the_temperature_of_its_base(clip):
+    stage, _, _ = clip
+    lora = LoraStage(stage, LoraConfig())
+    factors = {"text": {"proj": {"lora_a": jnp.ones(2)}}}
+    assert lora.training_rules.project(factors) is factors
+    assert lora.training_rules.averaged_stats == stage.training_rules.averaged_stats
+
+
 def test_only_batch_norm_has_statistics_and_training_moves_them(clip):
     stage, variables, _ = clip
     _, outputs = loss_of(clip, testing.tiny_batch(SIZE))
@@ -90,7 +131,7 @@ def test_embeddings_come_in_the_contracts_space(clip):
     embedding, raw = encode(batch["image"])
     np.testing.assert_allclose(jnp.linalg.norm(embedding, axis=1), stage.embedding.scale, rtol=1e-5)
     np.testing.assert_allclose(embedding / stage.embedding.scale, unit(raw), rtol=1e-4, atol=1e-5)
-    doubled = encode(batch["image"].repeat(2, axis=1).repeat(2, axis=2))[0]  # pictures are fitted
+    doubled = encode(batch["image"].repeat(2, axis=1).repeat(2, axis=2))[0]  # images are fitted
     np.testing.assert_allclose(doubled, embedding, rtol=1e-4, atol=1e-5)
     one = encode(batch["image"][2:4])[0]  # nothing is learned of the rest of the batch
     np.testing.assert_allclose(one, embedding[2:4], rtol=1e-4, atol=1e-5)
@@ -122,7 +163,7 @@ def test_captions_of_another_length_are_as_if_encoded_for_this_one(encoded):
 def test_clip_reads_longer_captions():
     stage = testing.tiny_stage("clip_vit")
     variables: Variables = testing.tiny_variables(stage)
-    read = jax.jit(stage.read)
+    read = jax.jit(stage.encode_text)
     long, short = (
         dict(zip(("tokens", "mask"), testing.WordTokenizer().encode(CAPTIONS, length), strict=True))
         for length in (12, testing.CONTEXT_LENGTH)

@@ -10,11 +10,10 @@ import pytest
 
 from dalle2_jax import rng, testing
 from dalle2_jax.diffusion.timesteps import HISTORY
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.decoder import DecoderConfig
 from dalle2_jax.stages import DecoderStage, DiffusionConfig, SamplingConfig, Variables
-from dalle2_jax.stages.base import Calibrates
 from dalle2_jax.stages.clip import empty_captions
-from dalle2_jax.types import UserError
 
 SIZE = 3
 EMPTY = testing.WordTokenizer().encode([""], testing.CONTEXT_LENGTH)
@@ -47,10 +46,14 @@ def prepared(stage, seed=0):
 def drawer(stage, guidance):
     config = dataclasses.replace(stage.sampling, guidance=guidance)
     variables = testing.tiny_variables(stage)
-    return jax.jit(lambda condition, absent: stage.draw(variables, keys(), condition, config, {}, absent))
+    return jax.jit(
+        lambda condition, absent: stage.sample(
+            variables, keys(), condition, stage.plan(config, absent={"text": absent})
+        )
+    )
 
 
-def draw(stage, batch, absent=(False,) * SIZE, guidance=1.0):
+def generate(stage, batch, absent=(False,) * SIZE, guidance=1.0):
     return np.asarray(drawer(stage, guidance)(stage.condition(batch), jnp.array(absent)))
 
 
@@ -75,25 +78,25 @@ def test_an_absent_caption_is_the_empty_one(stage):
     empty = {"text_emb": "null_text_emb", "text_seq": "null_text_seq", "mask": "null_mask"}
     written = {**batch, **{name: batch[null] for name, null in empty.items()}}
     written["tokens"] = jnp.asarray(np.repeat(EMPTY[0], SIZE, axis=0))
-    absent = draw(stage, batch, (True,) * SIZE)
-    close(absent, draw(stage, written))
-    close(absent, draw(stage, {**other, "image_emb": batch["image_emb"]}, (True,) * SIZE))
-    present = draw(stage, batch)
+    absent = generate(stage, batch, (True,) * SIZE)
+    close(absent, generate(stage, written))
+    close(absent, generate(stage, {**other, "image_emb": batch["image_emb"]}, (True,) * SIZE))
+    present = generate(stage, batch)
     assert (abs(absent - present).reshape(SIZE, -1).max(axis=1) > 1e-3).all()
-    mixed = draw(stage, batch, (True, False, True))
+    mixed = generate(stage, batch, (True, False, True))
     close(mixed, np.where(np.array([True, False, True]).reshape(-1, *(1,) * (absent.ndim - 1)), absent, present))
 
 
 def test_clip_reads_the_empty_caption_as_any_other():
     clip = PRIOR.clip
-    said = clip.read(testing.tiny_variables(clip), dict(zip(("tokens", "mask"), EMPTY, strict=True)))
+    predicted = clip.encode_text(testing.tiny_variables(clip), dict(zip(("tokens", "mask"), EMPTY, strict=True)))
     for stage in (PRIOR, DECODER):
-        for name, value in said.items():
+        for name, value in predicted.items():
             close(prepared(stage)[f"null_{name}"], np.repeat(value, SIZE, axis=0))
 
 
 def test_training_drops_captions_for_the_empty_one():
-    """What is said of a dropped one does not matter, and of a kept one it does."""
+    """A dropped condition has no influence; one that is not dropped has."""
     stage = PRIOR
     batch = {name: jnp.repeat(rows[:1], 64, axis=0) for name, rows in prepared(stage).items()}
     other = {name: jnp.repeat(rows[1:2], 64, axis=0) for name, rows in prepared(stage).items()}
@@ -115,11 +118,14 @@ def test_reading_adds_what_is_lacking_and_needs_no_clip_where_nothing_is():
     names = {"text_emb", "text_seq", "null_text_emb", "null_text_seq", "null_mask"}
     for stage in (PRIOR, DECODER):
         batch = testing.tiny_batch(SIZE)
-        read = stage.read(testing.tiny_variables(stage.clip), batch)
+        read = stage.prepare_captions(testing.tiny_variables(stage.clip), batch)
         assert {*read} - {*batch} == names
-        assert stage.read(None, read).keys() == read.keys() and stage.prepare({}, prepared(stage)).keys() >= names
+        assert (
+            stage.prepare_captions(None, read).keys() == read.keys()
+            and stage.prepare({}, prepared(stage)).keys() >= names
+        )
     plain = testing.tiny_stage("decoder")
-    assert plain.read(None, batch) == batch  # it reads tokens
+    assert plain.prepare_captions(None, batch) == batch  # it reads tokens
 
 
 # --- whitening --------------------------------------------------------------------------------
@@ -128,9 +134,9 @@ WHITE = variant("prior", whiten=True, calibration_examples=20)
 
 
 def correlated(count, seed=0):
-    draw = np.random.default_rng(seed)
+    generate = np.random.default_rng(seed)
     scale = np.linspace(0.1, 3.0, testing.EMBED_DIM)
-    return (5.0 + scale * draw.standard_normal((count, testing.EMBED_DIM))).astype(np.float32)
+    return (5.0 + scale * generate.standard_normal((count, testing.EMBED_DIM))).astype(np.float32)
 
 
 def batches(size=8):
@@ -139,7 +145,7 @@ def batches(size=8):
 
 
 def test_mean_and_deviation_are_measured_on_whole_batches():
-    assert isinstance(WHITE, Calibrates) and WHITE.calibrates and not testing.tiny_stage("prior").calibrates
+    assert WHITE.calibrates and not testing.tiny_stage("prior").calibrates
     stream = batches()
     stats = WHITE.calibrate(testing.tiny_frozen(WHITE), stream)
     assert next(stream)["image_emb"][0, 0] == correlated(8, 3)[0, 0]  # 20 examples are three batches of 8
@@ -151,41 +157,44 @@ def test_mean_and_deviation_are_measured_on_whole_batches():
         name: (leaf.shape, leaf.dtype) for name, leaf in empty.items()
     }
     assert WHITE.init_stats().keys() == jax.eval_shape(WHITE.init, rng.root(0)).stats.keys() == {"mean", "std"}
-    x_0, _ = WHITE.example(stats, rng.root(0), {"image_emb": jnp.asarray(rows, jnp.float32), **told(24)})
+    x_0, _ = WHITE.example(stats, rng.root(0), {"image_emb": jnp.asarray(rows, jnp.float32), **conditioning(24)})
     np.testing.assert_allclose(x_0.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(x_0.std(axis=0), 1, rtol=1e-4)
 
 
-def told(count):
+def conditioning(count):
     batch = testing.tiny_batch(count)
     return {"tokens": batch["tokens"], "mask": batch["mask"], "text_emb": jnp.ones((count, testing.EMBED_DIM))}
 
 
 @pytest.mark.parametrize("value", [2.0, np.nan])
-def test_embeddings_that_cannot_be_whitened_are_refused(value):
+def test_embeddings_that_cannot_be_whitened_are_rejected(value):
     dull = ({**batch, "image_emb": batch["image_emb"].at[:, 3].set(value)} for batch in batches())
     with pytest.raises(UserError, match="cannot be whitened: train clip again") as error:
         WHITE.calibrate(testing.tiny_frozen(WHITE), dull)
     assert "\n" not in str(error.value)
 
 
-def test_a_whitened_prior_learns_and_draws_what_a_plain_one_does_in_its_space():
+def test_a_whitened_prior_learns_and_samples_what_a_plain_one_does_in_its_space():
     plain = dataclasses.replace(WHITE, whiten=False)
     params, batch = testing.tiny_variables(plain).params, next(batches())
     stats = {"mean": jnp.full(testing.EMBED_DIM, 5.0), "std": jnp.linspace(0.1, 3.0, testing.EMBED_DIM)}
     batch |= {"text_emb": jnp.ones((8, testing.EMBED_DIM))}
     white = {**batch, "image_emb": (batch["image_emb"] - 5.0) / stats["std"][None]}
-    ours = jax.jit(WHITE.loss)(params, stats, rng.root(0), batch)
-    theirs = jax.jit(plain.loss)(params, {}, rng.root(0), white)
+    ours = jax.jit(WHITE.loss)(params, stats, {}, rng.root(0), batch)
+    theirs = jax.jit(plain.loss)(params, {}, {}, rng.root(0), white)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
     assert ours[1].stats.keys() == stats.keys() and all((ours[1].stats[name] == stats[name]).all() for name in stats)
     condition = plain.condition(batch)
 
-    def drawn(stage, stats):
+    def samples(stage, stats):
         variables, config = Variables(params, stats), stage.sampling
-        return jax.jit(lambda: stage.draw(variables, keys(8), condition, config, {}, jnp.zeros(8, bool)))()
+        plan = stage.plan(config, absent={"text": jnp.zeros(8, bool)})
+        return jax.jit(lambda: stage.sample(variables, keys(8), condition, plan))()
 
-    np.testing.assert_allclose(drawn(WHITE, stats), 5.0 + stats["std"][None] * drawn(plain, {}), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        samples(WHITE, stats), 5.0 + stats["std"][None] * samples(plain, {}), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_whitening_and_importance_sampling_share_the_statistics():
@@ -193,7 +202,9 @@ def test_whitening_and_importance_sampling_share_the_statistics():
     stats = stage.calibrate(testing.tiny_frozen(stage), batches())
     assert stats.keys() == stage.init_stats().keys() == {"mean", "std", "losses", "counts"}
     assert stats["losses"].shape == (4, HISTORY)
-    after = jax.jit(stage.loss)(testing.tiny_variables(stage).params, stats, rng.root(0), next(batches()) | told(8))
+    after = jax.jit(stage.loss)(
+        testing.tiny_variables(stage).params, stats, {}, rng.root(0), next(batches()) | conditioning(8)
+    )
     after = after[1].stats
     assert after["counts"].sum() == 8 and (after["mean"] == stats["mean"]).all() and after.keys() == stats.keys()
 
@@ -202,9 +213,9 @@ def test_whitening_and_importance_sampling_share_the_statistics():
 
 
 def test_a_prior_without_time_goes_from_noise_to_the_embedding_at_once():
-    stage = variant("prior", {"time_token": False}, sampling=SamplingConfig("ddim", steps="t:99", clip=None))
+    stage = variant("prior", {"time_token": False}, sampling=SamplingConfig("ddim", steps="t:99", clip_sample=None))
     stage.check_sampling(stage.sampling)
-    variables, batch = testing.tiny_variables(stage), next(batches(SIZE)) | told(SIZE)
+    variables, batch = testing.tiny_variables(stage), next(batches(SIZE)) | conditioning(SIZE)
     assert "time_mlp" not in variables.params
     assert variables.params["positional_embedding"].shape == (testing.CONTEXT_LENGTH + 3, testing.WIDTH)
     condition, noise = stage.condition(batch), jnp.asarray(correlated(SIZE))
@@ -212,34 +223,34 @@ def test_a_prior_without_time_goes_from_noise_to_the_embedding_at_once():
     @jax.jit
     def run(condition, noise):
         text = [condition[name] for name in ("text_emb", "text", "mask")]
-        said = [
+        predicted = [
             stage.network.apply({"params": variables.params}, noise, jnp.full(SIZE, t), *text) for t in (0, 99)
         ]
-        return stage.draw(variables, keys(), condition, stage.sampling, {}, x_T=noise), *said
+        return stage.sample(variables, keys(), condition, stage.plan(x_T=noise)), *predicted
 
-    drawn, early, late = run(condition, noise)
-    close(drawn, early)
+    samples, early, late = run(condition, noise)
+    close(samples, early)
     np.testing.assert_array_equal(early, late)
-    assert not np.allclose(run(condition, noise + 1.0)[0], drawn, atol=1e-3)
+    assert not np.allclose(run(condition, noise + 1.0)[0], samples, atol=1e-3)
 
 
 # --- without CLIP -----------------------------------------------------------------------------
 
 
-def test_a_decoder_without_an_image_embedding_borrows_nothing():
+def test_a_decoder_without_an_image_embedding_requires_no_stage():
     model = testing.tiny_stage("decoder").model
     stage = variant("decoder", {"image_emb_dim": None}, clip=None)
-    assert stage.borrows == () and stage.drop_rates == {"text": 0.5}
+    assert stage.requires == () and stage.drop_rates == {"text": 0.5}
     batch = testing.tiny_batch(SIZE)
-    assert stage.prepare({}, batch) is batch and stage.read(None, batch) is batch
+    assert stage.prepare({}, batch) is batch and stage.prepare_captions(None, batch) is batch
     _, condition = stage.example({}, rng.root(0), batch)
     assert condition.keys() == {"text", "mask"}
     variables = testing.tiny_variables(stage)
     assert not any("image" in name for name in variables.params)
-    loss, outputs = jax.jit(stage.loss)(*variables, rng.root(0), batch)
+    loss, outputs = jax.jit(stage.loss)(*variables, {}, rng.root(0), batch)
     assert np.isfinite(loss) and outputs.stats == {}
-    guided = draw(stage, batch, guidance=3.0)
-    plain, alone = draw(stage, batch), draw(stage, batch, (True,) * SIZE)
+    guided = generate(stage, batch, guidance=3.0)
+    plain, alone = generate(stage, batch), generate(stage, batch, (True,) * SIZE)
     assert guided.shape == (SIZE, 8, 8, 3) and abs(guided - plain).max() > 1e-3 and abs(alone - plain).max() > 1e-3
     for wrong in (model, dataclasses.replace(model, image_emb_dim=None, text=None, **STATES)):
         with pytest.raises(UserError, match="it needs a clip"):
@@ -254,8 +265,9 @@ def test_an_unconditional_decoder():
     sampling = dataclasses.replace(base.sampling, guidance=1.0)
     stage = DecoderStage(base.diffusion, sampling, "decoder", DecoderConfig(unet, None), None)
     assert stage.drop_rates == {} and stage.condition(testing.tiny_batch(SIZE)) == {}
-    drawn = stage.draw(testing.tiny_variables(stage), keys(), {}, sampling, {}, jnp.ones(SIZE, bool))
-    assert drawn.shape == (SIZE, 8, 8, 3)
+    plan = stage.plan(sampling, absent={"text": jnp.ones(SIZE, bool)})
+    samples = stage.sample(testing.tiny_variables(stage), keys(), {}, plan)
+    assert samples.shape == (SIZE, 8, 8, 3)
     stage.check_sampling(sampling)
 
 
@@ -265,11 +277,11 @@ def test_a_clip_of_captions_alone():
     variables, batch = testing.tiny_variables(stage), testing.tiny_batch(SIZE)
     assert variables.params.keys() == {"text", "logit_scale"}
     both = Variables({**testing.tiny_variables(whole).params, **variables.params}, {})
-    for name, value in stage.read(variables, batch).items():
-        np.testing.assert_array_equal(value, whole.read(both, batch)[name])
+    for name, value in stage.encode_text(variables, batch).items():
+        np.testing.assert_array_equal(value, whole.encode_text(both, batch)[name])
     for call in (
         lambda: stage.encode_image(variables, batch["image"]),
-        lambda: stage.loss(*variables, rng.root(0), batch),
+        lambda: stage.loss(*variables, {}, rng.root(0), batch),
     ):
         with pytest.raises(UserError, match="no image tower.*import its image encoder too") as error:
             call()

@@ -1,4 +1,4 @@
-"""Upsamplers whose small pictures the host degrades, and upsamplers whose small pictures are noised."""
+"""Upsamplers whose small images the host degrades, and upsamplers whose small images are noised."""
 
 import dataclasses
 
@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_stage_told as told
+import test_stage_without_clip as without_clip
 
 from dalle2_jax import rng, testing
+from dalle2_jax.errors import UserError
 from dalle2_jax.stages import images
-from dalle2_jax.types import DEGRADATIONS, Degrading, UserError
+from dalle2_jax.types import DEGRADATIONS, Degrading
 
 PLAIN = testing.tiny_stage("upsampler")
 NOISED = dataclasses.replace(PLAIN, noise_augmentation=0.5, sample_noise=0.2)
@@ -19,7 +20,7 @@ LEVELS = 50
 
 
 def pairs(side=8, small=4, count=3):
-    """Crops and small pictures that have nothing to do with each other."""
+    """Crops and small images that have nothing to do with each other."""
     noise = np.random.default_rng(0)
     shapes = {"image": (count, side, side, 3), "low_res": (count, small, small, 3)}
     return {name: noise.integers(0, 256, shape, np.uint8) for name, shape in shapes.items()}
@@ -33,11 +34,11 @@ def test_given_pairs_are_taken_as_they_are(degradation):
     stage, batch = dataclasses.replace(PLAIN, degradation=degradation), pairs()
     x_0, condition = jax.jit(stage.example)({}, rng.root(0), batch)
     np.testing.assert_array_equal(images.to_uint8(x_0), batch["image"])
-    wanted = stage.condition(images.to_float(batch["low_res"]))["low_res"]
+    wanted = stage.low_res_condition(images.to_float(batch["low_res"]))["low_res"]
     np.testing.assert_allclose(condition["low_res"], wanted, atol=1e-6)
 
 
-def test_pairs_of_other_sizes_are_refused():
+def test_pairs_of_other_sizes_are_rejected():
     for side, small in ((16, 4), (8, 8)):
         wanted = f"upsampler_1 trains on crops of 8 pixels made of 4, not of {side} made of {small}"
         with pytest.raises(UserError, match=wanted):
@@ -55,7 +56,7 @@ def test_the_stage_says_what_it_asks_of_the_data():
 # --- noised ---------------------------------------------------------------------------------
 
 
-def test_training_pictures_are_noised_at_every_level_as_the_network_is_told():
+def test_training_images_are_noised_at_the_level_given_to_the_network():
     count = 3000
     batch = {"image": np.full((count, 16, 16, 3), 204, np.uint8)}  # 0.6
     _, condition = jax.jit(NOISED.example)({}, rng.root(0), batch)
@@ -85,23 +86,23 @@ def test_the_network_has_an_mlp_for_the_level_and_leans_on_it():
     np.testing.assert_allclose(one[1], other[1], atol=1e-6)
 
 
-def drawn(stage, rows=slice(None)):
+def samples(stage, rows=slice(None)):
     variables = testing.tiny_variables(NOISED)
-    keys = told.keys()[rows]
+    keys = without_clip.keys()[rows]
 
     @jax.jit
-    def draw(variables, keys, small):
-        return stage.draw(variables, keys, stage.condition(small), stage.sampling, {})
+    def generate(variables, keys, small):
+        return stage.sample(variables, keys, stage.low_res_condition(small), stage.plan())
 
-    return np.asarray(draw(variables, keys, told.small()[rows]))
+    return np.asarray(generate(variables, keys, without_clip.small()[rows]))
 
 
-def test_samples_are_drawn_at_their_own_level():
-    """Sampling at level 0 shows the network the picture itself; a picture's noise is of its own key."""
-    pictures = drawn(NOISED)
+def test_samples_are_sampled_at_their_own_level():
+    """Sampling at level 0 shows the network the image itself; an image's noise is of its own key."""
+    sampled = samples(NOISED)
     clean = dataclasses.replace(NOISED, sample_noise=0.0)
-    assert abs(drawn(clean) - pictures).max() > 1e-2
-    np.testing.assert_allclose(drawn(NOISED, slice(1, None)), pictures[1:], atol=1e-5)
+    assert abs(samples(clean) - sampled).max() > 1e-2
+    np.testing.assert_allclose(samples(NOISED, slice(1, None)), sampled[1:], atol=1e-5)
 
 
 def test_the_level_in_sampling_is_the_one_asked_for():
@@ -116,25 +117,25 @@ def test_the_level_in_sampling_is_the_one_asked_for():
     seeing = Seeing(**{field.name: getattr(stage, field.name) for field in dataclasses.fields(stage)})
     flat = jnp.full((64, 8, 8, 3), 0.6)
     keys = rng.per_image(rng.root(0), jnp.arange(64, dtype=jnp.int32))
-    seeing.draw(testing.Variables({}, {}), keys, seeing.condition(flat), seeing.sampling, {})
+    seeing.sample(testing.Variables({}, {}), keys, seeing.low_res_condition(flat), seeing.plan())
     assert {*np.asarray(seen["noise_level"]).tolist()} == {20}
     alpha_bar = stage.diffusion.make_schedule().alpha_bar[19]
     np.testing.assert_allclose(np.asarray(seen["low_res"]).std(), (1 - alpha_bar) ** 0.5, rtol=0.03)
     np.testing.assert_allclose(np.asarray(seen["low_res"]).mean(), 0.6 * alpha_bar**0.5, atol=0.01)
 
 
-def test_told_upsamplers_are_noised_too():
-    stage = dataclasses.replace(told.upsampler("tokens"), noise_augmentation=0.5, sample_noise=0.1)
+def test_conditioned_upsamplers_are_noised_too():
+    stage = dataclasses.replace(without_clip.upsampler("tokens"), noise_augmentation=0.5, sample_noise=0.1)
     params, stats = testing.tiny_variables(stage)
     assert "noise_mlp" in params["unet"]
-    loss, _ = jax.eval_shape(stage.loss, params, stats, rng.root(0), told.batch("tokens"))
+    loss, _ = jax.eval_shape(stage.loss, params, stats, {}, rng.root(0), without_clip.batch("tokens"))
     assert loss.shape == ()
-    pictures = told.draw(stage, stage.condition(told.small(), told.batch("tokens")))
-    assert pictures.shape == (told.SIZE, 16, 16, 3) and np.isfinite(pictures).all()
+    sampled = without_clip.generate(stage, stage.low_res_condition(without_clip.small(), without_clip.batch("tokens")))
+    assert sampled.shape == (without_clip.SIZE, 16, 16, 3) and np.isfinite(sampled).all()
 
 
 @pytest.mark.parametrize("fields", [(0.2, 0.5), (1.5, 0.0), (0.5, -0.1), (-0.5, 0.0)])
-def test_levels_out_of_range_are_refused(fields):
+def test_levels_out_of_range_are_rejected(fields):
     largest, sampled = fields
     with pytest.raises(UserError, match="sample_noise .* must be from 0 to noise_augmentation .*, and that at most 1"):
         dataclasses.replace(PLAIN, noise_augmentation=largest, sample_noise=sampled)

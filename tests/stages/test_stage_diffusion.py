@@ -32,9 +32,9 @@ WITH_CLIP = {
 
 
 def embeddings(seed=0, size=SIZE):
-    draw = np.random.default_rng(seed)
-    emb = 0.54 * draw.standard_normal((2, size, testing.EMBED_DIM), np.float32)
-    seq = draw.standard_normal((size, testing.CONTEXT_LENGTH, testing.WIDTH), np.float32)
+    generate = np.random.default_rng(seed)
+    emb = 0.54 * generate.standard_normal((2, size, testing.EMBED_DIM), np.float32)
+    seq = generate.standard_normal((size, testing.CONTEXT_LENGTH, testing.WIDTH), np.float32)
     return {"image_emb": emb[0], "text_emb": emb[1], "text_seq": seq}
 
 
@@ -80,7 +80,7 @@ def test_precomputed_embeddings_are_what_is_learned(kind):
 
 def test_conditions_are_dropped_at_their_rates_independently():
     stage, count = probe.Probe(DiffusionConfig("eps", num_steps=10)), 20_000
-    loss, outputs = stage.loss(probe.params(0.0, 0.0), {}, rng.root(0), probe.batch(count))
+    loss, outputs = stage.loss(probe.params(0.0, 0.0), {}, {}, rng.root(0), probe.batch(count))
     (drops,) = stage.seen
     assert drops["training"]
     for name, rate in stage.drop_rates.items():
@@ -90,7 +90,7 @@ def test_conditions_are_dropped_at_their_rates_independently():
     assert abs(together) < 4 / count**0.5
     assert abs(float(loss) - 1) < 0.05  # a prediction of no noise at all misses by its variance
     assert outputs.stats == {}
-    stage.loss(probe.params(), {}, rng.root(1), probe.batch(count))
+    stage.loss(probe.params(), {}, {}, rng.root(1), probe.batch(count))
     assert not np.array_equal(stage.seen[1]["text"], drops["text"])
 
 
@@ -120,12 +120,13 @@ def sampler(stage, config):
     @jax.jit
     def run(params, keys, condition, scales, eta, absent):
         TRACES.append(stage)
-        return stage.sample(params, keys, condition, config, scales, eta, absent=absent)
+        plan = stage.plan(config, absent=absent, eta=eta if config.name == "ddim" else None)
+        return stage.sample_x_0(params, keys, condition, dataclasses.replace(plan, scales=scales))
 
     return run
 
 
-def draw(stage, rows=slice(None), seed=0, guidance=3.0, eta=0.5, absent=(), condition_seed=0, config=None):
+def generate(stage, rows=slice(None), seed=0, guidance=3.0, eta=0.5, absent=(), condition_seed=0, config=None):
     """Samples some of four images, with eta > 0 where the sampler has one; ``guidance`` is a scale, or one a part."""
     batch = testing.tiny_batch(SIZE, condition_seed) | embeddings(condition_seed)
     condition = {name: value[rows] for name, value in stage.condition(batch).items()}
@@ -147,60 +148,64 @@ def differ(left, right):
 
 
 def test_samples_have_their_shape_and_range(stage):
-    images = draw(stage)
+    images = generate(stage)
     side = testing.LOW_SIZE
     assert images.shape == ((SIZE, testing.EMBED_DIM) if stage.name == "prior" else (SIZE, side, side, 3))
     assert images.dtype == np.float32 and np.isfinite(images).all()
-    assert stage.sampling.clip is None or abs(images).max() <= 1
+    assert stage.sampling.clip_sample is None or abs(images).max() <= 1
 
 
 def test_an_image_is_the_same_in_any_batch(stage):
-    whole = draw(stage)
-    close(draw(stage, slice(0, 2)), whole[:2])
-    close(draw(stage, slice(2, 4)), whole[2:])
+    whole = generate(stage)
+    close(generate(stage, slice(0, 2)), whole[:2])
+    close(generate(stage, slice(2, 4)), whole[2:])
 
 
 def test_other_numbers_change_the_image_and_compile_nothing(stage):
-    first = draw(stage)
+    first = generate(stage)
     traced = len(TRACES)
-    differ(draw(stage, seed=1), first)
-    differ(draw(stage, guidance=1.5), first)
-    differ(draw(stage, condition_seed=1), first)
+    differ(generate(stage, seed=1), first)
+    differ(generate(stage, guidance=1.5), first)
+    differ(generate(stage, condition_seed=1), first)
     if stage.sampling.name == "ddim":
-        differ(draw(stage, eta=0.1), first)
-    draw(stage, absent=("text",))
+        differ(generate(stage, eta=0.1), first)
+    generate(stage, absent=("text",))
     assert len(TRACES) == traced
-    close(draw(stage), first)
+    close(generate(stage), first)
 
 
 def test_guidance_of_one_is_no_guidance(stage):
-    close(draw(stage, guidance=1.0), draw(stage, config={"guidance": 1.0}))
+    close(generate(stage, guidance=1.0), generate(stage, config={"guidance": 1.0}))
 
 
 def test_guidance_of_zero_is_unconditional(stage):
     nothing = tuple(stage.drop_rates)
-    unconditional = draw(stage, absent=nothing)
-    close(draw(stage, absent=nothing, condition_seed=1, guidance=-2.0), unconditional)
-    close(draw(stage, guidance=0.0), unconditional)
-    differ(draw(stage), unconditional)
+    unconditional = generate(stage, absent=nothing)
+    close(generate(stage, absent=nothing, condition_seed=1, guidance=-2.0), unconditional)
+    close(generate(stage, guidance=0.0), unconditional)
+    differ(generate(stage), unconditional)
 
 
 def test_one_part_of_the_condition_may_be_absent():
     stage = testing.tiny_stage("decoder")
-    differ(draw(stage, absent=("text",)), draw(stage, absent=("text",), condition_seed=1))  # the image embedding's
-    differ(draw(stage, absent=("text",)), draw(stage, absent=("image", "text")))
-    differ(draw(stage, absent=("image",)), draw(stage, absent=("image", "text")))
+    differ(
+        generate(stage, absent=("text",)), generate(stage, absent=("text",), condition_seed=1)
+    )  # the image embedding's
+    differ(generate(stage, absent=("text",)), generate(stage, absent=("image", "text")))
+    differ(generate(stage, absent=("image",)), generate(stage, absent=("image", "text")))
 
 
 def test_the_decoder_s_image_and_caption_have_each_a_scale():
-    """One step from a middle level: what is drawn is affine in what the network says."""
-    stage, one_step = testing.tiny_stage("decoder"), {"steps": "t:60", "clip": None}
+    """One step from a middle level: what is sampled is affine in what the network says."""
+    stage, one_step = testing.tiny_stage("decoder"), {"steps": "t:60", "clip_sample": None}
     plain = {**one_step, "guidance": 1.0}
-    alone = [draw(stage, absent=absent, config=plain) for absent in (("image", "text"), ("text",), ())]
+    alone = [generate(stage, absent=absent, config=plain) for absent in (("image", "text"), ("text",), ())]
     apart = {**one_step, "image_guidance": 2.0, "text_guidance": 5.0}  # a pattern with all three branches
     for image, text in ((3.0, 1.5), (1.5, 4.0)):
         expected = alone[0] + image * (alone[1] - alone[0]) + text * (alone[2] - alone[1])
-        np.testing.assert_allclose(draw(stage, guidance=(image, text), config=apart), expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            generate(stage, guidance=(image, text), config=apart), expected, rtol=1e-3, atol=1e-4
+        )
     assert all((abs(alone[a] - alone[b]) > 0.01).any() for a, b in ((0, 1), (1, 2)))
 
 
@@ -222,7 +227,7 @@ def test_bfloat16_is_inside_alone(kind):
 
     def run(key, variables, batch):
         batch = stage.prepare(testing.tiny_frozen(stage), batch)
-        return jax.value_and_grad(stage.loss, has_aux=True)(*variables, key, batch)
+        return jax.value_and_grad(stage.loss, has_aux=True)(*variables, {}, key, batch)
 
     variables = jax.eval_shape(stage.init, jax.random.key(0))
     (loss, outputs), grads = jax.eval_shape(run, jax.random.key(0), variables, testing.tiny_batch(SIZE))

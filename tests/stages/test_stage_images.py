@@ -1,15 +1,16 @@
-"""Pictures on their way into a stage, by what they must keep."""
+"""Images on their way into a stage, by what they must keep."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.stages import images
-from dalle2_jax.types import UserError
 
 
-def picture(seed=0, side=8, count=2):
+def random_image(seed=0, side=8, count=2):
     return jnp.tanh(jnp.asarray(np.random.default_rng(seed).standard_normal((count, side, side, 3), np.float32)))
 
 
@@ -22,7 +23,7 @@ def test_bytes_survive_the_way_there_and_back():
 
 
 def test_resizing_keeps_size_means_and_constants():
-    image = picture(side=12)
+    image = random_image(side=12)
     assert images.resize(image, 12) is image
     by_hand = np.asarray(image).reshape(2, 4, 3, 4, 3, 3).mean(axis=(2, 4))
     np.testing.assert_allclose(images.resize(image, 4), by_hand, atol=1e-6)
@@ -46,7 +47,7 @@ def test_the_blur_is_a_normalised_gaussian(sigma):
 def test_the_blur_keeps_constants_to_the_edge_and_colours_apart():
     constant = jnp.broadcast_to(jnp.array([0.2, -0.9, 1.0]), (1, 5, 5, 3))
     np.testing.assert_allclose(images.gaussian_blur(constant, 0.6), constant, atol=1e-6)
-    image = picture()
+    image = random_image()
     blurred = images.gaussian_blur(image, 0.6)
     only_red = images.gaussian_blur(image.at[..., 1:].set(0.0), 0.6)
     np.testing.assert_allclose(only_red[..., 0], blurred[..., 0])
@@ -54,7 +55,7 @@ def test_the_blur_keeps_constants_to_the_edge_and_colours_apart():
 
 
 def test_crops_are_where_they_should_be():
-    image, corners = picture(count=3), jnp.array([[0, 0], [4, 1], [2, 4]])
+    image, corners = random_image(count=3), jnp.array([[0, 0], [4, 1], [2, 4]])
     for one, corner, cut in zip(np.asarray(image), np.asarray(corners), images.crop(image, corners, 4), strict=True):
         np.testing.assert_array_equal(cut, one[corner[0] : corner[0] + 4, corner[1] : corner[1] + 4])
 
@@ -82,15 +83,35 @@ def test_what_is_known_is_all_but_a_box_or_nothing():
     whole = erased.all(axis=(1, 2))
     share = images.UNKNOWN_RATE + (1 - images.UNKNOWN_RATE) / 36  # or by chance
     assert abs(whole.mean() - share) < 4 * (share / 4000) ** 0.5
-    drawn = erased[~whole]
-    for flipped in (drawn[:, ::-1], drawn[:, :, ::-1], drawn.transpose(0, 2, 1)):  # anywhere, of any form
-        assert abs(flipped.mean(axis=0) - drawn.mean(axis=0)).max() < 0.05
+    removed = erased[~whole]
+    for flipped in (
+        removed[:, ::-1],
+        removed[:, :, ::-1],
+        removed.transpose(0, 2, 1),
+    ):  # anywhere, of any form
+        assert abs(flipped.mean(axis=0) - removed.mean(axis=0)).max() < 0.05
     assert set(rows[~whole].sum(axis=1)) == set(range(1, 7))
 
 
-def test_pictures_and_masks_among_the_channels():
-    assert images.picture_channels(3, inpaint=False) == images.picture_channels(7, inpaint=True) == 3
-    assert images.picture_channels(6, False, beside=1) == images.picture_channels(10, True, beside=1) == 3
-    for channels, inpaint, beside in ((8, True, 0), (5, False, 1), (1, True, 0), (0, False, 0)):
+def test_images_and_masks_among_the_channels():
+    assert images.image_channels(3, inpaint=False) == images.image_channels(7, inpaint=True) == 3
+    assert (
+        images.image_channels(6, False, conditioning_images=1)
+        == images.image_channels(10, True, conditioning_images=1)
+        == 3
+    )
+    for channels, inpaint, extra in ((8, True, 0), (5, False, 1), (1, True, 0), (0, False, 0)):
         with pytest.raises(UserError, match=f"in_channels {channels} is not"):
-            images.picture_channels(channels, inpaint, beside)
+            images.image_channels(channels, inpaint, extra)
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear", "lanczos"])
+@pytest.mark.parametrize(("side", "new"), [(48, 32), (97, 32), (64, 32), (20, 32)])
+def test_images_on_the_device_are_resized_as_by_pillow(resample, side, new):
+    """To within one of 255 levels: Pillow rounds between the axes too."""
+    levels = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
+    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+    pillow = filters.get(resample, Image.Resampling.LANCZOS)
+    theirs = np.asarray(Image.fromarray(levels[0]).resize((new, new), pillow)).astype(int)
+    ours = images.to_uint8(images.resize(images.to_float(jnp.asarray(levels)), new, resample))[0]
+    assert np.abs(np.asarray(ours).astype(int) - theirs).max() <= 1

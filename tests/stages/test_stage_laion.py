@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dalle2_jax import rng, testing
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.laion_prior import LaionPriorConfig
 from dalle2_jax.stages import EmbeddingConfig, PriorStage
-from dalle2_jax.types import UserError
 
 SIZE, DIM, LENGTH = 4, testing.EMBED_DIM, testing.CONTEXT_LENGTH
 PAPER = testing.tiny_stage("prior")
@@ -23,7 +23,7 @@ def stage_of(nulls="learned", **fields):
 
 
 def batch(seed=0):
-    """Captions, and what CLIP says of them and of pictures in the stage's contract."""
+    """Returns captions, with CLIP's embeddings of them and of images in the stage's contract."""
     noise = np.random.default_rng(seed)
     emb = [PAPER.clip.embedding.apply(noise.standard_normal((SIZE, DIM), np.float32)) for _ in range(2)]
     states = noise.standard_normal((SIZE, LENGTH, DIM), np.float32)
@@ -59,7 +59,7 @@ def test_what_may_be_absent_is_the_networks_to_say(nulls, parts):
 
 
 def test_a_network_that_was_never_without_text_has_no_guidance():
-    with pytest.raises(UserError, match="stage prior was not trained to go without what it is told: .* no guidance"):
+    with pytest.raises(UserError, match="stage prior was trained without dropping its condition: .* no guidance"):
         stage_of("padding").check_sampling(PAPER.sampling)
     with pytest.raises(UserError, match="no image_guidance"):
         stage_of("hidden").check_sampling(dataclasses.replace(PAPER.sampling, image_guidance=2.0))
@@ -68,49 +68,49 @@ def test_a_network_that_was_never_without_text_has_no_guidance():
 @pytest.mark.parametrize("nulls", NULLS)
 def test_training_and_sampling_bind_the_same_network(nulls):
     """Whatever is dropped; and what is dropped is not seen."""
-    stage, told = stage_of(nulls), stage_of(nulls).condition(batch())
+    stage, conditioning = stage_of(nulls), stage_of(nulls).condition(batch())
     params, x_t, t = variables(stage).params, batch(1)["image_emb"], jnp.arange(SIZE, dtype=jnp.int32)
 
     @jax.jit
-    def run(told, x_t, dropped):
+    def run(conditioning, x_t, dropped):
         drops = {name: jnp.full(SIZE, dropped[name]) for name in stage.drop_rates}
-        ways = [stage.bind(params, told, drops, key)(x_t, t) for key in (None, rng.root(0))]
+        ways = [stage.bind(params, conditioning, drops, key)(x_t, t) for key in (None, rng.root(0))]
         return jnp.stack(ways)
 
-    whole = run(told, x_t, {"image": False, "text": False})
+    whole = run(conditioning, x_t, {"image": False, "text": False})
     np.testing.assert_allclose(*whole, atol=1e-5)
     other, rows = stage.condition(batch(2)), {"image": x_t, "text": x_t}
     for name in stage.drop_rates:
         dropped = {"image": False, "text": False} | {name: True}
-        without = run(told, x_t, dropped)
+        without = run(conditioning, x_t, dropped)
         np.testing.assert_allclose(*without, atol=1e-5)
         differ(without[0], whole[0])
-        unseen = run(told, -rows[name], dropped) if name == "image" else run(other, x_t, dropped)
+        unseen = run(conditioning, -rows[name], dropped) if name == "image" else run(other, x_t, dropped)
         np.testing.assert_array_equal(unseen, without)
     differ(run(other, x_t, {"image": False, "text": False})[0], whole[0])
 
 
 @pytest.mark.parametrize("nulls", ["learned", "hidden"])
-def test_guidance_leads_away_from_what_is_told_nothing(nulls):
+def test_guidance_leads_away_from_the_unconditional_prediction(nulls):
     """Without the caption, and where it can be, without the noised embedding."""
-    stage, told = stage_of(nulls), stage_of(nulls).condition(batch())
+    stage, conditioning = stage_of(nulls), stage_of(nulls).condition(batch())
     params, x_t, t = variables(stage).params, batch(1)["image_emb"], jnp.full(SIZE, 50, jnp.int32)
     config = dataclasses.replace(stage.sampling, guidance=2.5)
 
     @jax.jit
-    def run(told, x_t):
+    def run(conditioning, x_t):
         drops = [{name: jnp.full(SIZE, absent) for name in stage.drop_rates} for absent in (True, False)]
-        without, whole = (stage.bind(params, told, drop, None)(x_t, t) for drop in drops)
-        return stage._guided(params, told, config, None, {})(x_t, t), without + 2.5 * (whole - without)
+        without, whole = (stage.bind(params, conditioning, drop, None)(x_t, t) for drop in drops)
+        return stage._guided(params, conditioning, stage.plan(config))(x_t, t), without + 2.5 * (whole - without)
 
-    np.testing.assert_allclose(*run(told, x_t), atol=1e-4)
+    np.testing.assert_allclose(*run(conditioning, x_t), atol=1e-4)
 
 
 @pytest.mark.parametrize("nulls", NULLS)
 def test_training_lowers_the_loss_and_reaches_every_parameter(nulls):
     stage = stage_of(nulls, drop_text=0.3, drop_image=0.3)
     params, stats, prepared = variables(stage).params, stage.init_stats(), stage.prepare({}, batch())
-    loss = jax.jit(jax.value_and_grad(lambda params: stage.loss(params, stats, rng.root(3), prepared)[0]))
+    loss = jax.jit(jax.value_and_grad(lambda params: stage.loss(params, stats, {}, rng.root(3), prepared)[0]))
     losses = []
     for _ in range(4):
         value, gradients = loss(params)
@@ -145,8 +145,8 @@ def test_unit_embeddings_are_diffused_at_sqrt_of_their_width(scale, monkeypatch)
     anything = testing.tiny_variables(stage)
     monkeypatch.setattr(PriorStage, "network", Oracle(x_0))
     plain = dataclasses.replace(stage.sampling, guidance=1.0)
-    drawn = stage.draw(anything, keys(), condition, plain, {})
-    np.testing.assert_allclose(drawn, emb, rtol=1e-5, atol=1e-6)
+    samples = stage.sample(anything, keys(), condition, stage.plan(plain))
+    np.testing.assert_allclose(samples, emb, rtol=1e-5, atol=1e-6)
 
 
 def test_raw_embeddings_lose_their_length():
@@ -167,12 +167,12 @@ def test_the_papers_prior_diffuses_the_contracts_embeddings():
 
 def test_token_zero_is_hidden():
     """Within a caption too."""
-    told = batch()
-    tokens, mask = told["tokens"].at[0, 1].set(0), told["mask"]
+    conditioning = batch()
+    tokens, mask = conditioning["tokens"].at[0, 1].set(0), conditioning["mask"]
     assert mask[0, 1]
-    told["tokens"] = tokens
-    np.testing.assert_array_equal(stage_of().condition(told)["mask"], mask.at[0, 1].set(False))
-    np.testing.assert_array_equal(PAPER.condition(told)["mask"], mask)
+    conditioning["tokens"] = tokens
+    np.testing.assert_array_equal(stage_of().condition(conditioning)["mask"], mask.at[0, 1].set(False))
+    np.testing.assert_array_equal(PAPER.condition(conditioning)["mask"], mask)
 
 
 def test_a_table_of_timesteps_is_as_long_as_the_schedule():

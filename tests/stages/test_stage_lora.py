@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 
 from dalle2_jax import testing
+from dalle2_jax.errors import UserError
 from dalle2_jax.models.clip import ClipConfig
 from dalle2_jax.models.decoder import DecoderConfig
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.models.unet import UNetConfig
 from dalle2_jax.models.vit import VisionConfig
-from dalle2_jax.stages import ClipStage, DecoderStage, DiffusionConfig, LoraConfig, LoraStage, SamplingConfig, Variables
+from dalle2_jax.stages import (
+    ClipStage,
+    DecoderStage,
+    DiffusionConfig,
+    LoraConfig,
+    LoraStage,
+    SamplingConfig,
+    Variables,
+)
 from dalle2_jax.stages.lora import TARGETS, merge
-from dalle2_jax.types import UserError
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Spares XLA what makes programs fast: each here runs once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
 
 CONVOLUTIONS = (r"conv_\d/kernel$", r"(^|/)skip/kernel$")
 BATCH = testing.tiny_batch(4)
@@ -34,8 +34,8 @@ def lora_of(kind, **fields):
     return LoraStage(testing.tiny_stage(kind), LoraConfig(**{"rank": 2, "alpha": 3.0, "targets": targets, **fields}))
 
 
-def borrowed(stage):
-    """The weights that a LoRA borrows."""
+def frozen_of(stage):
+    """The weights that a LoRA requires."""
     return {**testing.tiny_frozen(stage.inner), stage.name: testing.tiny_variables(stage.inner)}
 
 
@@ -82,7 +82,7 @@ class Kernels:
 
     path: str
     name: str = "kernels"
-    borrows: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
 
     def init(self, key):
         tree = {"kernel": jnp.zeros(KERNELS[self.path][0]), "bias": jnp.zeros(3)}
@@ -143,20 +143,23 @@ def test_a_changed_layer_adds_what_passes_its_factors():
 def lora(request):
     """A LoRA of a stage of each kind; its loss and gradient, and the inner stage's loss, each a program."""
     stage = lora_of(request.param)
-    frozen, key = borrowed(stage), jax.random.key(7)
+    frozen, key = frozen_of(stage), jax.random.key(7)
 
     @jax.jit
     def run(factors, frozen, batch):
         prepared = stage.prepare(frozen, batch)
         stats = frozen[stage.name].stats
-        return jax.value_and_grad(stage.loss, has_aux=True)(factors, stats, key, prepared)
+        return jax.value_and_grad(stage.loss, has_aux=True)(factors, stats, frozen, key, prepared)
 
     @jax.jit
     def inner(params, frozen, batch):
-        return stage.inner.loss(params, frozen[stage.name].stats, key, stage.inner.prepare(frozen, batch))
+        return stage.inner.loss(params, frozen[stage.name].stats, frozen, key, stage.inner.prepare(frozen, batch))
 
-    return stage, frozen[stage.name].params, lambda factors: run(factors, frozen, BATCH), lambda params: inner(
-        params, frozen, BATCH
+    return (
+        stage,
+        frozen[stage.name].params,
+        lambda factors: run(factors, frozen, BATCH),
+        lambda params: inner(params, frozen, BATCH),
     )
 
 
@@ -186,17 +189,17 @@ def test_trained_factors_lose_as_their_merged_weights(lora):
     assert changed == {f"{name.rpartition('/')[0]}/kernel" for name in named(factors)}
 
 
-def test_statistics_that_no_training_changes_are_borrowed():
-    """A second network beside an upsampler's is not saved with each LoRA of the first."""
+def test_statistics_that_no_training_changes_are_frozen():
+    """A second network of an upsampler is not saved with each LoRA of the first."""
     plain = lora_of("upsampler")
     stage = dataclasses.replace(plain, inner=dataclasses.replace(plain.inner, last_network=True))
     base = testing.tiny_variables(stage.inner)
     assert jax.eval_shape(stage.init, jax.random.key(0)).stats == {} and base.stats.keys() == {"last"}
-    factors, borrowed = trained(stage), stage.borrowed(base)
-    assert stage.whole(borrowed, Variables(factors, {})).stats["last"] is base.stats["last"]
-    frozen, key = {stage.name: borrowed}, jax.random.key(7)
+    factors, frozen = trained(stage), {stage.name: stage.frozen_part(base)}
+    assert stage.merged(frozen, Variables(factors, {})).stats["last"] is base.stats["last"]
+    key = jax.random.key(7)
     losses = [
-        jax.jit(lambda one=one, frozen=frozen: one.loss(factors, {}, key, one.prepare(frozen, BATCH)))()
+        jax.jit(lambda one=one, frozen=frozen: one.loss(factors, {}, frozen, key, one.prepare(frozen, BATCH)))()
         for one, frozen in ((stage, frozen), (plain, {plain.name: Variables(base.params, {})}))
     ]
     assert losses[0][1].stats == {}
@@ -204,7 +207,7 @@ def test_statistics_that_no_training_changes_are_borrowed():
 
 
 def test_default_targets():
-    """Attention and MLPs, and what attention is told; no table, norm, convolution or output."""
+    """Attention, MLPs and the projections of the context; no table, norm, convolution or output."""
     wanted = {
         "clip_vit": {f"{tower}/transformer/blocks" for tower in ("text", "visual")},
         "clip_resnet": {"text/transformer/blocks", "visual/pool"},

@@ -1,4 +1,4 @@
-"""The upsamplers: small and large picture aligned, trained on crops, sampled whole."""
+"""The upsamplers: small and large image aligned, trained on crops, sampled whole."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dalle2_jax import rng, testing
-from dalle2_jax.stages import UpsamplerStage, images
-from dalle2_jax.types import UserError
+from dalle2_jax.errors import UserError
+from dalle2_jax.stages import UpsamplerStage, Variables, images
 
 STAGE = testing.tiny_stage("upsampler")
 LARGE = dataclasses.replace(STAGE, model=dataclasses.replace(STAGE.model, image_size=32), low_size=16)
@@ -17,7 +17,7 @@ LARGE = dataclasses.replace(STAGE, model=dataclasses.replace(STAGE.model, image_
 
 
 def ramp(count, side=32):
-    """Pictures whose red counts rows and whose green counts columns, by eights."""
+    """Images whose red counts rows and whose green counts columns, by eights."""
     place = np.arange(side, dtype=np.uint8) * 8
     rows, columns = np.broadcast_to(place[:, None], (side, side)), np.broadcast_to(place, (side, side))
     return {"image": np.broadcast_to(np.stack([rows, columns, rows * 0], axis=-1), (count, side, side, 3))}
@@ -44,10 +44,10 @@ def test_the_condition_tells_the_low_frequencies_alone():
     batch = testing.tiny_batch(3)
     x_0, condition = example(STAGE, batch, blur_rate=0.0)
     small = images.resize(x_0, STAGE.crop_side // 2)
-    np.testing.assert_allclose(condition["low_res"], STAGE.condition(small)["low_res"], atol=1e-6)
+    np.testing.assert_allclose(condition["low_res"], STAGE.low_res_condition(small)["low_res"], atol=1e-6)
     chequered = jnp.asarray((-0.1) ** np.add.outer(np.arange(8), np.arange(8)) > 0, jnp.float32)
     jittered = x_0 + (0.2 * chequered - 0.1).reshape(1, 8, 8, 1)  # the mean of each 2x2 pixels is the same
-    again = STAGE.condition(images.resize(jittered, STAGE.crop_side // 2))
+    again = STAGE.low_res_condition(images.resize(jittered, STAGE.crop_side // 2))
     np.testing.assert_allclose(again["low_res"], condition["low_res"], atol=1e-6)
 
 
@@ -64,7 +64,7 @@ def test_the_papers_numbers_are_the_defaults():
     assert (UpsamplerStage.crop_fraction, UpsamplerStage.blur_sigma, UpsamplerStage.blur_rate) == (0.25, 0.6, 1.0)
 
 
-def test_pictures_of_another_size_are_fitted():
+def test_images_of_another_size_are_fitted():
     large = {"image": testing.tiny_batch(2)["image"].repeat(3, axis=1).repeat(3, axis=2)}
     for ours, theirs in zip(
         jax.tree.leaves(example(STAGE, large)), jax.tree.leaves(example(STAGE, testing.tiny_batch(2))), strict=True
@@ -74,20 +74,20 @@ def test_pictures_of_another_size_are_fitted():
 
 def test_trained_on_crops_sampled_at_full_size():
     params = testing.tiny_variables(STAGE).params
-    loss, _ = jax.eval_shape(STAGE.loss, params, {}, rng.root(0), testing.tiny_batch(2))
+    loss, _ = jax.eval_shape(STAGE.loss, params, {}, {}, rng.root(0), testing.tiny_batch(2))
     assert loss.shape == ()
 
     @jax.jit
-    def draw(params, keys, small):
-        return STAGE.sample(params, keys, STAGE.condition(small), STAGE.sampling)
+    def generate(params, keys, small):
+        return STAGE.sample(Variables(params, {}), keys, STAGE.low_res_condition(small), STAGE.plan())
 
     small = jnp.tanh(jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 8, 3), np.float32)))
     keys = rng.per_image(rng.root(0), jnp.arange(4, dtype=jnp.int32))
-    drawn = draw(params, keys, small)
-    assert drawn.shape == (4, 16, 16, 3) and np.isfinite(drawn).all() and abs(drawn).max() <= 1
-    np.testing.assert_allclose(draw(params, keys[2:], small[2:]), drawn[2:], atol=1e-5)
-    other = draw(params, keys, small[::-1])  # and it does lean on the small picture
-    assert (abs(other - drawn).max(axis=(1, 2, 3)) > 1e-3).all()
+    samples = generate(params, keys, small)
+    assert samples.shape == (4, 16, 16, 3) and np.isfinite(samples).all() and abs(samples).max() <= 1
+    np.testing.assert_allclose(generate(params, keys[2:], small[2:]), samples[2:], atol=1e-5)
+    other = generate(params, keys, small[::-1])  # and it does lean on the small image
+    assert (abs(other - samples).max(axis=(1, 2, 3)) > 1e-3).all()
 
 
 def test_dropout_is_on_in_training_alone():
@@ -103,7 +103,7 @@ def test_dropout_is_on_in_training_alone():
     assert not np.allclose(calm, one) and not np.allclose(one, other)
 
 
-def test_sizes_that_do_not_fit_are_refused():
+def test_sizes_that_do_not_fit_are_rejected():
     with pytest.raises(UserError, match="upsampler_1: image_size 16 is not a multiple of low_size 5"):
         dataclasses.replace(STAGE, low_size=5)
     with pytest.raises(UserError, match="crops of 6 pixels do not divide by 2 and 4"):

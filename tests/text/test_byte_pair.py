@@ -1,8 +1,8 @@
-"""Byte-pair tokenizers give the ids that the released ones give, and answer damaged files in one line.
+"""Byte-pair tokenizers give the ids of the released tokenizers, and reject damaged files with one-line errors.
 
 Recorded: tests/fixtures/text/clip_golden.json with openai/CLIP's tokenizer, glide_golden.json with GLIDE's, both on
 the released vocabularies; clip_tiny (a Hugging Face folder of 64 merges, pad token "!") with transformers 4.46.3;
-odd_unicode.json, texts drawn from all of Unicode, with all three rules, ftfy 6.3.1 and Unicode 14.
+odd_unicode.json, texts sampled from all of Unicode, with all three rules, ftfy 6.3.1 and Unicode 14.
 """
 
 import configparser
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.text import (
     ClipTokenizer,
     GlideTokenizer,
@@ -26,7 +27,6 @@ from dalle2_jax.text import (
     read_clip_tokenizer,
 )
 from dalle2_jax.text.merges import BYTE_LETTERS, BytePairs, read_merges, write_merges
-from dalle2_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "text"
@@ -98,22 +98,22 @@ def test_every_text_has_ids_below_the_vocabulary_size(which, request):
     assert tokenizer.ids("\ud83d\udc3c") == tokenizer.ids("🐼")
 
 
-def test_a_long_clip_caption_is_cut_and_keeps_its_end(clip):
+def test_a_long_clip_caption_is_truncated_before_its_end_token(clip):
     captions = ["a cat", "word " * 100, "a cat in a hat"]
     tokens, mask = clip.encode(captions, 7)
     assert tokens[:, 0].tolist() == [49_406] * 3 and mask.sum(1).tolist() == [4, 7, 7]
     assert tokens[1].tolist() == [49_406, *[clip.ids("word")[0]] * 5, 49_407]
     assert clip.truncated(captions, 7) == [1] and clip.truncated(captions, 6) == [1, 2]
-    with pytest.raises(UserError, match="context_length 1"):
+    with pytest.raises(UserError, match="context_length.* got 1$"):
         clip.encode(["a"], 1)
 
 
-def test_a_long_glide_caption_is_cut_without_an_end(glide):
+def test_a_long_glide_caption_is_truncated_without_an_end_token(glide):
     captions = ["a cat in a hat", "word " * 100]
     tokens, mask = glide.encode(captions, 5)
     assert tokens[0].tolist() == glide.ids(captions[0]) and mask.all() and 50_256 not in tokens
     assert glide.truncated(captions, 5) == [1] and glide.truncated(captions, 4) == [0, 1]
-    with pytest.raises(UserError, match="context_length 0"):
+    with pytest.raises(UserError, match="context_length.* got 0$"):
         glide.encode(["a"], 0)
 
 
@@ -125,7 +125,7 @@ def test_smaller_vocabularies_are_the_first_merges(clip):
     assert glide_tokenizer(257).ids("a b") == [64, 220, 65]
     for make, sizes in ((clip_tokenizer, (513, 49_409)), (glide_tokenizer, (100, 50_258))):
         for size in sizes:
-            with pytest.raises(UserError, match=f"vocab_size {size} is not to be had"):
+            with pytest.raises(UserError, match=f"vocab_size .* got {size}$"):
                 make(size)
 
 
@@ -145,17 +145,23 @@ def test_pickled_and_saved_copies_are_equal(which, request, tmp_path):
 def test_reading_damaged_saved_tokenizers(tmp_path):
     for tokenizer, file in ((clip_tokenizer(600), "byte_pair.json.gz"), (glide_tokenizer(600), "merges.txt.gz")):
         tokenizer.save(tmp_path)
-        whole = (tmp_path / file).read_bytes()
-        flipped = bytes([*whole[:100], whole[100] ^ 255, *whole[101:]])
-        for content in (whole[:-20], whole[:300], flipped, gzip.compress(b"\xff\n"), gzip.compress(b'{"merges": [1]}')):
+        content_of_file = (tmp_path / file).read_bytes()
+        flipped = bytes([*content_of_file[:100], content_of_file[100] ^ 255, *content_of_file[101:]])
+        for content in (
+            content_of_file[:-20],
+            content_of_file[:300],
+            flipped,
+            gzip.compress(b"\xff\n"),
+            gzip.compress(b'{"merges": [1]}'),
+        ):
             (tmp_path / file).write_bytes(content)
             with pytest.raises(UserError, match=file) as caught:
                 load_tokenizer(tmp_path)
             assert "\n" not in str(caught.value)
 
 
-def test_two_merges_of_different_order_are_applied_in_the_order_learned():
-    """The pair learned first is merged first, wherever it stands, and of equal ones the leftmost."""
+def test_merges_are_applied_in_the_order_learned():
+    """The pair learned first is merged first, at any position; of equal pairs the leftmost is merged first."""
     tokens = {token: number for number, token in enumerate([*BYTE_LETTERS, "bc", "ab", "abc", "aa", "aaa"])}
     pairs = BytePairs(tokens, [("b", "c"), ("a", "b"), ("a", "bc"), ("a", "a"), ("aa", "a")])
 
@@ -166,8 +172,8 @@ def test_two_merges_of_different_order_are_applied_in_the_order_learned():
     assert pieces("aaaaa") == ["aa", "aaa"] and pieces("é") == [BYTE_LETTERS[0xC3], BYTE_LETTERS[0xA9]]
 
 
-def test_tokenizing_is_quick_enough_for_a_data_set(clip):
-    """Above 1,000 new captions a second even on a busy machine; a text without spaces is no trap."""
+def test_tokenizing_is_fast_enough_for_training(clip):
+    """Over 1,000 uncached captions a second, even on a busy machine; text without spaces takes no quadratic time."""
     random = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(random.choice(letters, 6)) for _ in range(2_000)]
@@ -188,7 +194,7 @@ def test_merges_are_written_and_read_back():
 
 
 def test_an_installed_package_carries_the_vocabularies():
-    """Every file of the room that is not Python is named in setup.cfg."""
+    """Every data file of `dalle2_jax.text` is listed in setup.cfg."""
     options = configparser.ConfigParser()
     options.read(ROOT / "setup.cfg")
     patterns = options["options.package_data"]["dalle2_jax.text"].split(", ")

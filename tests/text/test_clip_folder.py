@@ -1,4 +1,4 @@
-"""CLIP tokenizers in the folders of public checkpoints: every form reads the same; damage is answered in a line."""
+"""CLIP tokenizers in the folders of public checkpoints: equal tokens in every form; errors of damaged files."""
 
 import gzip
 import json
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.text import clip_tokenizer, read_clip_tokenizer, write_clip_tokenizer
 from dalle2_jax.text.merges import BYTE_LETTERS, write_merges
-from dalle2_jax.types import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "text"
 
@@ -37,7 +37,7 @@ def change(path, old, new):
 
 
 def fast_form(folder, as_pairs):
-    """Turns a folder's two files into the one of the newer form."""
+    """Replaces a folder's vocab.json and merges.txt by the newer tokenizer.json."""
     merges = [line if not as_pairs else line.split() for line in (folder / "merges.txt").read_text().splitlines()[1:]]
     vocabulary = json.loads((folder / "vocab.json").read_text())
     model = {"type": "BPE", "vocab": vocabulary, "merges": merges}
@@ -46,7 +46,7 @@ def fast_form(folder, as_pairs):
     (folder / "merges.txt").unlink()
 
 
-def test_out_and_in_again_is_the_same(tmp_path, folder, tiny):
+def test_reading_inverts_writing(tmp_path, folder, tiny):
     write_clip_tokenizer(tmp_path / "again", tiny, 77)
     assert read_clip_tokenizer(tmp_path / "again") == tiny
     for name in ("vocab.json", "merges.txt"):
@@ -54,8 +54,8 @@ def test_out_and_in_again_is_the_same(tmp_path, folder, tiny):
         assert json.loads(ours) == json.loads(theirs) if name == "vocab.json" else ours == theirs
 
 
-def test_openai_tokenizer_keeps_its_exclamation_marks_in_a_folder(tmp_path):
-    """There "!" is a word; as a folder's pad token it would be found anywhere in a caption."""
+def test_openai_tokenizer_preserves_exclamation_marks_in_a_folder(tmp_path):
+    """In OpenAI's vocabulary "!" is a word; as a folder's pad token it would be split off anywhere in a caption."""
     ours = clip_tokenizer(600)
     write_clip_tokenizer(tmp_path, ours, 12)
     again = read_clip_tokenizer(tmp_path)
@@ -66,19 +66,19 @@ def test_openai_tokenizer_keeps_its_exclamation_marks_in_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("as_pairs", [False, True])
-def test_the_newer_form_of_a_folder_reads_the_same(folder, tiny, as_pairs):
+def test_the_newer_file_format_gives_the_same_tokens(folder, tiny, as_pairs):
     fast_form(folder, as_pairs)
     assert read_clip_tokenizer(folder) == tiny
-    (folder / "special_tokens_map.json").unlink()  # tokenizer_config.json names the same
+    (folder / "special_tokens_map.json").unlink()  # tokenizer_config.json names the same tokens
     assert read_clip_tokenizer(folder) == tiny
 
 
-def test_a_folder_that_names_no_pad_pads_with_0(folder, tiny):
+def test_a_folder_without_a_pad_token_pads_with_0(folder, tiny):
     (folder / "special_tokens_map.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     plain = read_clip_tokenizer(folder)
     assert (plain.begin, plain.end, plain.pad) == (576, 577, 0)
-    assert plain.ids("zebra!")[-1] == 256 and tiny.ids("zebra!")[-1] == 0  # "!" is a word, or the pad token
+    assert plain.ids("zebra!")[-1] == 256 and tiny.ids("zebra!")[-1] == 0  # "!" is a word here, the pad token there
 
 
 def test_a_folder_may_pad_with_the_end_token(folder):
@@ -88,7 +88,7 @@ def test_a_folder_may_pad_with_the_end_token(folder):
     assert tokenizer.pad == 577 and tokens[0, -1] == 577 and not mask[0, -1] and 256 in tokens
 
 
-def test_a_folder_with_the_list_of_openai_reads_the_released_tokenizer(tmp_path, clip):
+def test_a_folder_with_openais_vocabulary_gives_the_released_tokenizer(tmp_path, clip):
     merges = [line.split() for line in gzip.decompress(write_merges(clip._fields[1])).decode().splitlines()[1:]]
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(write_merges([*merges, ["z", "q"], ["q", "z"]]))
     assert read_clip_tokenizer(tmp_path) == clip
@@ -145,7 +145,7 @@ def a_list_of_names(folder):
 
 
 def another_family(folder):
-    """GPT-2's form: no token at a word's end of its own."""
+    """Writes a vocabulary like GPT-2's, without separate tokens for the ends of words."""
     merges = (("t", "h"),)
     tokens = [*BYTE_LETTERS, "th", "<|startoftext|>", "<|endoftext|>"]
     (folder / "merges.txt").write_bytes(gzip.decompress(write_merges(merges)))
@@ -172,21 +172,21 @@ def cut_list(folder):
     ("damage", "message"),
     [
         (cut_vocabulary, "vocab.json is damaged: it is not JSON"),
-        (renumber, "one of the ids from 0 on"),
+        (renumber, "ids are not 0, 1, 2"),
         (other_token, "lacks the token 'ing</w>' of merge 4, 'in' and 'g</w>'"),
-        (odd_line, "merges.txt: line 5 of the merges is not two tokens: 'ing</w>'"),
-        (cut_merges, r"no merge makes the token .* \(3 such\): the merges are cut short"),
+        (odd_line, "merges.txt: line 5 .*'ing</w>'"),
+        (cut_merges, r"merges are cut short.* \(3 such\)"),
         (latin_merges, "merges.txt: the list of merges is not UTF-8 text"),
         (other_end, "lacks '</s>', the end token"),
         (a_list_of_names, "special_tokens_map.json is damaged"),
-        (another_family, "this is not a tokenizer of CLIP's kind"),
-        (no_merges, "holds no CLIP tokenizer"),
-        (another_model, "tokenizer.json holds no byte-pair vocabulary"),
+        (another_family, "not a CLIP tokenizer"),
+        (no_merges, "no CLIP tokenizer"),
+        (another_model, "tokenizer.json .*byte-pair vocabulary"),
         (cut_list, "bpe_simple_vocab_16e6.txt.gz: the gzipped file is damaged or cut short"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_damaged_folder_is_answered_in_one_line(folder, damage, message):
+def test_errors_of_damaged_folders(folder, damage, message):
     damage(folder)
     with pytest.raises(UserError, match=message) as caught:
         read_clip_tokenizer(folder)

@@ -1,90 +1,19 @@
-"""The loop on a stage of one matrix: resumed bit for bit, however it ended, and honest in what it reports."""
+"""The training loop on a stage of one matrix: resumed bit for bit, however it ended, and correct in its reports."""
 
-import dataclasses
-import itertools
-import json
-import logging
 import os
 import signal
-import types
+import threading
+import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from line_stage import STEPS, Numbers, lines, make_job, same, saved
 
-from dalle2_jax.stages.base import Outputs, Variables
-from dalle2_jax.training import loop, sharding
-from dalle2_jax.training.loop import Job, RunConfig, train
-from dalle2_jax.training.optim import OptimConfig, make_optimizer
+from dalle2_jax.errors import Interrupted, UserError
+from dalle2_jax.training import feed, sharding
+from dalle2_jax.training.loop import train
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
-from dalle2_jax.types import UserError
-from dalle2_jax.workdir import Checkpoints, StageFolder
-
-STEPS, ROWS = 6, 8
-OPTIMIZER = make_optimizer(OptimConfig(lr=0.01, warmup_steps=2, schedule="cosine", weight_decay=0.1), STEPS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """Learns a matrix of the batch's numbers, with noise from its key, and counts its steps."""
-
-    name: str = "line"
-    borrows: tuple[str, ...] = ()
-
-    def init(self, key):
-        return Variables({"kernel": jax.random.normal(key, (8, 8))}, {"count": jnp.zeros(())})
-
-    def prepare(self, frozen, batch):
-        return batch
-
-    def loss(self, params, stats, key, batch):
-        noise = 0.1 * jax.random.normal(key, (8, 8))
-        error = params["kernel"] - batch["x"].mean(axis=0)[None] + noise
-        return jnp.square(error).mean(), Outputs({"noise": noise.sum()}, {"count": stats["count"] + 1})
-
-
-class Numbers:
-    """A stream of full batches of their own number. ``events`` happen when a batch of that number is drawn."""
-
-    def __init__(self, events=None):
-        self.next, self.events = 0, events or {}
-
-    def __next__(self):
-        number, self.next = self.next, self.next + 1
-        event = self.events.get(number, float(number))
-        return {"x": np.full((ROWS, 8), event() if callable(event) else event, np.float32)}
-
-    def get_state(self):
-        return {"next": self.next}
-
-    def set_state(self, state):
-        self.next = state["next"]
-
-    def close(self):
-        self.closed = True
-
-
-def make_job(root, stream=None, mesh=None, preview=None, **run):
-    folder = StageFolder(root, "line")
-    folder.claim({"name": "line"})
-    run = RunConfig(**{"total_steps": STEPS, "batch_size": ROWS, "log_every": 1, "checkpoint_every": 3} | run)
-    mesh = mesh or make_mesh(MeshConfig())
-    return Job(run, Line(), {}, OPTIMIZER, 0.9, stream or Numbers(), mesh, folder, preview)
-
-
-def lines(job):
-    return [json.loads(line) for line in (job.folder.path / "metrics.jsonl").read_text().splitlines()]
-
-
-def saved(job, state):
-    """The newest checkpoint, its trees those of ``state``."""
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
-    return Checkpoints(job.folder).restore(abstract.trees())
-
-
-def same(left, right):
-    jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +54,7 @@ def test_a_longer_run_continues_a_shorter_one(tmp_path, straight, capsys):
 def test_a_finished_run_is_left_alone(tmp_path, straight):
     first = make_job(tmp_path)
     train(first)
-    again = make_job(tmp_path, Numbers({STEPS: lambda: pytest.fail("a batch was drawn")}))
+    again = make_job(tmp_path, Numbers({STEPS: lambda: pytest.fail("a batch was read")}))
     assert_equals_straight(again, train(again), straight)
 
 
@@ -135,7 +64,7 @@ def test_a_crash_loses_at_most_one_checkpoint_interval(tmp_path, straight, at):
         raise RuntimeError("the disk went away")
 
     with pytest.raises(RuntimeError, match="the disk went away"):
-        train(make_job(tmp_path, Numbers({at: crash})))  # two batches are drawn ahead of the step
+        train(make_job(tmp_path, Numbers({at: crash})))  # two batches are read ahead of the step
     with (tmp_path / "line/metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')
     job = make_job(tmp_path)
@@ -143,24 +72,24 @@ def test_a_crash_loses_at_most_one_checkpoint_interval(tmp_path, straight, at):
 
 
 @pytest.mark.parametrize("at", [0, 4, 6])
-def test_bad_data_take_nothing_of_what_was_learnt(tmp_path, straight, at):
-    """The run ends at once, its last step is saved, and the same command goes on."""
+def test_bad_data_lose_no_finished_step(tmp_path, straight, at):
+    """The run ends at once, its last step is saved, and the same command continues."""
 
-    def refuse():
+    def fail():
         raise UserError("11 of 41 records are bad")
 
     with pytest.raises(UserError, match="records are bad"):
-        train(make_job(tmp_path, Numbers({at: refuse}), checkpoint_every=100))
+        train(make_job(tmp_path, Numbers({at: fail}), checkpoint_every=100))
     job = make_job(tmp_path)
-    assert job.folder.latest_step() == (at - loop.PREFETCH if at > loop.PREFETCH else None)
+    assert job.folder.latest_step() == (at - feed.PREFETCH if at > feed.PREFETCH else None)
     assert_equals_straight(job, train(job), straight)
 
 
-def test_a_loss_that_was_lost_before_the_data_were_is_not_saved(tmp_path):
-    def refuse():
+def test_a_nan_before_bad_data_is_not_saved(tmp_path):
+    def fail():
         raise UserError("11 of 41 records are bad")
 
-    job = make_job(tmp_path, Numbers({2: float("nan"), 5: refuse}), checkpoint_every=100, log_every=100)
+    job = make_job(tmp_path, Numbers({2: float("nan"), 5: fail}), checkpoint_every=100, log_every=100)
     with pytest.raises(UserError, match="loss became nan at step 3; the last good checkpoint is none"):
         train(job)
     assert job.folder.latest_step() is None
@@ -178,7 +107,8 @@ def test_a_damaged_checkpoint_costs_one_interval_more(tmp_path, straight, capsys
     assert "checkpoints/6 cannot be read (" in out and "line: continues from step 4" in out
 
 
-def test_a_run_may_go_on_over_another_mesh(tmp_path, straight, monkeypatch):
+@pytest.mark.sharding
+def test_a_run_may_continue_on_another_mesh(tmp_path, straight, monkeypatch):
     monkeypatch.setattr(sharding, "SIZE_FLOOR", 8)
     train(make_job(tmp_path, total_steps=3))
     state = train(make_job(tmp_path, mesh=make_mesh(MeshConfig(2, 4, 1))))
@@ -202,11 +132,28 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path, straight, signa
         os.kill(os.getpid(), signal_number)
         return 4.0
 
-    with pytest.raises(UserError, match="interrupted at step 3, which is saved; the same command continues"):
+    with pytest.raises(UserError, match="interrupted at step 2, which is saved"):
         train(make_job(tmp_path, Numbers({4: interrupt}), checkpoint_every=100))
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     job = make_job(tmp_path)
-    assert job.folder.latest_step() == 3
+    assert job.folder.latest_step() == 2
+    assert_equals_straight(job, train(job), straight)
+
+
+@pytest.mark.parametrize(("index", "saved"), [(1, None), (4, 2)])
+def test_a_signal_while_waiting_for_a_batch(tmp_path, straight, index, saved):
+    """The loop does not wait for it; before the first step there is nothing to save."""
+
+    def never():
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(60)
+
+    start = time.monotonic()
+    with pytest.raises(Interrupted) as error:
+        train(make_job(tmp_path, Numbers({index: never}), checkpoint_every=100))
+    assert error.value.number == signal.SIGTERM and time.monotonic() - start < 30
+    job = make_job(tmp_path)
+    assert job.folder.latest_step() == saved
     assert_equals_straight(job, train(job), straight)
 
 
@@ -241,140 +188,3 @@ def test_nan_at_the_first_step_leaves_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="at step 1; the last good checkpoint is none"):
         train(job)
     assert job.folder.latest_step() is None and lines(job) == []
-
-
-# --- speed ------------------------------------------------------------------------------------
-
-
-def test_no_program_is_compiled_after_the_first_step(tmp_path, caplog, monkeypatch):
-    steps, make_train_step = [], loop.make_train_step
-    monkeypatch.setattr(loop, "make_train_step", lambda *args: steps.append(make_train_step(*args)) or steps[-1])
-
-    def compiled(name, **run):
-        caplog.clear()
-        with jax.log_compiles(), caplog.at_level(logging.WARNING):
-            train(make_job(tmp_path / name, **run))
-        return sum("Finished XLA compilation" in record.message for record in caplog.records)
-
-    compiled("warm", total_steps=2)
-    few, many = compiled("few", total_steps=2), compiled("many")
-    assert few == many > 0
-    train(make_job(tmp_path / "few"))  # resumed
-    assert [step._cache_size() for step in steps] == [1, 1, 1, 1]
-
-
-def test_the_rate_counts_steps_and_not_compiling_or_pictures(tmp_path, monkeypatch):
-    now, drawn = itertools.count(), []
-    clock = types.SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock.seconds))
-
-    def tick(make):
-        def made(*args):
-            step = make(*args)
-
-            def timed(*args):
-                clock.seconds += 2.0 if next(now) else 1000.0  # the first compiles
-                return step(*args)
-
-            return timed
-
-        return made
-
-    def preview(variables, step):
-        drawn.append((step, variables))
-        clock.seconds += 500.0
-
-    monkeypatch.setattr(loop, "make_train_step", tick(loop.make_train_step))
-    job = make_job(tmp_path, preview=preview, log_every=3, sample_every=2)
-    state = train(job)
-    assert [line["step"] for line in lines(job)] == [3, 6]
-    assert [line["examples_per_second"] for line in lines(job)] == [ROWS / 2, ROWS / 2]
-    assert [step for step, _ in drawn] == [2, 4, 6]
-    same(drawn[-1][1], Variables(state.ema, state.stats))
-
-
-class Scalar:
-    """A metric that a device computes when it is asked for it."""
-
-    def __init__(self, step, computed):
-        self.step, self.computed = step, computed
-
-    def block_until_ready(self):
-        self.computed.append(self.step)
-        return self
-
-    def is_ready(self):
-        return self.step in self.computed
-
-    def __array__(self, dtype=None, copy=None):
-        return np.float32(self.block_until_ready().step)
-
-
-def test_the_host_is_few_steps_ahead_of_the_devices(tmp_path, monkeypatch):
-    computed, given, behind, make_train_step = [], [], [], loop.make_train_step
-
-    def slow(*args):
-        step = make_train_step(*args)
-
-        def stepped(*args):
-            given.append(len(given) + 1)
-            behind.append(len(given) - max(computed, default=0))
-            return step(*args)[0], {"loss": Scalar(given[-1], computed)}
-
-        return stepped
-
-    monkeypatch.setattr(loop, "make_train_step", slow)
-    train(make_job(tmp_path, total_steps=40, log_every=20, checkpoint_every=40))
-    assert max(behind) == 1 + loop.AHEAD and len(given) == 40
-    assert loop.idle([]) and loop.idle([(1, {"loss": Scalar(1, [1])})])
-    assert not loop.idle([(1, {"loss": Scalar(1, [1])}), (2, {"loss": Scalar(2, [1])})])
-
-
-@pytest.mark.parametrize(("idle", "share"), [(True, 1 / 4), (False, 0.0)])
-def test_waiting_for_data_is_a_share_of_the_time(tmp_path, monkeypatch, idle, share):
-    """Of the time in which the devices had nothing left to compute."""
-    monkeypatch.setattr(loop, "idle", lambda _: idle)
-    clock = types.SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock.seconds))
-
-    def slow():
-        clock.seconds += 1.0
-        return 1.0
-
-    def timed(*args):
-        step = make_train_step(*args)
-
-        def took_three(*args):
-            clock.seconds += 3.0
-            return step(*args)
-
-        return took_three
-
-    make_train_step = loop.make_train_step
-    monkeypatch.setattr(loop, "make_train_step", timed)
-    stream = Numbers(dict.fromkeys(range(STEPS + loop.PREFETCH), slow))
-    job = make_job(tmp_path, stream, log_every=2, checkpoint_every=STEPS)
-    train(job)
-    assert [line["data_wait"] for line in lines(job)] == [share] * 3
-
-
-def test_refused_records_are_logged_as_they_are_at_that_step(tmp_path):
-    refused = {}
-
-    def refuse():
-        refused["empty"] = refused.get("empty", 0) + 1
-        return 1.0
-
-    stream = Numbers({number: refuse for number in (4, 7)})
-    job = dataclasses.replace(make_job(tmp_path, stream), rejected=lambda: refused)
-    train(job)
-    assert "rejected" not in lines(job)[0]
-    told = [line.get("rejected") for line in lines(job)]  # batches are drawn two ahead
-    assert told == [None, None, {"empty": 1}, {"empty": 1}, {"empty": 1}, {"empty": 2}]
-
-
-def test_batches_are_drawn_ahead_and_keep_their_place():
-    stream = Numbers()
-    for number, (batch, state, waited) in zip(range(4), loop.prefetched(stream, make_mesh(MeshConfig())), strict=False):
-        assert float(batch["x"][0, 0]) == number and state == {"next": number + 1} and waited >= 0
-        assert stream.next == number + 1 + loop.PREFETCH

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 
 from dalle2_jax import testing
+from dalle2_jax.errors import ConfigError, SystemWarning
 from dalle2_jax.models.laion_prior import LaionPriorConfig
-from dalle2_jax.training.optim import OptimConfig, decay_mask, ema_update, learning_rate, make_optimizer, path_name
-from dalle2_jax.types import UserError
+from dalle2_jax.training.optim import (
+    OptimConfig,
+    decay_mask,
+    ema_update,
+    learning_rate,
+    make_optimizer,
+    path_name,
+    state_structure,
+)
 
 
 def rates(total=100, **fields):
@@ -36,11 +44,22 @@ def test_the_rate_falls_by_half_a_cosine(warmup):
     assert values.argmax() == warmup and values[-1] < 1e-7
 
 
-def test_mistakes_are_answered():
-    with pytest.raises(UserError, match="'linear' is unknown: use 'constant' or 'cosine'"):
+def test_an_unknown_schedule_is_a_config_error():
+    with pytest.raises(ConfigError) as caught:
         learning_rate(OptimConfig(schedule="linear"), 10)
-    with pytest.raises(UserError, match="warmup_steps 10 leaves no step of total_steps 10"):
-        learning_rate(OptimConfig(warmup_steps=10), 10)
+    assert caught.value.field == "optim.schedule" and "cosine" in str(caught.value)
+
+
+@pytest.mark.parametrize(("total", "steps"), [(10, 1), (40, 4), (3, 0), (100, 10)])
+def test_a_short_run_warms_up_for_a_tenth_of_its_steps(total, steps):
+    """As a smoke test with --config.total_steps=40 does."""
+    with pytest.warns(SystemWarning, match="optim.warmup_steps"):
+        values = rates(total, warmup_steps=100)
+    np.testing.assert_allclose(values, rates(total, warmup_steps=steps))
+
+
+def test_a_run_that_is_longer_than_its_warm_up_keeps_it():
+    assert rates(101, warmup_steps=100).argmax() == 100
 
 
 # --- decay ------------------------------------------------------------------------------------
@@ -56,8 +75,9 @@ def stages():
     unet = dataclasses.replace(decoder.model.unet, **shape)
     karlo = dataclasses.replace(decoder.model, unet=unet, text=None, text_emb_proj=True, **clip_text)
     yield "decoder of clip's text", dataclasses.replace(decoder, model=karlo)
-    yield "prior of clip's text", dataclasses.replace(
-        prior, model=dataclasses.replace(prior.model, vocab_size=None, **clip_text)
+    yield (
+        "prior of clip's text",
+        dataclasses.replace(prior, model=dataclasses.replace(prior.model, vocab_size=None, **clip_text)),
     )
     sizes = {"timesteps": None, "text_tokens": 2, "image_tokens": 2, "norm_in": True}
     laion = LaionPriorConfig(testing.EMBED_DIM, 1, 2, 6, 12, **sizes)
@@ -65,18 +85,63 @@ def stages():
 
 
 STAGES = dict(stages())
+CLIPS = [name for name in STAGES if name.startswith("clip")]
 
 
-@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
-def test_decay_reaches_every_matrix_and_nothing_else(stage):
+def decayed_of(stage):
+    """Returns whether each of a stage's parameters is decayed, by name."""
     params = jax.eval_shape(stage.init, jax.random.key(0)).params
-    mask = jax.tree_util.tree_leaves_with_path(decay_mask(params))
+    mask = jax.tree_util.tree_leaves_with_path(decay_mask(params, stage.training_rules.decay))
     assert len(mask) == len(jax.tree.leaves(params))
-    for path, decayed in mask:
-        name = path_name(path)
+    return {path_name(path): decayed for path, decayed in mask}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_clip_decays_all_but_gains_and_biases(name):
+    """Radford et al. 2021, section 2.5."""
+    for path, decayed in decayed_of(STAGES[name]).items():
+        assert decayed != (path.rpartition("/")[2] in ("bias", "scale", "logit_scale")), path
+
+
+EMBEDDINGS = {
+    "clip_vit": {
+        *("text/token_embedding/embedding", "text/positional_embedding", "text/proj/kernel", "visual/proj/kernel"),
+        *("visual/class_embedding", "visual/positional_embedding", "visual/patch_embed/kernel"),
+    },
+    "clip_resnet": {
+        *("text/token_embedding/embedding", "text/positional_embedding", "text/proj/kernel"),
+        *("visual/pool/positional_embedding", "visual/pool/query/kernel", "visual/stem_1/conv/kernel"),
+    },
+}
+GAINS = {
+    "clip_vit": {"logit_scale", "text/ln_final/scale", "text/ln_final/bias", "visual/ln_pre/scale"},
+    "clip_resnet": {"logit_scale", "text/ln_final/scale", "visual/stem_1/norm/scale", "visual/pool/query/bias"},
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_clips_embeddings_are_decayed_by_name(name):
+    decayed = decayed_of(STAGES[name])
+    assert all(decayed[path] for path in EMBEDDINGS[name])
+    assert not any(decayed[path] for path in GAINS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in CLIPS])
+def test_decay_reaches_every_matrix_and_nothing_else(name):
+    mask = decayed_of(STAGES[name]).items()
+    for name, decayed in mask:
         assert decayed == name.endswith("/kernel"), name
         assert not (decayed and ("embedding" in name or "bias" in name)), name
     assert {True, False} == {decayed for _, decayed in mask}
+
+
+def test_an_optimizer_decays_by_a_stages_rules():
+    params = {"positional_embedding": jnp.ones(2), "kernel": jnp.ones(2), "bias": jnp.ones(2)}
+    optimizer = make_optimizer(OptimConfig(lr=0.1, weight_decay=0.5), 10, STAGES["clip_vit"].training_rules.decay)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    assert {name: bool(update.any()) for name, update in updates.items()} == {
+        **{"positional_embedding": True, "kernel": True, "bias": False}
+    }
 
 
 def test_a_parameter_that_no_rule_covers_is_an_error():
@@ -127,10 +192,10 @@ def test_gradients_are_clipped_by_their_global_norm(clip_norm, norm):
 
 
 def test_the_average_follows_its_formula():
-    draw = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     ema, by_hand = {"w": jnp.zeros(3)}, np.zeros(3)
     for done in range(1, 40):
-        params = draw.standard_normal(3)
+        params = generator.standard_normal(3)
         ema = ema_update(ema, {"w": jnp.asarray(params, jnp.float32)}, jnp.int32(done), 0.7)
         decay = min(0.7, (1 + done) / (10 + done))
         by_hand = decay * by_hand + (1 - decay) * params
@@ -141,3 +206,19 @@ def test_the_average_of_a_constant_is_the_constant():
     params = {"w": jnp.asarray([0.1, 1e8, -3.3e-7])}
     for done in (1, 100, 1_000_000):
         np.testing.assert_array_equal(ema_update(params, params, jnp.int32(done), 0.9999)["w"], params["w"])
+
+
+CHANGES = {"lr": 1.0, "warmup_steps": 5, "schedule": "cosine", "beta1": 0.5, "beta2": 0.5, "eps": 1e-3}
+CHANGES |= {"weight_decay": 0.0, "clip_norm": 7.0, "ema_decay": 0.0}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(OptimConfig)])
+def test_the_state_has_one_structure_whatever_the_values(field):
+    """So that a run may continue with others."""
+    before = OptimConfig(weight_decay=0.1)
+    after = dataclasses.replace(before, **{field: CHANGES[field]})
+    assert before != after and state_structure(before) == state_structure(after)
+
+
+def test_clipping_is_part_of_the_state_or_not():
+    assert state_structure(OptimConfig(clip_norm=0.0)) != state_structure(OptimConfig())

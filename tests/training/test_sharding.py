@@ -1,17 +1,26 @@
 """Rules of placement: which axis of which parameter lies over which axis of the mesh."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from dalle2_jax import testing
+from dalle2_jax.errors import UserError
+from dalle2_jax.models.layers import upsample_nearest
+from dalle2_jax.models.unet import ResBlock, UNetConfig
+from dalle2_jax.stages.base import Outputs, StageDefaults, Variables
 from dalle2_jax.training import sharding
 from dalle2_jax.training.optim import OptimConfig, make_optimizer, path_name
 from dalle2_jax.training.sharding import MeshConfig, make_mesh, partition_spec
-from dalle2_jax.training.step import abstract_state, state_shardings
-from dalle2_jax.types import UserError
+from dalle2_jax.training.step import abstract_state, make_train_step, state_shardings
+
+pytestmark = pytest.mark.sharding
 
 FSDP, TENSOR, BOTH = MeshConfig(2, 4, 1), MeshConfig(4, 1, 2), MeshConfig(2, 2, 2)
 
@@ -32,13 +41,13 @@ def test_a_mesh_takes_the_devices_that_are_left(config, shape):
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (16, 1, 1)])
-def test_a_mesh_that_does_not_fit_is_refused(sizes):
+def test_a_mesh_that_does_not_fit_is_rejected(sizes):
     with pytest.raises(UserError, match=r"does not fit the 8 device\(s\)"):
         make_mesh(MeshConfig(*sizes))
 
 
 @pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 8, 1), (-2, 4, 1)])
-def test_nonsense_sizes_are_refused(sizes):
+def test_nonsense_sizes_are_rejected(sizes):
     with pytest.raises(UserError, match="must be positive, with at most one -1"):
         make_mesh(MeshConfig(*sizes))
 
@@ -93,6 +102,85 @@ def test_the_average_and_the_moments_lie_with_their_parameter(kind, monkeypatch)
         specs = [spec for name, spec in moments.items() if name.endswith(f"/{path_name(path)}")]
         assert len(specs) >= 2 and all(spec == leaf.spec for spec in specs)
     assert state.step.spec == P()
+
+
+# --- feature maps -----------------------------------------------------------------------------
+
+ROWS = 512
+"""A batch, of no other axis's size."""
+
+
+UNET = UNetConfig(8, channels=16, channel_mult=(1,), norm_groups=8, head_channels=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Upsampling(StageDefaults):
+    """One residual block that upsamples 8x8 maps."""
+
+    name: str = "block"
+    block: ResBlock = ResBlock(UNET, 16, False, "up")
+
+    def init(self, key):
+        return Variables(self.block.init(key, jnp.zeros((1, 8, 8, 16)), jnp.zeros((1, 64)))["params"], {})
+
+    def loss(self, params, stats, frozen, key, batch):
+        out = self.block.apply({"params": params}, batch["x"], batch["emb"])
+        return jnp.square(out).mean(), Outputs({}, stats)
+
+
+def lowered(stage, shapes, optimizer):
+    """Returns the train step of a stage over fsdp 8, from shapes alone."""
+    mesh = make_mesh(MeshConfig(1, 8, 1))
+    shardings = state_shardings(stage, optimizer, mesh)
+    state = sharding.with_shardings(abstract_state(stage, optimizer), shardings)
+    frozen = testing.tiny_frozen(stage)
+    frozen = sharding.with_shardings(frozen, sharding.tree_shardings(frozen, mesh))
+    rows = sharding.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((ROWS, *leaf.shape[1:]), leaf.dtype, sharding=rows) for name, leaf in shapes.items()
+    }
+    step = make_train_step(stage, optimizer, 0.9, shardings)
+    return step.lower(state, frozen, jax.eval_shape(lambda: jax.random.key(0)), batch)
+
+
+@pytest.fixture
+def small_arrays_are_split(monkeypatch):
+    monkeypatch.setattr(sharding, "SIZE_FLOOR", 1024)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("small_arrays_are_split")
+def test_an_upsampled_map_is_never_gathered():
+    """Its kernels are: XLA would gather the global batch on every device, four times as large as what it came from."""
+    shapes = {"x": jax.ShapeDtypeStruct((1, 8, 8, 16), jnp.float32), "emb": jax.ShapeDtypeStruct((1, 64), jnp.float32)}
+    program = lowered(Upsampling(), shapes, optax.sgd(0.1)).compile().as_text()
+    gathered = [tuple(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]\S* all-gather\(", program)]
+    assert (3, 3, 16, 16) in gathered
+    assert not [shape for shape in gathered if ROWS in shape]
+
+
+@pytest.mark.parametrize(("kind", "in_block", "maps"), [("decoder", True, 2), ("upsampler", False, 1)])
+def test_a_train_step_constrains_each_upsampled_map(kind, in_block, maps):
+    """In a residual block that upsamples, both branches; or before a convolution alone. And their gradients."""
+    stage = testing.tiny_stage(kind)
+    levels = {"channel_mult": (1, 1), "resblock_updown": in_block}
+    if kind == "decoder":
+        model = dataclasses.replace(stage.model, unet=dataclasses.replace(stage.model.unet, **levels))
+    else:
+        model = dataclasses.replace(stage.model, **levels)
+    stage = dataclasses.replace(stage, model=model)
+    program = lowered(stage, testing.tiny_batch(1), optax.sgd(0.1)).as_text()
+    constraints = re.findall(r"sharding_constraint \S+ <@mesh, \[(\{.*?\}).*\]> : tensor<(\d+)x", program)
+    assert constraints == [('{"data", "fsdp"}', str(ROWS))] * 2 * maps
+
+
+def test_without_a_mesh_nothing_is_constrained():
+    x = jnp.arange(8.0).reshape(1, 2, 2, 2)
+    assert "sharding" not in jax.jit(upsample_nearest).lower(x).as_text()
+    with jax.set_mesh(make_mesh(MeshConfig())):  # a mesh of somebody else's, whose axes mean nothing here
+        assert "constraint" not in jax.jit(upsample_nearest).lower(x).as_text()
 
 
 def test_rows_of_a_batch_are_spread_over_data_and_fsdp():

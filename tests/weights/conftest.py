@@ -1,24 +1,24 @@
-"""What is measured against a public implementation is held to its bound, and printed in a table at the end."""
+"""Errors relative to a public implementation are compared with their bounds, and printed in a table at the end."""
 
 import pytest
 
 PARITY = "parity: "
-"""Before the name of what was measured, among a test's properties: plain numbers, that workers can send."""
+"""Prefix of the names of measured errors among a test's recorded properties, which xdist workers can send."""
 
 
 @pytest.fixture
 def within(record_property):
-    """Holds an error to its bound, and has it printed: ``within("prior", error, 1e-5)``."""
+    """Returns a function that asserts a bound on an error and records it: ``within("prior", error, 1e-5)``."""
 
-    def hold(what, error, bound):
+    def assert_within(what, error, bound):
         record_property(f"{PARITY}{what}", (float(error), float(bound)))
         assert error <= bound
 
-    return hold
+    return assert_within
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints what was measured, a line each."""
+    """Prints the measured errors, one line each."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
     lines = [
         f"{name.removeprefix(PARITY):<66}{measured[0]:10.1e}{measured[1]:10.0e}"

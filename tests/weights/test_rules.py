@@ -1,4 +1,4 @@
-"""Rename tables: every layout by the formula it stands for, and the bijection."""
+"""Conversion tables: each layout against its formula, and the bijection."""
 
 import re
 import weakref
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.types import UserError
+from dalle2_jax.errors import WeightsError
 from dalle2_jax.weights.rules import (
     CONV,
     DENSE,
@@ -20,8 +20,7 @@ from dalle2_jax.weights.rules import (
     constant,
     conv,
     dense,
-    empty,
-    fill,
+    from_tensors,
     fused,
     leading,
     leaf,
@@ -31,25 +30,24 @@ from dalle2_jax.weights.rules import (
     separate,
     shapes,
     stacked,
+    to_tensors,
     under,
 )
 from dalle2_jax.weights.tensors import Tensor
 
 
-def draw(*shape, seed=0):
+def random(*shape, seed=0):
     return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
 
 
 def listed(arrays):
-    """Arrays as a file lists them."""
+    """Returns arrays as the tensors of a file."""
     file = Path("some.safetensors")
-    return {
-        key: Tensor(value.shape, "float32", file, lambda value=value: value) for key, value in arrays.items()
-    }
+    return {key: Tensor(value.shape, "float32", file, lambda value=value: value) for key, value in arrays.items()}
 
 
 def tree_of(shapes_by_path):
-    """A tree of shapes."""
+    """Returns a tree of shapes."""
     tree = {}
     for path, shape in shapes_by_path.items():
         *parents, name = path.split("/")
@@ -60,35 +58,35 @@ def tree_of(shapes_by_path):
     return tree
 
 
-def filled(rules, arrays, sizes, **options):
-    return fill(rules, listed(arrays), tree_of(sizes), "some.safetensors", **options)
+def converted(rules, arrays, sizes, **options):
+    return from_tensors(rules, listed(arrays), tree_of(sizes), "some.safetensors", **options)
 
 
 # --- layouts --------------------------------------------------------------------------------
 
 D, N, K, E = 5, 2, 3, 4
-X = draw(7, D)
-PICTURE = draw(2, 6, 5, 3)
+X = random(7, D)
+IMAGE = random(2, 6, 5, 3)
 
 
 def test_a_dense_kernel_is_a_matrix_product():
-    weight = draw(E, D)
+    weight = random(E, D)
     np.testing.assert_allclose(X @ DENSE.join([weight]), np.einsum("bd,ed->be", X, weight), rtol=1e-5)
     np.testing.assert_allclose(X @ POINT.join([weight[..., None]]), np.einsum("bd,ed->be", X, weight), rtol=1e-5)
 
 
 def test_a_convolution():
-    """Ours at one place is the sum over rows, columns and channels of torch's [out, in, row, column]."""
-    weight = draw(E, 3, 3, 3)
+    """One output is the sum over rows, columns and channels of torch's kernel [out, in, row, column]."""
+    weight = random(E, 3, 3, 3)
     out = jax.lax.conv_general_dilated(
-        PICTURE, CONV.join([weight]), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        IMAGE, CONV.join([weight]), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    by_hand = np.einsum("brck,okrc->bo", PICTURE[:, 1:4, 2:5], weight)
+    by_hand = np.einsum("brck,okrc->bo", IMAGE[:, 1:4, 2:5], weight)
     np.testing.assert_allclose(out[:, 1, 2], by_hand, rtol=1e-4, atol=1e-5)
 
 
 def heads_of(parts, order):
-    """Torch's own reading of a fused projection: [B, rows] as heads, by the order of its rows."""
+    """Returns the outputs [B, rows] of a fused projection as heads, by the order of its rows."""
     return np.einsum(f"b{order}->bpnk", parts)
 
 
@@ -96,7 +94,7 @@ def heads_of(parts, order):
 @pytest.mark.parametrize("point", [False, True])
 @pytest.mark.parametrize("parts", [2, 3])
 def test_fused_projections(parts, heads_first, point):
-    weight, bias = draw(parts * N * K, D), draw(parts * N * K, seed=1)
+    weight, bias = random(parts * N * K, D), random(parts * N * K, seed=1)
     shape, order = ((N, parts, K), "npk") if heads_first else ((parts, N, K), "pnk")
     theirs = heads_of((X @ weight.T + bias).reshape(-1, *shape), order)
     options = {"heads_first": heads_first, "point": point}
@@ -106,7 +104,7 @@ def test_fused_projections(parts, heads_first, point):
 
 
 def test_separate_projections():
-    weights, biases = [draw(N * K, D, seed=i) for i in range(3)], [draw(N * K, seed=i) for i in range(3)]
+    weights, biases = [random(N * K, D, seed=i) for i in range(3)], [random(N * K, seed=i) for i in range(3)]
     theirs = [(X @ w.T + b).reshape(-1, N, K) for w, b in zip(weights, biases, strict=True)]
     ours = np.einsum("bd,dpnk->bpnk", X, separate(N).join(weights)) + separate(N, bias=True).join(biases)
     np.testing.assert_allclose(ours, np.stack(theirs, axis=1), rtol=1e-4, atol=1e-5)
@@ -114,7 +112,7 @@ def test_separate_projections():
 
 @pytest.mark.parametrize("point", [False, True])
 def test_heads_merge_after_attention(point):
-    weight, heads = draw(D, N * K), draw(7, N, K)
+    weight, heads = random(D, N * K), random(7, N, K)
     kernel = merged_heads(N, point).join([weight[..., None] if point else weight])
     theirs = heads.reshape(7, N * K) @ weight.T
     np.testing.assert_allclose(np.einsum("bnk,nkd->bd", heads, kernel), theirs, rtol=1e-4, atol=1e-5)
@@ -141,7 +139,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_splitting_undoes_joining(name):
     layout, sizes = LAYOUTS[name]
-    tensors = [draw(*shape, seed=i) for i, shape in enumerate(sizes)]
+    tensors = [random(*shape, seed=i) for i, shape in enumerate(sizes)]
     again = layout.split(layout.join(tensors))
     assert len(again) == len(tensors)
     for ours, theirs in zip(again, tensors, strict=True):
@@ -184,66 +182,67 @@ KEYS = {"out.weight": (4, 5), "out.bias": (4,), "emb.weight": (9, 5)} | {
 
 
 def arrays():
-    return {key: draw(*shape, seed=i) for i, (key, shape) in enumerate(KEYS.items())}
+    return {key: random(*shape, seed=i) for i, (key, shape) in enumerate(KEYS.items())}
 
 
-def test_a_table_says_the_shapes_of_its_tensors():
+def test_shapes_of_the_tensors_of_a_tree():
     assert shapes(TABLE, tree_of(SIZES)) == KEYS
 
 
-def test_in_and_out_again_is_the_same():
+def test_export_inverts_import():
     given = arrays()
-    tree = filled(TABLE, given, SIZES)
+    tree = converted(TABLE, given, SIZES)
     np.testing.assert_array_equal(tree["blocks"]["ln"]["scale"][1], given["layer.1.norm.weight"])
     np.testing.assert_array_equal(tree["blocks"]["qkv"]["bias"][1, 2], given["layer.1.v.bias"].reshape(N, K))
-    again = dict(empty(TABLE, tree))
+    again = dict(to_tensors(TABLE, tree))
     assert again.keys() == given.keys()
     for key, value in again.items():
         np.testing.assert_array_equal(value, given[key])
 
 
 def test_leaves_of_half_precision():
-    tree = filled(TABLE, arrays(), SIZES, dtype=jnp.bfloat16)
+    tree = converted(TABLE, arrays(), SIZES, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_no_more_is_read_than_a_layer_of_a_leaf_needs():
-    """A checkpoint never lies in memory whole: what was read for one leaf is let go before the next."""
-    alive, most = set(), 0
+def test_only_the_tensors_of_one_layer_are_in_memory():
+    """The tensors of a group are released before the next group is read."""
+    alive, maximum = set(), 0
 
     def reader(key, value):
         def read():
-            nonlocal most
+            nonlocal maximum
             copy = value.view(np.ndarray).copy().view(Watched)
             alive.add(key)
             weakref.finalize(copy, alive.discard, key)
-            most = max(most, len(alive))
+            maximum = max(maximum, len(alive))
             return copy
 
         return read
 
     tensors = {key: tensor._replace(read=reader(key, arrays()[key])) for key, tensor in listed(arrays()).items()}
-    fill(TABLE, tensors, tree_of(SIZES), "some.safetensors")
-    assert most == 3 and not alive  # queries, keys and values
+    from_tensors(TABLE, tensors, tree_of(SIZES), "some.safetensors")
+    assert maximum == 3 and not alive  # queries, keys and values
 
 
 class Watched(np.ndarray):
-    """An array that tells when it goes."""
+    """An array that can be referenced weakly."""
 
 
-def test_keys_left_out_deliberately():
-    given = arrays() | {"layer.0.position_ids": draw(3), "layer.position": draw(3)}
+def test_ignored_keys():
+    given = arrays() | {"layer.0.position_ids": random(3), "layer.position": random(3)}
     pattern = r"layer\.\d+\.position_ids"
-    with pytest.raises(UserError, match="some.safetensors has tensor layer.position with no place here"):
-        filled(TABLE, given, SIZES, ignored=[pattern])
+    with pytest.raises(WeightsError) as caught:
+        converted(TABLE, given, SIZES, ignored=[pattern])
+    assert caught.value.unexpected == ("layer.position",) and caught.value.path == "some.safetensors"
     del given["layer.position"]
-    assert filled(TABLE, given, SIZES, ignored=[pattern])
+    assert converted(TABLE, given, SIZES, ignored=[pattern])
 
 
-def test_a_constant_is_filled_and_dropped():
-    tree = filled(constant("scale", 2.5), {}, {"scale": ()})
+def test_a_constant_is_set_by_import_and_omitted_by_export():
+    tree = converted(constant("scale", 2.5), {}, {"scale": ()})
     assert tree["scale"] == np.float32(2.5)
-    assert not [*empty(constant("scale", 2.5), tree)]
+    assert not [*to_tensors(constant("scale", 2.5), tree)]
 
 
 # --- mistakes -------------------------------------------------------------------------------
@@ -253,43 +252,58 @@ def without(*keys):
     return {key: value for key, value in arrays().items() if key not in keys}
 
 
-MISTAKES = {
-    "lacks tensor out.bias: it is cut short or of another family": without("out.bias"),
-    "lacks tensors out.weight, emb.weight: it": without("out.weight", "emb.weight"),
-    "lacks tensors out.weight, out.bias, emb.weight, layer.0.norm.weight and 17 more": {},
-    "has tensor extra with no place here: it is of another family": arrays() | {"extra": draw(1)},
-    "out.weight [5, 5] does not fit head/kernel [5, 4]": arrays() | {"out.weight": draw(5, 5)},
-    "layer.1.c.weight [5, 5, 3] does not fit blocks/conv/kernel [3, 3, 5, 5]": arrays()
-    | {"layer.1.c.weight": draw(5, 5, 3)},
-    "layer.0.k.weight [6, 4], layer.0.v.weight [6, 5] does not fit": arrays() | {"layer.0.k.weight": draw(6, 4)},
-    "emb.weight [5, 9] does not fit table [9, 5]": arrays() | {"emb.weight": draw(5, 9)},
+KEY_ERRORS = {
+    # arrays: missing and unexpected keys, and how the message lists them
+    "one missing": (without("out.bias"), ["out.bias"], [], "tensor out.bias:"),
+    "two missing": (without("out.weight", "emb.weight"), ["out.weight", "emb.weight"], [], "out.weight, emb.weight:"),
+    "all missing": ({}, [*KEYS], [], "out.weight, out.bias, emb.weight, layer.0.norm.weight and 17 more:"),
+    "one unexpected": (arrays() | {"extra": random(1)}, [], ["extra"], "tensor extra:"),
 }
 
 
-@pytest.mark.parametrize("message", MISTAKES)
-def test_what_is_wrong_is_named(message):
-    with pytest.raises(UserError, match=rf"some\.safetensors.*{re.escape(message)}") as caught:
-        filled(TABLE, MISTAKES[message], SIZES)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("case", KEY_ERRORS)
+def test_missing_and_unexpected_keys_are_listed(case):
+    given, missing, unexpected, listed = KEY_ERRORS[case]
+    with pytest.raises(WeightsError, match=rf"^some\.safetensors .*{re.escape(listed)}") as caught:
+        converted(TABLE, given, SIZES)
+    assert sorted(caught.value.missing) == sorted(missing) and caught.value.unexpected == tuple(unexpected)
+    assert caught.value.path == "some.safetensors" and "\n" not in str(caught.value)
 
 
-def test_a_leaf_that_no_rule_fills():
-    with pytest.raises(UserError, match="some.safetensors says nothing of parameter bonus"):
-        filled(TABLE, arrays(), SIZES | {"bonus": (1,)})
+SHAPE_ERRORS = {
+    # what the message contains: arrays
+    "out.weight [5, 5] does not match head/kernel [5, 4]": {"out.weight": random(5, 5)},
+    "layer.1.c.weight [5, 5, 3] does not match blocks/conv/kernel [3, 3, 5, 5]": {"layer.1.c.weight": random(5, 5, 3)},
+    "layer.0.k.weight [6, 4], layer.0.v.weight [6, 5] does not match": {"layer.0.k.weight": random(6, 4)},
+    "emb.weight [5, 9] does not match table [9, 5]": {"emb.weight": random(5, 9)},
+}
+
+
+@pytest.mark.parametrize("message", SHAPE_ERRORS)
+def test_wrong_shapes_are_named(message):
+    with pytest.raises(WeightsError, match=rf"some\.safetensors.*{re.escape(message)}") as caught:
+        converted(TABLE, arrays() | SHAPE_ERRORS[message], SIZES)
+    assert caught.value.path == Path("some.safetensors") and "\n" not in str(caught.value)
+
+
+def test_a_leaf_without_a_rule():
+    with pytest.raises(WeightsError, match="^some.safetensors ") as caught:
+        converted(TABLE, arrays(), SIZES | {"bonus": (1,)})
+    assert caught.value.missing == ("bonus",)
 
 
 BROKEN = {
-    "a leaf filled twice": TABLE + leaf("table", "out.weight2"),
+    "a leaf set twice": TABLE + leaf("table", "out.weight2"),
     "a tensor used twice": TABLE + leaf("other", "emb.weight"),
-    "a leaf that is not there": TABLE + leaf("nowhere", "more"),
+    "a leaf that does not exist": TABLE + leaf("nowhere", "more"),
 }
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_table_that_is_no_bijection_is_our_own_fault(broken):
+def test_a_table_must_be_a_bijection(broken):
     keys = {key: () for rule in BROKEN[broken] for key in rule.keys}
     paths = {*SIZES} | ({"other"} if "twice" in broken and "tensor" in broken else set())
-    with pytest.raises(AssertionError, match="no bijection"):
+    with pytest.raises(AssertionError, match="not a bijection"):
         check(BROKEN[broken], keys, paths, "some.safetensors")
     check(TABLE, KEYS, SIZES, "some.safetensors")
 

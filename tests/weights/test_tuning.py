@@ -1,24 +1,29 @@
-"""What was imported is trained on by train.py: whole, or by a LoRA that is saved alone and merged when it is read.
+"""Fine-tuning of an imported system by train.py: all weights, or a LoRA, which is merged when it is loaded.
 
-The proof that losses fall on is ``python benchmarks/finetune_karlo.py``: 200 steps of Karlo-tiny's prior and decoder.
+Falling losses are shown by ``python benchmarks/finetune_karlo.py``: 200 steps of Karlo-tiny's prior and decoder.
 """
 
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import checkpoints
 import jax
 import numpy as np
 import pytest
-import sample
-from checkpoints import good, take
-from command_line import Shop
+from checkpoints import import_into, run_ok
+from command_line import InProcessRunner
 
-from dalle2_jax import build
-from dalle2_jax.training.sharding import MeshConfig, make_mesh, tree_shardings, with_shardings
-from dalle2_jax.weights import __main__ as weights
-from dalle2_jax.workdir import Checkpoints, StageFolder
+from dalle2_jax.cli import sample
+from dalle2_jax.cli import weights as weights
+from dalle2_jax.config.stored import stored_experiment
+from dalle2_jax.system import load
+from dalle2_jax.training.sharding import (
+    MeshConfig,
+    make_mesh,
+    tree_shardings,
+    with_shardings,
+)
+from dalle2_jax.workdir.checkpoints import Checkpoints
+from dalle2_jax.workdir.folder import StageFolder
 
 RANK, ALPHA, STEPS = 2, 4.0, 10
 
@@ -26,39 +31,32 @@ RANK, ALPHA, STEPS = 2, 4.0, 10
 @pytest.fixture(scope="module")
 def system(tmp_path_factory):
     place = tmp_path_factory.mktemp("karlo")
-    return take(place / "system", checkpoints.karlo_five(place / "files"))
+    return import_into(place / "system", checkpoints.karlo_five(place / "files"))
 
 
 @pytest.fixture(scope="module")
 def tuned(system, tmp_path_factory):
-    """Systems with a tuned prior, and with a LoRA of the decoder."""
+    """Returns a system with a tuned prior, and one with a LoRA of the decoder."""
     root = tmp_path_factory.mktemp("tuned")
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
     more = {"prior": (), "decoder": (f"--config.lora={{'rank': {RANK}, 'alpha': {ALPHA}}}",)}
-    with ThreadPoolExecutor(2) as pool:
-        shop = Shop(environment, pool)
-
-        def train(stage):
-            words = ("--config", f"benchmarks/finetune_karlo.py:{stage}", "--workdir", root / stage, *more[stage])
-            counts = [f"--config.{name}={STEPS}" for name in ("total_steps", "checkpoint_every")]
-            return shop.good("train.py", *words, f"--config.init_from={system}", *counts)
-
-        list(pool.map(train, more))
+    for stage in more:
+        words = ("--config", f"benchmarks/finetune_karlo.py:{stage}", "--workdir", root / stage, *more[stage])
+        counts = [f"--config.{name}={STEPS}" for name in ("total_steps", "checkpoint_every")]
+        InProcessRunner().run_ok("train.py", *words, f"--config.init_from={system}", *counts)
     return {stage: root / stage for stage in more}
 
 
 def loaded(root):
-    return build.load_system(root, make_mesh(MeshConfig()))
+    return load.load_system(root, make_mesh(MeshConfig()))
 
 
-def draw(root, out):
+def sample_image(root, out):
     steps = [word for stage in ("prior", "decoder", "upsampler_1") for word in (f"--{stage}.steps", 2)]
-    good(sample, "text2image", "--system", root, "--prompt", "a large red circle", "--num", 1, "--out", out, *steps)
+    run_ok(sample, "text2image", "--system", root, "--prompt", "a large red circle", "--num", 1, "--out", out, *steps)
     return (out / "0_0.png").read_bytes()
 
 
-def test_a_tuned_prior_draws_beside_what_was_imported(system, tuned, tmp_path):
+def test_a_tuned_prior_works_with_the_imported_stages(system, tuned, tmp_path):
     root = tuned["prior"]
     losses = [json.loads(line)["loss"] for line in (root / "prior" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == STEPS and np.mean(losses[-3:]) < np.mean(losses[:3])
@@ -70,21 +68,21 @@ def test_a_tuned_prior_draws_beside_what_was_imported(system, tuned, tmp_path):
         after.stage.diffusion,
     )
     assert before.tokenizer == after.tokenizer
-    jax.tree.map(np.testing.assert_array_equal, before.variables.stats, after.variables.stats)  # of whitening
-    assert draw(root, tmp_path / "tuned") != draw(system, tmp_path / "untuned")
+    jax.tree.map(np.testing.assert_array_equal, before.variables.stats, after.variables.stats)  # whitening statistics
+    assert sample_image(root, tmp_path / "tuned") != sample_image(system, tmp_path / "untuned")
 
 
 def test_a_lora_is_small_and_is_merged_when_it_is_read(system, tuned, tmp_path):
     root = tuned["decoder"]
     base, merged = (loaded(place)["decoder"].variables.params for place in (system, root))
     clip = loaded(root)["clip"]
-    config = StageFolder(root, "decoder").read_json("config.json")
-    stage = build.trained_stage(build.build_stage(config, clip.tokenizer.vocab_size, clip.stage), config)
+    experiment = stored_experiment(StageFolder(root, "decoder"))
+    stage = experiment.trained(experiment.build(clip.tokenizer.vocab_size, clip.stage))
     target = jax.eval_shape(stage.init, jax.random.key(0)).params
     target = with_shardings(target, tree_shardings(target, make_mesh(MeshConfig())))
     factors = Checkpoints(StageFolder(root, "decoder")).restore({"ema": target}).trees["ema"]
-    count, whole = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (factors, base))
-    assert 0 < count < 0.05 * whole
+    count, total = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (factors, base))
+    assert 0 < count < 0.05 * total
     pairs = {
         tuple(key.key for key in path[:-1]): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(factors)
@@ -101,14 +99,14 @@ def test_a_lora_is_small_and_is_merged_when_it_is_read(system, tuned, tmp_path):
         else:
             np.testing.assert_array_equal(leaf, was)
     assert changed == len(pairs) > 0
-    draw(root, tmp_path / "out")
-    good(weights, "export", "diffusers", root, tmp_path / "folder")  # merged there too
-    again = loaded(take(tmp_path / "again", tmp_path / "folder"))["decoder"].variables.params
+    sample_image(root, tmp_path / "out")
+    run_ok(weights, "export", "diffusers", root, tmp_path / "folder")  # the export merges the LoRA too
+    again = loaded(import_into(tmp_path / "again", tmp_path / "folder"))["decoder"].variables.params
     jax.tree.map(np.testing.assert_array_equal, again, merged)
 
 
 def at(tree, names):
-    """What lies at a path of a tree."""
+    """Returns the value at a path of a tree."""
     for name in names:
         tree = tree[name]
     return tree

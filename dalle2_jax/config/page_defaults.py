@@ -1,0 +1,84 @@
+"""What config pages share: the run, data, text and mesh sections for one machine and for a pod.
+
+Pages import this module from the package, so that a page also works where it was copied to (``dalle2 init``).
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from ml_collections import ConfigDict
+
+Section = Mapping[str, Any]
+
+
+def machine_config(total_steps: int, batch_size: int, data: Section, text: Section, lr: float) -> ConfigDict:
+    """Returns a training config for one machine: a laptop's CPU, or one GPU (`for_gpu`).
+
+    Args:
+      total_steps: of the run; the first twentieth of them is warm-up.
+      batch_size: of all devices.
+      data: the section ``data``.
+      text: the section ``text``.
+      lr: peak learning rate; cosine decay to zero follows.
+    """
+    return ConfigDict(
+        {
+            "seed": 0,
+            "total_steps": total_steps,
+            "batch_size": batch_size,
+            "log_every": 50,
+            "checkpoint_every": 500,
+            "keep_checkpoints": 2,
+            "sample_every": 0,
+            "workers": 0,
+            "data": dict(data),
+            "text": dict(text),
+            "optim": {
+                "lr": lr,
+                "warmup_steps": total_steps // 20,
+                "schedule": "cosine",
+                "beta2": 0.99,
+                "weight_decay": 0.01,
+                "ema_decay": 0.995,
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        }
+    )
+
+
+def for_gpu(config: ConfigDict) -> ConfigDict:
+    """Returns a config of `machine_config` changed for the longer runs of one GPU, with samples and data workers."""
+    config.update(log_every=100, checkpoint_every=1000, sample_every=2000, workers=8)
+    cast(ConfigDict, config.optim).update(warmup_steps=500, ema_decay=0.9995)
+    return config
+
+
+def pod_config(
+    total_steps: int, batch_size: int, resolution: int, text: Section, optim: Section, crop: str = "random"
+) -> ConfigDict:
+    """Returns a training config for a pod: parameters are sharded over all devices, data come from a folder.
+
+    Args:
+      total_steps: of the run.
+      batch_size: of all devices.
+      resolution: side of the training images.
+      text: the section ``text``.
+      optim: the section ``optim``.
+      crop: how training images are cropped, "random" or "center".
+    """
+    return ConfigDict(
+        {
+            "seed": 0,
+            "total_steps": total_steps,
+            "batch_size": batch_size,
+            "log_every": 100,
+            "checkpoint_every": 5000,
+            "keep_checkpoints": 3,
+            "sample_every": 10_000,
+            "workers": 16,
+            "data": {"kind": "folder", "path": "", "resolution": resolution, "crop": crop},
+            "text": dict(text),
+            "optim": dict(optim),
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+        }
+    )

@@ -1,0 +1,215 @@
+"""The generated data set: captioned scenes of plain shapes, rendered from an index, without files.
+
+A scene has one or two objects on a plain background. An object has a shape, one of eight named
+colours, a size and a place; the first of two objects has a relation to the second (left, right,
+above, below). Places lie on a lattice of 1/512 of the side. All randomness of scene ``i`` of a
+split comes from (seed, split, i), so the data set is random access and the same everywhere.
+
+Splits
+    ``train`` and ``val`` never show a colour-shape pair of `HELD_OUT`; ``compositional`` shows no
+    other. Each colour and each shape is in `HELD_OUT` at least once, and in ``train`` too.
+
+Images are rendered with `dalle2_jax.data.synthetic.polygons`, anti-aliased: an image at 64x64 averaged over 2x2 is the
+image at 32x32, to the rounding of a byte.
+
+Captions are made by `dalle2_jax.data.synthetic.grammar`; they always name colour, shape and size, name the
+relation where there is one, and name the background in half of them.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dalle2_jax.data.sources import DESCRIPTIVE, Generators, Indices, Source, checked_indices, objects
+from dalle2_jax.data.synthetic import grammar
+from dalle2_jax.data.synthetic.polygons import EXTENT, SHAPES, coverage
+from dalle2_jax.data.synthetic.scenes import Scene, SceneObject
+from dalle2_jax.errors import UserError
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 25, 35),
+    "orange": (250, 125, 0),
+    "yellow": (250, 230, 40),
+    "green": (20, 150, 50),
+    "cyan": (20, 205, 220),
+    "blue": (30, 60, 225),
+    "purple": (125, 30, 185),
+    "pink": (255, 130, 200),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
+SIZES: dict[str, float] = {"small": 0.13, "large": 0.215}
+"""Radius of one of two objects, as a fraction of the image's side. A single object is larger: see `radius_of`."""
+HELD_OUT = frozenset(
+    {
+        ("red", "circle"),
+        ("orange", "square"),
+        ("yellow", "triangle"),
+        ("green", "star"),
+        ("cyan", "cross"),
+        ("blue", "circle"),
+        ("purple", "square"),
+        ("pink", "triangle"),
+    }
+)
+SPLITS = ("train", "val", "compositional")
+
+_LATTICE = 512  # places are multiples of 1/512 of the side, so that coverage patches can be cached
+_MARGIN, _GAP, _JITTER = 0.02, 0.05, 0.2  # to the edge, between two objects, about the centre; in sides
+_SINGLE = 1.4  # a small star of 2 * 0.13 * 32 pixels would be little more than a blot
+
+
+def radius_of(size: str, count: int) -> float:
+    """Returns the radius of an object in a scene of ``count`` objects, as a fraction of the side."""
+    return SIZES[size] * (_SINGLE if count == 1 else 1.0)
+
+
+def render(scene: Scene, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Draws a scene as ``uint8[resolution, resolution, 3]``, anti-aliased."""
+    image = np.empty((resolution, resolution, 3), np.uint8)
+    image[:] = BACKGROUNDS[scene.background]
+    for thing in scene.objects:
+        radius = radius_of(thing.size, len(scene.objects))
+        patch, top, left = coverage(thing.shape, radius, thing.x, thing.y, resolution)
+        below, right = top + patch.shape[0], left + patch.shape[1]
+        rows, columns = slice(max(top, 0), below), slice(max(left, 0), right)
+        seen = patch[rows.start - top : resolution - top, columns.start - left : resolution - left, None]
+        under = image[rows, columns].astype(np.float32)
+        ink = np.array(COLOURS[thing.colour], np.float32)
+        image[rows, columns] = np.rint(under + seen * (ink - under)).astype(np.uint8)
+    return image
+
+
+class ShapesSource(Source):
+    """Random access to a split of the data set; example i is the same at every resolution but for its pixels.
+
+    Args:
+        split: ``train``, ``val`` or ``compositional``.
+        resolution: side of the images, at least 8.
+        seed: another seed is another data set.
+        max_objects: 1, or 2 for scenes with one or two objects, half of each.
+        jitter: how far a single object stands from the centre along each axis, at most, in sides; 0 to 0.2. A
+            large one stays further in, clear of the edge.
+        num_examples: how many scenes the split has; scene i does not depend on it.
+
+    Raises:
+        UserError: on any other value.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        resolution: int,
+        seed: int = 0,
+        max_objects: int = 1,
+        num_examples: int = 50_000,
+        jitter: float = _JITTER,
+    ) -> None:
+        if split not in SPLITS:
+            raise UserError(f"shapes has no split {split!r}: choose one of {', '.join(SPLITS)}")
+        if max_objects not in (1, 2):
+            raise UserError(f"shapes draws 1 or 2 objects, got max_objects={max_objects}")
+        if not 0 <= jitter <= _JITTER:
+            raise UserError(f"shapes moves single objects by 0 to {_JITTER} of the side, got jitter={jitter}")
+        if resolution < 8:
+            raise UserError(f"shapes cannot be distinguished at resolution {resolution}: use 8 or more")
+        if not 0 <= seed < 2**64:
+            raise UserError(f"the seed of shapes must be from 0 to 2**64 - 1, got {seed}")
+        if num_examples < 1:
+            raise UserError(f"num_examples of shapes must be at least 1, got {num_examples}")
+        self.columns = ("image", *DESCRIPTIVE)
+        self.split, self.resolution, self.seed = split, resolution, seed
+        self.max_objects, self.num_examples, self.jitter = max_objects, num_examples, jitter
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def __repr__(self) -> str:
+        return (
+            f"ShapesSource({self.split!r}, {self.resolution}, seed={self.seed}, "
+            f"max_objects={self.max_objects}, num_examples={self.num_examples}, jitter={self.jitter})"
+        )
+
+    def fetch(self, indices: Indices, rngs: Generators | None = None) -> dict[str, np.ndarray]:
+        """Returns a batch. With ``rngs`` an example's caption is a random paraphrase, else the fixed one."""
+        places = checked_indices(indices, len(self)).tolist()
+        scenes = [self.scene(place) for place in places]
+        if rngs is None:
+            captions = [self.caption(place) for place in places]
+        else:  # even if not selected, so that a generator's next numbers do not depend on the columns
+            captions = [grammar.caption(scene, rng) for scene, rng in zip(scenes, rngs, strict=True)]
+        columns = {
+            "image": lambda: np.stack([render(scene, self.resolution) for scene in scenes]),
+            "caption": lambda: objects(captions),
+            "captions": lambda: objects([grammar.captions(scene) for scene in scenes]),
+            "key": lambda: objects([str(place) for place in places]),
+            "substitute": lambda: np.zeros(len(places), bool),
+        }
+        return {name: columns[name]() for name in self.columns}
+
+    def captions(self, limit: int) -> Iterator[str]:
+        """Yields one caption of each of the first ``limit`` scenes."""
+        for index in range(min(limit, len(self))):
+            yield self.caption(index)
+
+    def caption(self, index: int) -> str:
+        """Returns the one caption by which a scene is known in evaluations, always the same."""
+        return grammar.caption(self.scene(index), self._rng(index % len(self), 1))
+
+    def scene(self, index: int) -> Scene:
+        """Returns scene ``index``; negative indices count from the end."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"scene {index} of {len(self)}")
+        index = int(index) % len(self)
+        return _random_scene(self._rng(index, 0), self.split == "compositional", self.max_objects, self.jitter)
+
+    def _rng(self, index: int, use: int) -> np.random.Generator:
+        # A Philox key takes two words and a counter four: no hashing, so it is quick to make.
+        return np.random.Generator(
+            np.random.Philox(key=[self.seed, SPLITS.index(self.split)], counter=[0, 0, use, index])
+        )
+
+
+_EVERY_PAIR = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+_PAIRS = {held_out: tuple(pair for pair in _EVERY_PAIR if (pair in HELD_OUT) == held_out) for held_out in (False, True)}
+
+
+def _random_scene(rng: np.random.Generator, held_out: bool, max_objects: int, jitter: float) -> Scene:
+    pairs, sizes, backgrounds = _PAIRS[held_out], tuple(SIZES), tuple(BACKGROUNDS)
+    count = int(rng.integers(1, max_objects + 1))
+    looks = [pairs[rng.integers(len(pairs))] for _ in range(count)]
+    chosen = [sizes[rng.integers(len(sizes))] for _ in range(count)]
+    background = backgrounds[rng.integers(len(backgrounds))]
+    insets = [EXTENT * radius_of(size, count) + _MARGIN for size in chosen]
+    places = _place_one(rng, jitter, *insets) if count == 1 else _place_two(rng, *insets)
+    objects = tuple(
+        SceneObject(shape, colour, size, x, y)
+        for (colour, shape), size, (x, y) in zip(looks, chosen, places, strict=True)
+    )
+    return Scene(objects, background)
+
+
+def snap(place: float) -> float:
+    """Returns the place on the lattice that is nearest, in sides."""
+    return round(place * _LATTICE) / _LATTICE
+
+
+def _place_one(rng: np.random.Generator, jitter: float, inset: float) -> list[tuple[float, float]]:
+    """Puts one object about the centre. An inset is how far a centre stays from the edge, in sides."""
+    reach = min(jitter, 0.5 - inset)
+    x, y = 0.5 + rng.uniform(-reach, reach, 2)
+    return [(snap(x), snap(y))]
+
+
+def _place_two(rng: np.random.Generator, near: float, far: float) -> list[tuple[float, float]]:
+    """Puts two objects apart along one axis, and at most half as far along the other, in random order."""
+    slack = max(0.0, 1 - 2 * near - 2 * far + 2 * _MARGIN - _GAP)
+    start, end = np.sort(rng.uniform(0, slack, 2))
+    along = (near + start, 1 - far - (slack - end))
+    first = 0.5 + rng.uniform(-_JITTER, _JITTER)
+    second = np.clip(first + rng.uniform(-0.5, 0.5) * (along[1] - along[0]), 0.5 - _JITTER, 0.5 + _JITTER)
+    across = (first, second)
+    if rng.integers(2):  # the first object is as often right of or below the second
+        along = (1 - along[0], 1 - along[1])
+    places = zip(along, across, strict=True) if rng.integers(2) else zip(across, along, strict=True)
+    return [(snap(x), snap(y)) for x, y in places]

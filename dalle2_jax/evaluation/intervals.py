@@ -1,0 +1,60 @@
+"""Confidence intervals of measured figures.
+
+For a fraction p of n independent examples (Wilson 1927; Brown, Cai & DasGupta 2001, section 3.1.1), with the normal
+quantile z of the confidence:
+
+    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)                      (1)
+
+It lies in [0, 1] and has a positive length even for p = 0 and p = 1. For a mean of n values with standard deviation s,
+by the central limit theorem,
+
+    mean +- z s / sqrt(n)                                                                     (2)
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+Interval = tuple[float, float]
+"""The lower and the upper end."""
+
+
+def _quantile(confidence: float) -> float:
+    return statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def wilson(share: float, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Returns the interval of a fraction of n examples, eq. (1).
+
+    Raises:
+        ValueError: n is below 1, or the fraction outside [0, 1].
+    """
+    if n < 1 or not 0 <= share <= 1:
+        raise ValueError(f"{share} is no fraction of {n} examples")
+    z = _quantile(confidence)
+    centre = share + z**2 / (2 * n)
+    reach = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    scale = 1 + z**2 / n
+    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+
+
+def of_mean(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> Interval | None:
+    """Returns the interval of a mean, eq. (2); None for fewer than two values, whose spread is unknown."""
+    values = np.asarray(values, np.float64)
+    if values.size < 2:
+        return None
+    reach = _quantile(confidence) * values.std(ddof=1) / values.size**0.5
+    return float(values.mean() - reach), float(values.mean() + reach)
+
+
+def of_shares(shares: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, Interval]:
+    """Returns the interval of each fraction that has a count."""
+    return {name: wilson(share, counts[name]) for name, share in shares.items() if name in counts}
+
+
+def in_percent(share: float, interval: Interval) -> str:
+    """Returns a fraction and its interval, as in "94.9% [91.5, 97.0]"."""
+    return f"{100 * share:.1f}% [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"

@@ -1,0 +1,1 @@
+"""Image networks whose features measures compare. Modules have the names that the published files have."""

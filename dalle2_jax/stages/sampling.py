@@ -1,0 +1,137 @@
+"""How a stage is sampled: its configuration, and the plan that a compiled program takes.
+
+A configuration is a frozen value that may be stored. A `SamplingPlan` is the same as a pytree: numbers that may change
+without compiling again are its leaves, and all that decides the program is static.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+from dalle2_jax import diffusion
+from dalle2_jax.diffusion import GuidanceSchedule, SamplerConfig, SamplingOptions
+from dalle2_jax.errors import UserError
+from dalle2_jax.ranges import Fraction, GuidanceScale, Range
+
+Condition = Mapping[str, jax.Array]
+"""The conditioning of a batch: arrays by name, each with the batch as its first axis."""
+
+Drops = Mapping[str, Bool[Array, "B"]]
+"""Examples for which a part of the condition ("image", "text") is dropped."""
+
+Scalar = float | Float[Array, ""]
+
+STATIC = {"static": True}
+"""Metadata of a field that decides the compiled program (``jax.tree_util.register_dataclass``)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig(SamplerConfig):
+    """How a diffusion stage is sampled: the sampler, and classifier-free guidance (``diffusion.guidance``).
+
+    Attributes:
+      guidance: the scale of the whole condition; 1 is no guidance.
+      image_guidance: replaces ``guidance`` for the image embedding.
+      text_guidance: replaces ``guidance`` for the caption.
+      guidance_schedule: how scales change over the steps, see ``GuidanceSchedule.kind``.
+      guidance_interval: the (lowest, highest) u at which guidance applies, see ``GuidanceSchedule.interval``.
+      guidance_rescale: from 0 to 1, see ``GuidanceSchedule.rescale``.
+    """
+
+    guidance: GuidanceScale = 1.0
+    image_guidance: GuidanceScale | None = None
+    text_guidance: GuidanceScale | None = None
+    guidance_schedule: str = "constant"
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    guidance_rescale: Fraction = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.scale_schedule  # raises UserError for wrong values
+
+    @property
+    def scale_schedule(self) -> GuidanceSchedule:
+        """How the guidance scales change over the steps."""
+        return GuidanceSchedule(self.guidance_schedule, self.guidance_interval, self.guidance_rescale)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The guidance scale of each part of a condition."""
+        parts = {"image": self.image_guidance, "text": self.text_guidance}
+        return {name: self.guidance if scale is None else scale for name, scale in parts.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSamplingConfig(SamplingConfig):
+    """`SamplingConfig` of stages that generate images: x_0 is clipped to [-1, 1]."""
+
+    clip_sample: Annotated[float, Range(0, 1_000_000, exclusive_min=True)] | None = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ArSamplingConfig:
+    """How the autoregressive prior is sampled.
+
+    Attributes:
+      guidance: the scale of classifier-free guidance on the logits; 1 is no guidance.
+      dot_quantile: the dot product of image and text embedding that the samples are conditioned on is sampled from
+        those of the training pairs above this quantile (the paper tried 0.5, 0.7, 0.85 and 0.95; 0.5 was best).
+    """
+
+    guidance: GuidanceScale = 1.0
+    dot_quantile: Annotated[float, Range(0, 1, exclusive_max=True)] = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.dot_quantile < 1.0:
+            raise UserError(f"sampling.dot_quantile {self.dot_quantile} must be at least 0 and below 1")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingPlan:
+    """How ``DiffusionStage.sample`` samples: a pytree made by ``DiffusionStage.plan``.
+
+    Attributes:
+      config: the sampler, its eta and scales replaced by the leaves below. Static.
+      branches: the branches of the network that guidance evaluates (``diffusion.branches``). Static.
+      scales: the guidance scale of each part of the condition.
+      absent: examples that lack a part of the condition; a missing part is present in all.
+      options: optional inputs of the sampling loop; its ``eta`` is that of "ddim".
+    """
+
+    config: SamplingConfig = dataclasses.field(metadata=STATIC)
+    branches: tuple[int, ...] = dataclasses.field(metadata=STATIC)
+    scales: Mapping[str, Scalar]
+    absent: Drops
+    options: SamplingOptions
+
+
+def make_plan(config: SamplingConfig, parts: tuple[str, ...], absent: Drops, options: SamplingOptions) -> SamplingPlan:
+    """Returns the plan of a configuration for a stage whose condition has ``parts``, in their order."""
+    if config.name == "ddim" and options.eta is None:
+        options = dataclasses.replace(options, eta=config.eta)
+    scales = {name: config.scales[name] for name in parts}
+    program = dataclasses.replace(config, eta=0.0, guidance=1.0, image_guidance=None, text_guidance=None)
+    branches = diffusion.branches([*scales.values()], config.scale_schedule)
+    return SamplingPlan(program, branches, scales, dict(absent), options)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ArSamplingPlan:
+    """How ``ArPriorStage.sample`` samples: a pytree made by ``ArPriorStage.plan``.
+
+    Attributes:
+      guided: whether the network is evaluated without the caption too. Static.
+      guidance: the scale of classifier-free guidance.
+      dot_quantile: see `ArSamplingConfig`.
+      absent: {"text": the examples without a caption}; empty if all have one.
+    """
+
+    guided: bool = dataclasses.field(metadata=STATIC)
+    guidance: Scalar
+    dot_quantile: Scalar
+    absent: Drops

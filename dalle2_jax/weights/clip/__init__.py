@@ -1,0 +1,1 @@
+"""The public formats of CLIP: OpenAI, OpenCLIP and transformers."""

@@ -1,0 +1,1 @@
+"""Import of published image networks whose features measures compare, and the folders that they are stored in."""
