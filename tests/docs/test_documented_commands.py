@@ -27,7 +27,13 @@ from dalle2_jax.training.sharding import MeshConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"), ROOT / "Makefile"]
-PROGRAMS = [path for where in ("configs/", "dalle2_jax/**/", "", "benchmarks/") for path in ROOT.glob(f"{where}*.py")]
+STYLE_SHEET = ROOT / "dalle2_jax/report/style.py"  # two dashes begin a custom property of CSS there
+PROGRAMS = [
+    path
+    for where in ("configs/", "dalle2_jax/**/", "", "benchmarks/")
+    for path in ROOT.glob(f"{where}*.py")
+    if path != STYLE_SHEET
+]
 
 PARSERS = {
     "sample.py": sample.make_parser(),
@@ -44,7 +50,7 @@ FOREIGN = (
     r"\S*python3? -m (?:pip|pytest|venv)|.*XLA_FLAGS)"
 )
 """How a line with a command of another program begins."""
-FOREIGN_OPTIONS = {"logdir", "short"}
+FOREIGN_OPTIONS = {"logdir", "short", "porcelain"}
 """Of tensorboard and git, named within other lines."""
 
 

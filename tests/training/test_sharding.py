@@ -16,12 +16,13 @@ from dalle2_jax.models.layers import upsample_nearest
 from dalle2_jax.models.unet import ResBlock, UNetConfig
 from dalle2_jax.stages.base import Outputs, StageDefaults, Variables
 from dalle2_jax.training import sharding
-from dalle2_jax.training.optim import OptimConfig, make_optimizer, path_name
+from dalle2_jax.training.optim import OptimConfig, Optimizer, make_optimizer, path_name
 from dalle2_jax.training.sharding import MeshConfig, make_mesh, partition_spec
 from dalle2_jax.training.step import abstract_state, make_train_step, state_shardings
 
 pytestmark = pytest.mark.sharding
 
+SGD = Optimizer(*optax.sgd(0.1), optax.constant_schedule(0.1))
 FSDP, TENSOR, BOTH = MeshConfig(2, 4, 1), MeshConfig(4, 1, 2), MeshConfig(2, 2, 2)
 
 
@@ -155,7 +156,7 @@ def small_arrays_are_split(monkeypatch):
 def test_an_upsampled_map_is_never_gathered():
     """Its kernels are: XLA would gather the global batch on every device, four times as large as what it came from."""
     shapes = {"x": jax.ShapeDtypeStruct((1, 8, 8, 16), jnp.float32), "emb": jax.ShapeDtypeStruct((1, 64), jnp.float32)}
-    program = lowered(Upsampling(), shapes, optax.sgd(0.1)).compile().as_text()
+    program = lowered(Upsampling(), shapes, SGD).compile().as_text()
     gathered = [tuple(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]\S* all-gather\(", program)]
     assert (3, 3, 16, 16) in gathered
     assert not [shape for shape in gathered if ROWS in shape]
@@ -171,7 +172,7 @@ def test_a_train_step_constrains_each_upsampled_map(kind, in_block, maps):
     else:
         model = dataclasses.replace(stage.model, **levels)
     stage = dataclasses.replace(stage, model=model)
-    program = lowered(stage, testing.tiny_batch(1), optax.sgd(0.1)).as_text()
+    program = lowered(stage, testing.tiny_batch(1), SGD).as_text()
     constraints = re.findall(r"sharding_constraint \S+ <@mesh, \[(\{.*?\}).*\]> : tensor<(\d+)x", program)
     assert constraints == [('{"data", "fsdp"}', str(ROWS))] * 2 * maps
 
