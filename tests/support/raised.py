@@ -1,10 +1,15 @@
 """Checks of what an error is about: its fields, and the facts that its message mentions, however it is worded."""
 
+import errno
+import os
 import re
 from pathlib import Path
 
 MAX_PLAIN_WORDS = 3
 """Of a fact. More in a row are a sentence, which tests leave to whoever writes the message."""
+
+SYSTEM_REASONS = frozenset(map(os.strerror, errno.errorcode))
+"""What the operating system calls its errors; facts of any length."""
 
 
 def plain_words(text):
@@ -38,7 +43,8 @@ def mentions(*facts, **fields):
       ValueError: a fact is a sentence.
     """
     texts = [str(fact) for fact in facts]
-    if sentences := [text for text in texts if plain_words(text) > MAX_PLAIN_WORDS]:
+    sentences = [text for text in texts if plain_words(text) > MAX_PLAIN_WORDS and text not in SYSTEM_REASONS]
+    if sentences:
         raise ValueError(f"sentences instead of facts: {sentences}")
 
     def check(error):
