@@ -180,7 +180,7 @@ def test_compilation_cache(given, tmp_path, monkeypatch, cache_settings):
         ("x = 1", "get_config"),
         ("import sys; sys.exit(0)", "SystemExit: 0"),
         ("def get_config(which):\n    return which.lower", ""),
-        ("def get_config(which):\n    return 1 / 0", "ZeroDivisionError: division by zero"),
+        ("def get_config(which):\n    return 1 / 0", "ZeroDivisionError"),
         ("def get_config(which):\n    raise ValueError('one\\ntwo')", "ValueError: one"),
         ("def get_config():\n    return 1", "TypeError"),
         ("def get_config(which):\n    while True:\n        yield which", "10000 items"),

@@ -325,17 +325,17 @@ def unfinished(base, root):
 @pytest.mark.parametrize(
     ("what", "lora", "facts"),
     [
-        ("nowhere", None, ["config.init_from", "no system"]),
-        ("empty", None, ["config.init_from", "stage upsampler_1", "none"]),
-        ("clip alone", None, ["config.init_from", "stage upsampler_1", "only clip"]),
-        ("unfinished", None, ["stage upsampler_1", "0 of 9 steps"]),
-        ("mine", None, ["config.init_from", "--workdir"]),
+        ("nowhere", None, ["config.init_from", "no system", "nowhere"]),
+        ("empty", None, ["config.init_from", "empty", "stage upsampler_1", "none"]),
+        ("clip alone", None, ["config.init_from", "clip alone", "stage upsampler_1", "only clip"]),
+        ("unfinished", None, ["stage upsampler_1", "unfinished", "0 of 9 steps"]),
+        ("mine", None, ["config.init_from", "mine", "--workdir"]),
         ("true", None, ["config.init_from", True]),
         ("no base", {}, ["config.lora", "--config.init_from"]),
         ("base", {"rnk": 2}, ["config.lora", "'rnk'", "'rank'"]),
         ("base", {"rank": 0}, ["config.lora.rank", 1, 0]),
         ("base", {"targets": "attn"}, ["config.lora.targets", "tuple", "'attn'"]),
-        ("base", {}, ["config.lora.targets", "stage upsampler_1", r"'/conv_\d/kernel$'"]),
+        ("base", {}, ["config.lora.targets", "stage upsampler_1", r"'/conv_\\d/kernel$'"]),
     ],
 )
 def test_mistakes_are_answered_and_leave_no_trace(what, lora, facts, base, tmp_path):

@@ -56,7 +56,7 @@ def test_arrays_have_the_expected_type_or_are_rejected(case, tmp_path):
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.npy", _ARRAYS[case])
     for content in (file.getvalue(), file.getvalue()[:-5], b""):
-        with pytest.raises(ValueError, match=".+"):
+        with pytest.raises(ValueError, check=str):
             unpack_arrays(content, {"a": NUMBERS}, 2**20)
     (tmp_path / "a").rename(tmp_path / "img_emb_0.npy")
     if case not in ("another type", "another shape", "by columns"):
@@ -69,7 +69,7 @@ def test_a_small_archive_of_large_arrays_is_not_unpacked():
     np.savez_compressed(file, a=np.zeros(2**22, np.uint8))
     assert len(file.getvalue()) < 2**14
     assert len(unpack_arrays(file.getvalue(), {"a": BYTES}, 2**23)["a"]) == 2**22
-    with pytest.raises(ValueError, match="large"):
+    with pytest.raises(ValueError, check=mentions("large")):
         unpack_arrays(file.getvalue(), {"a": BYTES}, 2**20)
 
 

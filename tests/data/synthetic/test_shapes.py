@@ -131,5 +131,5 @@ def test_jitter_bounds_the_position_of_a_single_object():
     for scene in map(crowded.scene, range(200)):
         reach = EXTENT * radius_of(scene.objects[0].size, 1)
         assert all(reach < place < 1 - reach for place in (scene.objects[0].x, scene.objects[0].y))
-    with pytest.raises(UserError, match="jitter=0.3"):
+    with pytest.raises(UserError, check=mentions("shapes", "jitter=0.3", 0.2)):
         ShapesSource("train", 8, jitter=0.3)

@@ -239,7 +239,7 @@ def test_inspect_describes_the_required_clip(files, capsys):
     command("inspect", files[0])
     out = capsys.readouterr().out
     assert "LAION prior" in out and "stage prior" in out
-    assert "requires a CLIP of 24 dimensions (unit x 4.89898)" in out
+    assert "24 dimensions" in out and "unit x 4.89898" in out
 
 
 def test_diffusers_pipelines_do_not_support_the_prior(loaded_stages, tmp_path):
