@@ -305,7 +305,7 @@ def test_import_in_bfloat16(five, tmp_path):
 def test_a_clip_without_a_tokenizer_causes_a_warning(tmp_path):
     source = FIXTURES / "weights" / "clip_torchscript.pt"
     done = run_ok(weights, "import", "auto", source, tmp_path / "system")
-    assert f"warning: {source} has no tokenizer" in done.stderr
+    assert f"warning: {source}" in done.stderr and "tokenizer" in done.stderr
     assert loaded(tmp_path / "system")["clip"].tokenizer is None
 
 

@@ -354,7 +354,8 @@ def test_images_missing_from_metadata_are_reported_each_time(folder, cached_inde
     for _ in range(2):
         caplog.clear()
         records = FolderRecords(folder)
-        assert caplog.messages == [f"4 images in {folder} are not named in {name}, the first 2.png"]
+        [message] = caplog.messages
+        assert mentions("4 images", folder, name, "2.png")(message)
         assert records.rejections.counts.total() == 1  # a line is broken or has no caption
     (folder / name).unlink()
     caplog.clear()
