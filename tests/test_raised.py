@@ -14,13 +14,28 @@ MESSAGE = "config.optim.lr must be above 0 and at most 1.5, got -3 in /data/9.ta
 
 @pytest.mark.parametrize(
     "fact",
-    ["config.optim.lr", "lr", "optim", "0", "1.5", "-3", "/data/9.tar", "'beta_1'", "step 12", "at most"],
+    [
+        "config.optim.lr",
+        "lr",
+        "optim",
+        "0",
+        "1.5",
+        "-3",
+        "/data",
+        Path("/data/9.tar"),
+        "'beta_1'",
+        "step 12",
+        "at most",
+    ],
 )
 def test_whole_words_are_found(fact):
     assert is_mentioned(fact, MESSAGE)
 
 
-@pytest.mark.parametrize("fact", ["l", "opt", "1", "5", "3", "beta", "beta_", "step 1", "2", "'beta'", "data/9.ta"])
+@pytest.mark.parametrize(
+    "fact",
+    ["l", "opt", "1", "5", "3", "beta", "beta_", "step 1", "2", "'beta'", "data/9.ta", Path("/data"), Path("/data/9")],
+)
 def test_parts_of_words_and_numbers_are_not(fact):
     assert not is_mentioned(fact, MESSAGE)
 

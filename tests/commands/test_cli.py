@@ -111,7 +111,7 @@ def parser():
 @pytest.mark.parametrize(
     ("words", "facts"),
     [
-        ([], ["command", "python x.py --help"]),
+        ([], ["required", "command", "python x.py --help"]),
         (["og"], ["command", "'og'", "'go'"]),
         (["go", "--nun", "3"], ["--nun 3"]),
         (["go", "--num", "0"], ["--num", 1, 0, "python x.py go --help"]),
@@ -177,7 +177,7 @@ def test_compilation_cache(given, tmp_path, monkeypatch, cache_settings):
     [
         ("not a program", "SyntaxError"),
         (b"\xff\xfe", "SyntaxError"),
-        ("x = 1", "get_config"),
+        ("x = 1", "function get_config"),
         ("import sys; sys.exit(0)", "SystemExit: 0"),
         ("def get_config(which):\n    return which.lower", ""),
         ("def get_config(which):\n    return 1 / 0", "ZeroDivisionError"),

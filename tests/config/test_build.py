@@ -114,7 +114,7 @@ def test_guidance_is_what_the_config_says(clip):
         ("prior", {"diffusion__loss": "hybrid"}, "diffusion", ["'hybrid'", "learned variance"]),
         ("prior", {"diffusion__loss": "hybird"}, "diffusion", ["'hybird'", "'hybrid'"]),
         ("prior", {"diffusion__timesteps": "loss_moment"}, "diffusion", ["'loss_second_moment'"]),
-        ("decoder", {"diffusion__loss": "mse"}, "diffusion", ["'mse'", "'hybrid'"]),
+        ("decoder", {"diffusion__loss": "mse"}, "diffusion", ["'mse'", "use loss 'hybrid'"]),
         ("decoder", {"diffusion__variance": "fixed_small"}, "diffusion", ["'fixed_small'", "'learned_range'", "'mse'"]),
         (
             "decoder",

@@ -131,15 +131,15 @@ IMAGES = images(2)
         ({"image": 3, "caption": ["a"]}, ["data['image']", "int"]),
         ({"photo": IMAGES, "caption": ["a", "b"]}, ["no image", "photo, caption"]),
         ({"image": IMAGES}, ["no caption", "image"]),
-        ({}, ["no image"]),
+        ({}, ["no image", "nothing"]),
         ([], ["no examples"]),
         ([IMAGES[0]], ["data[0]", "mapping", "uint8[8, 8, 3]"]),
         ([{"image": IMAGES[0]}], ["no caption"]),
         (Dataset({"image": None, "caption": "a"}), ["data[0]['image']", "NoneType"]),
-        (IMAGES, ["data", "uint8[2, 8, 8, 3]"]),
-        (None, ["data", "NoneType"]),
-        (iter([]), ["data", "list_iterator"]),
-        (b"bytes", ["data", "bytes"]),
+        (IMAGES, ["path", "mapping", "uint8[2, 8, 8, 3]"]),
+        (None, ["path", "mapping", "NoneType"]),
+        (iter([]), ["path", "mapping", "list_iterator"]),
+        (b"bytes", ["path", "mapping", "bytes"]),
     ],
 )
 def test_invalid_data_raises_one_clear_error(data, facts):
@@ -149,11 +149,11 @@ def test_invalid_data_raises_one_clear_error(data, facts):
 
 def test_an_invalid_later_example_is_named_when_it_is_read():
     valid = {"image": IMAGES[0], "caption": "a"}
-    for wrong, fact in (
-        ({"image": IMAGES[0] / 255.0, "caption": "a"}, "data[1]['image']"),
-        ({"image": IMAGES[0], "caption": None}, "data[1]['caption']"),
-        ({"caption": "a"}, "data[1]"),
+    for wrong, facts in (
+        ({"image": IMAGES[0] / 255.0, "caption": "a"}, ["data[1]['image']"]),
+        ({"image": IMAGES[0], "caption": None}, ["data[1]['caption']"]),
+        ({"caption": "a"}, ["data[1]", "'image'", "data[0]"]),
     ):
         source = as_source(Dataset(valid, wrong), 8)
-        with pytest.raises(DataError, check=mentions(fact)):
+        with pytest.raises(DataError, check=mentions(*facts)):
             source.fetch([0, 1])

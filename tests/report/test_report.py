@@ -168,10 +168,10 @@ def test_no_link_is_followed_to_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("make", "fact"),
     [
-        (lambda root: None, "no folder"),
-        (lambda root: root.mkdir(), "no system"),
+        (lambda root: None, "runs/demo"),
+        (lambda root: root.mkdir(), "experiment.json"),
         (lambda root: write_stage(root.parent, root.name), "a stage"),
-        (lambda root: root.write_text("a file"), "no folder"),
+        (lambda root: root.write_text("a file"), "runs/demo"),
     ],
 )
 def test_what_is_no_system_is_one_error(tmp_path, make, fact, capsys):

@@ -41,7 +41,7 @@ def test_given_pairs_are_taken_as_they_are(degradation):
 
 def test_pairs_of_other_sizes_are_rejected():
     for side, small in ((16, 4), (8, 8)):
-        with pytest.raises(UserError, check=mentions("upsampler_1", "8 pixels", 4, side, small)):
+        with pytest.raises(UserError, check=mentions("upsampler_1", "8 pixels", f"{side} made of {small}")):
             PLAIN.example({}, rng.root(0), pairs(side, small))
 
 

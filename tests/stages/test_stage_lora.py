@@ -226,7 +226,7 @@ def test_default_targets():
     ("kind", "fields", "facts"),
     [
         ("prior", {"rank": 0}, ["rank 0", 1]),
-        ("prior", {"targets": ()}, ["targets", "no kernel"]),
+        ("prior", {"targets": ()}, ["targets", "MLP kernels"]),
         ("prior", {"targets": ("(",)}, ["'('", "regular expression"]),
         ("prior", {"targets": ("blocks/fcc/",)}, ["stage prior", "'blocks/fcc/'", "time_mlp/fc_1/kernel"]),
         ("prior", {"targets": (TARGETS[0], "fcc")}, ["stage prior", "'fcc'"]),

@@ -53,7 +53,7 @@ def test_a_stage_samples_from_pure_noise(prediction):
         ({"resolution_shift": 0.0}, ["resolution_shift", 0.0]),
         ({"num_steps": 0}, ["noise schedule", 1, 0]),
         ({"timesteps": "importance"}, ["timesteps", "'importance'", "uniform"]),
-        ({"variance": "learned_range"}, ["'mse'", "'learned_range'", "'hybrid'"]),
+        ({"variance": "learned_range"}, ["'mse'", "'learned_range'", "use loss 'hybrid'"]),
         ({"loss": "hybrid"}, ["'hybrid'", "'fixed_small'", "'learned_range'", "'mse'"]),
     ],
 )

@@ -22,14 +22,20 @@ def plain_words(text):
 
 
 def is_mentioned(fact, message):
-    """Returns whether a fact is in a message as whole words: 5 is not in "15", "0.5" or "-5", nor eta in "beta"."""
-    before = r"(?<!\w)" if re.match(r"\w", fact) else ""
-    after = r"(?!\w)" if re.search(r"\w$", fact) else ""
-    if re.match(r"\d", fact):
+    """Returns whether a fact is in a message as whole words.
+
+    5 is not in "15", "0.5" or "-5", eta not in "beta", and Path("runs/a") not in "runs/a/b" or "runs/a.txt".
+    """
+    text = str(fact)
+    before = r"(?<!\w)" if re.match(r"\w", text) else ""
+    after = r"(?!\w)" if re.search(r"\w$", text) else ""
+    if re.match(r"\d|(inf|nan)$", text):
         before += r"(?<!\d\.)(?<!\s-)"
-    if re.search(r"\d$", fact):
+    if re.search(r"\d$", text):
         after += r"(?!\.\d)"
-    return re.search(before + re.escape(fact) + after, message) is not None
+    if isinstance(fact, Path):
+        after += r"(?!/|\.\w)"
+    return re.search(before + re.escape(text) + after, message) is not None
 
 
 def mentions(*facts, **fields):
@@ -37,12 +43,12 @@ def mentions(*facts, **fields):
 
     Args:
       facts: names of fields, options, files and stages, numbers, values that the user gave, what to use instead.
-      fields: values of the error's attributes, by name; a path equals its text.
+      fields: values of the error's attributes, by name; a Path equals its text.
 
     Raises:
       ValueError: a fact is a sentence.
     """
-    texts = [str(fact) for fact in facts]
+    texts = [str(fact) for fact in facts if not isinstance(fact, Path)]
     sentences = [text for text in texts if plain_words(text) > MAX_PLAIN_WORDS and text not in SYSTEM_REASONS]
     if sentences:
         raise ValueError(f"sentences instead of facts: {sentences}")
@@ -50,7 +56,7 @@ def mentions(*facts, **fields):
     def check(error):
         message = str(error).strip()
         assert "\n" not in message, f"more than one line: {message!r}"
-        lost = [text for text in texts if not is_mentioned(text, message)]
+        lost = [str(fact) for fact in facts if not is_mentioned(fact, message)]
         assert not lost, f"not mentioned: {lost} in {message!r}"
         for name, value in fields.items():
             found = getattr(error, name)

@@ -81,7 +81,7 @@ def test_pickled_and_saved_copies_are_equal(tokenizer, tmp_path):
 
 
 def test_invalid_arguments_raise_user_errors(tokenizer, tmp_path):
-    with pytest.raises(UserError, check=mentions(tmp_path, "tokenizer.json")):
+    with pytest.raises(UserError, check=mentions(tmp_path, "tokenizer.json", "missing")):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, check=mentions(tmp_path / "none.model")):
         load_tokenizer(tmp_path / "none.model")

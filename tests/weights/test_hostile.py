@@ -179,7 +179,7 @@ def test_a_listed_scheduler_may_not_be_missing(tmp_path):
     (tmp_path / "karlo" / "prior_scheduler" / "scheduler_config.json").unlink()
     assert mentions("prior_scheduler/scheduler_config.json")(inspected(tmp_path / "karlo"))
     shutil.rmtree(tmp_path / "karlo" / "prior_scheduler")
-    assert mentions(tmp_path / "karlo", "prior_scheduler")(inspected(tmp_path / "karlo"))
+    assert mentions(tmp_path / "karlo", "lacks prior_scheduler")(inspected(tmp_path / "karlo"))
 
 
 def test_statistics_that_were_never_estimated_are_rejected(tmp_path):

@@ -96,7 +96,7 @@ INTO_NEW = {
     "no decoder": lambda five, to: ([without(to, "decoder")], [to / "karlo", "lacks decoder"]),
     "no weights": lambda five, to: (
         [without(to, "diffusion_pytorch_model.safetensors")],
-        ["prior", "diffusion_pytorch_model.safetensors"],
+        [to / "karlo/prior", "no weights", "diffusion_pytorch_model.safetensors"],
     ),
     "no CLIP": lambda five, to: (
         [part(five, "decoder")],
@@ -172,9 +172,9 @@ def test_a_folder_that_cannot_be_written(five, system, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     clip = part(five, "ViT-L-14.")
     done = run(weights, "import", "auto", clip, tmp_path / "file" / "system")
-    assert_error(done, tmp_path / "file", "cannot be written", "another folder")
+    assert_error(done, tmp_path / "file" / "system", "cannot be written", "another folder")
     done = run(weights, "export", "hf_clip", system, tmp_path / "file" / "out")
-    assert_error(done, tmp_path / "file", "cannot be written", "another folder")
+    assert_error(done, tmp_path / "file" / "out", "cannot be written", "another folder")
 
 
 def test_systems_that_cannot_be_exported(system, tmp_path):
@@ -204,7 +204,7 @@ def test_a_full_disk(runner, five, tmp_path):
     limit += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     done = runner.run("-c", limit, *words(five, tmp_path / "new"))
     done.stderr = done.stderr[done.stderr.find("error: ") :]
-    assert_one_line(done, 1, tmp_path / "new", os.strerror(errno.EFBIG))
+    assert_one_line(done, 1, str(tmp_path / "new"), os.strerror(errno.EFBIG))
     assert not listing(tmp_path)
 
 

@@ -82,7 +82,7 @@ def test_npm_fetches_a_package(tmp_path, monkeypatch):
 def test_without_npm_the_error_names_the_alternative(tmp_path, monkeypatch):
     package = register(monkeypatch, "captions", tmp_path, tgz(CONTENTS))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, check=mentions("npm", "tiny-captions-1.0.0.tgz", "--from")):
+    with pytest.raises(UserError, check=mentions("npm", "Node.js", "tiny-captions-1.0.0.tgz", "--from")):
         open_package(package, None, is_any)
 
 

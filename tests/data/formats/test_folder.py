@@ -259,8 +259,8 @@ def test_a_rejected_image_is_not_read_again(folder, monkeypatch):
     [
         ('{"file_name": "0.png", "text"', "broken metadata", "not JSON"),
         ("[" * 100_000, "broken metadata", "not JSON"),
-        ('{"file_name": "0.png"}', "broken metadata", "text"),
-        ('{"text": "a"}', "broken metadata", "file_name"),
+        ('{"file_name": "0.png"}', "broken metadata", "text is missing"),
+        ('{"text": "a"}', "broken metadata", "file_name is missing"),
         ('{"file_name": 3, "text": "a"}', "broken metadata", "file_name"),
         ('{"file_name": "0.png", "text": 3}', "broken metadata", "text"),
         ('["0.png", "a"]', "broken metadata", "object"),

@@ -209,7 +209,7 @@ def test_a_clip_of_another_contract_is_rejected(files, tmp_path):
     """A CLIP that was imported without the prior has raw embeddings; nothing is written."""
     prior, clip = files
     command("import", "auto", clip, tmp_path)
-    with pytest.raises(WeightsError, check=mentions("unit x 4.89898", "raw x 1", path=prior)):
+    with pytest.raises(WeightsError, check=mentions("LAION prior", "unit x 4.89898", "raw x 1", path=prior)):
         command("import", "laion", prior, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["clip"]
 

@@ -75,7 +75,7 @@ UNSUPPORTED = {
     # shapes by name: what the message mentions
     "AlexNet": (
         {"features.0.weight": (64, 3, 11, 11), "features.10.weight": (256, 256, 3, 3)},
-        ["AlexNet", "alex.pth"],
+        ["an AlexNet", "alex.pth"],
     ),
     "heads": ({"lin0.model.1.weight": (1, 64, 1, 1)}, ["heads of LPIPS", "alex.pth", "vgg.pth"]),
     "SqueezeNet": ({"lin0.model.1.weight": (1, 64, 1, 1), "lin5.model.1.weight": (1, 9, 1, 1)}, ["SqueezeNet"]),
@@ -85,7 +85,7 @@ UNSUPPORTED = {
     ),
     "DINOv2 with registers": (
         {"cls_token": (1, 1, 384), "blocks.0.ls1.gamma": (384,), "register_tokens": (1, 4, 384)},
-        ["DINOv2", "registers"],
+        ["DINOv2 with registers"],
     ),
     "DINOv2 ViT-L": ({"cls_token": (1, 1, 1024), "blocks.0.ls1.gamma": (1024,)}, ["DINOv2", "width 1024"]),
 }
