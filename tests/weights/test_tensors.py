@@ -3,6 +3,7 @@
 import builtins
 import importlib.util
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -315,8 +316,6 @@ class Call:
         self.command = command
 
     def __reduce__(self):
-        import os
-
         return os.system, (self.command,)
 
 
