@@ -143,7 +143,7 @@ def test_analytic_samples_take_the_moments_of_the_stage():
     np.testing.assert_array_equal(samples(analytic, NoiseStatistics((1.0,) * 100, 1.0)), samples(config))
     assert np.abs(samples(analytic, NoiseStatistics((0.2,) * 100, 1.0)) - samples(config)).max() > 1e-2
     Probe(noise_statistics=NoiseStatistics((1.0,) * 100, 1.0)).check_sampling(analytic)
-    with pytest.raises(UserError, check=mentions("50 timesteps", "dalle2 evaluate noise_statistics")):
+    with pytest.raises(UserError, check=mentions("50 timesteps", "noise_statistics")):
         Probe(noise_statistics=NoiseStatistics((1.0,) * 50, 1.0)).check_sampling(analytic)
 
 

@@ -197,7 +197,7 @@ def test_unknown_variance_offers_the_nearest():
 
 
 def test_the_analytic_variance_needs_moments():
-    with pytest.raises(UserError, check=mentions("'analytic'", "dalle2 evaluate noise_statistics")):
+    with pytest.raises(UserError, check=mentions("'analytic'", "noise_statistics")):
         Ddpm("analytic")
 
 

@@ -143,7 +143,7 @@ def test_pure_noise_leaves_all_of_the_spread(of_pure_noise):
 
 
 def test_moments_of_another_schedule_are_rejected():
-    with pytest.raises(UserError, check=mentions("noise statistics", 100, "dalle2 evaluate noise_statistics")):
+    with pytest.raises(UserError, check=mentions("noise statistics", 100, "noise_statistics")):
         variance.analytic(COSINE, NoiseStatistics((0.5,) * 100, 1.0))
 
 
