@@ -3,7 +3,7 @@
 | function | source | distance of |
 | --- | --- | --- |
 | `frechet_distance` | Heusel et al. 2017 | two sets, as Gaussians; FID over Inception's features |
-| `kid`, `cmmd` | Binkowski et al. 2018, Jayasumana et al. 2024 | two sets, without an assumption on their distribution |
+| `kid`, `cmmd` | Binkowski et al. 2018, Jayasumana et al. 2024 | two sets, of any distribution |
 | `inception_score` | Salimans et al. 2016 | none: classes of one set |
 | `precision_recall`, `density_coverage` | Kynkaanniemi et al. 2019, Naeem et al. 2020 | two sets, as manifolds |
 | `clip_score`, `clip_s` | Radford et al. 2021, Hessel et al. 2021 | an image and its caption |
@@ -26,7 +26,7 @@ from dalle2_jax.evaluation.distances.manifold import (
     density_coverage,
     precision_recall,
 )
-from dalle2_jax.evaluation.distances.moments import Moments, Statistics
+from dalle2_jax.evaluation.distances.moments import Moments, Origin, Statistics
 from dalle2_jax.evaluation.distances.neighbors import Neighbors, nearest, rerank
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "DensityCoverage",
     "Moments",
     "Neighbors",
+    "Origin",
     "PrecisionRecall",
     "Statistics",
     "check_count",

@@ -8,7 +8,7 @@ For C_a = L L^T the eigenvalues of C_a C_b are those of the symmetric L^T C_b L,
 
     tr (C_a C_b)^(1/2) = sum_i sqrt(eig_i(L^T C_b L)) = sum_i sv_i(L^T M),   C_b = M M^T      (2)
 
-The first form is fast, and the second exact for singular covariances too.
+The first form is fast; the second is accurate for singular covariances too.
 
 Over the features of FID's Inception it is FID. Estimated from finite sets it is biased upward by O(1/n) (Binkowski et
 al. 2018, section 4), so that only figures of equal n compare.
@@ -79,8 +79,7 @@ def frechet_interval(
       DataError: the features are not finite, or of another network than ``reference``.
     """
     values = blocks.checked(features, at_least=2)
-    names = {name: getattr(reference, name) for name in ("network", "fingerprint", "preparation")}
-    statistics = Statistics.of(values, **names)
+    statistics = Statistics.of(values, reference.origin)
     variance = _variance(values, statistics, reference)
     if reference_features is not None:
         variance += _variance(blocks.checked(reference_features, at_least=2), reference, statistics)

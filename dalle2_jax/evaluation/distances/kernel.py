@@ -132,16 +132,12 @@ def cmmd_interval(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> i
       DataError: as `cmmd`.
     """
     a, b = blocks.checked_pair(a, b, ("embeddings", "embeddings of the other set"), at_least=2)
-    means = {
-        (first, second): _weighted(_gaussian, x, y, np.full((len(y), 1), 1 / len(y)))[:, 0]
-        for first, x in (("a", a), ("b", b))
-        for second, y in (("a", a), ("b", b))
-    }
-    # The means of eq. (1) without i = j, where k is 1 for embeddings of unit norm.
-    own = [(means[name, name].mean() * n - 1) / (n - 1) for name, n in (("a", len(a)), ("b", len(b)))]
-    value = own[0] + own[1] - 2 * means["a", "b"].mean()
-    variance = np.var(2 * (means["a", "a"] - means["a", "b"]), ddof=1) / len(a)
-    variance += np.var(2 * (means["b", "b"] - means["b", "a"]), ddof=1) / len(b)
+    to_a, to_b = np.full((len(a), 1), 1 / len(a)), np.full((len(b), 1), 1 / len(b))
+    a_to_b, b_to_a = _weighted(_gaussian, a, b, to_b)[:, 0], _weighted(_gaussian, b, a, to_a)[:, 0]
+    in_a = _weighted(_gaussian, a, a, to_a, others=True)[:, 0] * len(a) / (len(a) - 1)
+    in_b = _weighted(_gaussian, b, b, to_b, others=True)[:, 0] * len(b) / (len(b) - 1)
+    value = in_a.mean() + in_b.mean() - 2 * a_to_b.mean()
+    variance = 4 * (np.var(in_a - a_to_b, ddof=1) / len(a) + np.var(in_b - b_to_a, ddof=1) / len(b))
     return intervals.normal(_SCALE * float(value), _SCALE * float(variance) ** 0.5)
 
 
@@ -156,23 +152,31 @@ def _mmd(
     result = np.zeros(in_a.shape[1])
     for features, chosen in ((a, in_a), (b, in_b)):
         n = chosen.sum(axis=0)
-        equal = np.concatenate([_diagonal(kernel, block) for _, block in blocks.rows(features)])
-        sums = (chosen * _weighted(kernel, features, features, chosen)).sum(axis=0) - equal @ chosen
-        result += sums / (n * (n - 1))
+        result += (chosen * _weighted(kernel, features, features, chosen, others=True)).sum(axis=0) / (n * (n - 1))
     return result - 2 * (in_a * _weighted(kernel, a, b, in_b)).sum(axis=0) / (in_a.sum(axis=0) * in_b.sum(axis=0))
 
 
-def _diagonal(kernel: Kernel, block: Float64[np.ndarray, "B D"]) -> Float64[np.ndarray, "B"]:
-    """Returns k(x, x) of each row."""
-    return np.array([kernel(row[None], row[None])[0, 0] for row in block])
-
-
 def _weighted(
-    kernel: Kernel, a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"], weights: Float64[np.ndarray, "M S"]
+    kernel: Kernel,
+    a: Float[np.ndarray, "N D"],
+    b: Float[np.ndarray, "M D"],
+    weights: Float64[np.ndarray, "M S"],
+    others: bool = False,
 ) -> Float64[np.ndarray, "N S"]:
-    """Returns the product of the kernel matrix [N, M] and weights, one block of the matrix at a time."""
+    """Returns the product of the kernel matrix [N, M] and weights, one block of the matrix at a time.
+
+    Args:
+      kernel: the kernel.
+      a: features.
+      b: features.
+      weights: one column a sum.
+      others: whether ``a`` and ``b`` are one set, of which the pairs i = j do not count.
+    """
     result = np.zeros((len(a), weights.shape[1]))
     for rows, x in blocks.rows(a):
         for columns, y in blocks.rows(b):
-            result[rows] += kernel(x, y) @ weights[columns]
+            matrix = kernel(x, y)
+            if others and rows == columns:
+                np.fill_diagonal(matrix, 0.0)
+            result[rows] += matrix @ weights[columns]
     return result

@@ -3,7 +3,7 @@
     moments = Moments()
     for batch in batches:
         moments.update(features.extract(network, batch))
-    statistics = moments.statistics(network="inception", fingerprint=network.fingerprint, data="coco-val")
+    statistics = moments.statistics(Origin(network.name, network.fingerprint, data="COCO val"))
     statistics.save("coco.npz")
 
 The file is an archive of NumPy arrays without compression: ``mu`` and ``sigma`` as pytorch-fid names them, which reads
@@ -69,33 +69,29 @@ class Statistics:
         return len(self.mean)
 
     @classmethod
-    def of(cls, features: Float[np.ndarray, "N D"], **description: str) -> "Statistics":
+    def of(cls, features: Float[np.ndarray, "N D"], origin: Origin = Origin()) -> "Statistics":
         """Returns the statistics of features that are in memory.
 
         Args:
           features: of at least two images.
-          **description: ``network``, ``fingerprint``, ``preparation`` and ``data``.
+          origin: where the features come from.
 
         Raises:
           DataError: as `Moments.update` and `Moments.statistics`.
         """
         moments = Moments()
         moments.update(features)
-        return moments.statistics(**description)
+        return moments.statistics(origin)
 
     def check_same(self, other: "Statistics") -> None:
-        """Checks that statistics of another data set are comparable: of the same network and preparation.
+        """Checks that statistics of another data set are comparable.
 
         Raises:
-          DataError: a field differs; the message names it.
+          DataError: as `Origin.check_same`, or the numbers of features differ.
         """
-        for field in ("dim", "network", "fingerprint", "preparation"):
-            mine, theirs = getattr(self, field), getattr(other, field)
-            if mine != theirs:
-                raise DataError(
-                    f"statistics are not comparable: {field} is {shown(mine)} for one, {shown(theirs)} for the other. "
-                    "Compute both with one network and preparation."
-                )
+        self.origin.check_same(other.origin)
+        if self.dim != other.dim:
+            raise DataError(f"statistics are not comparable: one has {self.dim} features, the other {other.dim}")
 
     def save(self, path: str | Path) -> None:
         """Writes the file, complete or not at all.
@@ -103,8 +99,7 @@ class Statistics:
         Raises:
           OSError: it cannot be written.
         """
-        names = ("n", "network", "fingerprint", "preparation", "data")
-        description = json.dumps({name: getattr(self, name) for name in names}, indent=1)
+        description = json.dumps({"n": self.n, **dataclasses.asdict(self.origin)}, indent=1)
         content = io.BytesIO()
         with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
             for name, array in ((_MEAN, self.mean), (_COVARIANCE, self.covariance)):
@@ -115,17 +110,21 @@ class Statistics:
         write_atomically(path, content.getvalue())
 
     @classmethod
-    def load(cls, path: str | Path) -> "Statistics":
+    def load(cls, path: str | Path, origin: Origin | None = None) -> "Statistics":
         """Reads a file that `save` wrote.
 
+        Args:
+          path: of the file.
+          origin: of the features that are to be compared with it; None for any.
+
         Raises:
-          DataError: there is no such file, it is damaged, or it is not such a file.
+          DataError: there is no such file, it is damaged, it is not such a file, or its origin is not comparable.
         """
         path = Path(path)
         limit = MAX_DIM * (MAX_DIM + 1) * 8 + 100_000
         try:
             with open_regular(path, limit) as file, zipfile.ZipFile(file) as archive:
-                description = _description(archive)
+                n, found = _description(archive)
                 mean = _array(archive, _MEAN, 1)
                 covariance = _array(archive, _COVARIANCE, 2)
         except FileNotFoundError:
@@ -135,7 +134,9 @@ class Statistics:
             raise DataError(f"{path} holds no statistics that this package wrote ({reason})", path) from error
         if covariance.shape != (len(mean), len(mean)):
             raise DataError(f"{path} has a mean of {len(mean)} and a covariance of {covariance.shape}", path)
-        return cls(mean, covariance, **description)
+        if origin is not None:
+            found.check_same(origin, path)
+        return cls(mean, covariance, n, found)
 
 
 class Moments:
@@ -146,8 +147,8 @@ class Moments:
 
     def __init__(self) -> None:
         self._n = 0
-        self._mean: Float64[np.ndarray, "D"] = np.zeros(0)
-        self._scatter: Float64[np.ndarray, "D D"] = np.zeros((0, 0))
+        self._mean = np.zeros(0)
+        self._scatter = np.zeros((0, 0))
 
     def update(self, features: Float[np.ndarray, "B D"]) -> None:
         """Adds the features of a batch of images.
@@ -174,34 +175,34 @@ class Moments:
         self._mean = self._mean + shift * (len(block) / total)
         self._n = total
 
-    def statistics(self, **description: str) -> Statistics:
+    def statistics(self, origin: Origin = Origin()) -> Statistics:
         """Returns the mean and covariance of all features so far.
 
         Args:
-          **description: ``network``, ``fingerprint``, ``preparation`` and ``data`` of `Statistics`.
+          origin: where the features come from.
 
         Raises:
           DataError: there were fewer than two images.
         """
         if self._n < 2:
             raise DataError(f"a covariance needs at least 2 images, got {self._n}")
-        return Statistics(self._mean.copy(), self._scatter / (self._n - 1), self._n, **description)
+        return Statistics(self._mean.copy(), self._scatter / (self._n - 1), self._n, origin)
 
 
-def _description(archive: zipfile.ZipFile) -> dict[str, Any]:
-    """Returns the fields of `Statistics` that are not arrays. Raises ValueError, KeyError or zipfile's errors."""
+def _description(archive: zipfile.ZipFile) -> tuple[int, Origin]:
+    """Returns n and the origin. Raises ValueError, KeyError or zipfile's errors."""
     if len(archive.infolist()) != 3:
         raise ValueError("it has not three members")
     found = parse_json(_content(archive, _DESCRIPTION, _MAX_DESCRIPTION))
     if not isinstance(found, dict):
         raise ValueError("the description is no object")
-    texts = {name: found[name] for name in ("network", "fingerprint", "preparation", "data")}
-    if not all(isinstance(text, str) for text in texts.values()):
+    texts = [found[field.name] for field in dataclasses.fields(Origin)]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError("the description has a field that is no text")
     n = found["n"]
     if type(n) is not int or n < 2:
         raise ValueError(f"n is {shown(n)}")
-    return {**texts, "n": n}
+    return n, Origin(*texts)
 
 
 def _array(archive: zipfile.ZipFile, name: str, ndim: int) -> Float64[np.ndarray, "..."]:
