@@ -1,0 +1,230 @@
+"""Mean and covariance of features, computed from a stream, and the small file that holds them.
+
+    moments = Moments()
+    for batch in batches:
+        moments.update(features.extract(network, batch))
+    statistics = moments.statistics(Origin(network.name, network.fingerprint, data="COCO val"))
+    statistics.save("coco.npz")
+
+The file is an archive of NumPy arrays without compression: ``mu`` and ``sigma`` as pytorch-fid names them, which reads
+the file too, and ``description.json``. Nothing is unpickled, and no more is read than the size of the file.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float64
+
+from dalle2_jax.errors import DataError, shown
+from dalle2_jax.evaluation.distances import blocks
+from dalle2_jax.files import write_atomically
+from dalle2_jax.reading import open_regular, parse_json
+
+MAX_DIM = 16_384
+"""Maximum number of features in a file of statistics, whose covariance then has 2 GiB."""
+
+_MEAN, _COVARIANCE, _DESCRIPTION = "mu.npy", "sigma.npy", "description.json"
+_MAX_DESCRIPTION = 10_000
+_DAMAGE = (zipfile.BadZipFile, ValueError, KeyError, TypeError, NotImplementedError, struct.error, EOFError, OSError)
+"""Exceptions that zipfile, json and NumPy raise for damaged or foreign files."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Statistics:
+    """Mean and covariance of the features of a data set.
+
+    Attributes:
+      mean: float64[D].
+      covariance: float64[D, D], with divisor n - 1.
+      n: number of images.
+      network: name of the feature network, as in "inception".
+      fingerprint: hash of the network's weights.
+      preparation: how images were prepared, as in "center crop, 256x256".
+      data: digest or name of the data set.
+    """
+
+    mean: Float64[np.ndarray, "D"]
+    covariance: Float64[np.ndarray, "D D"]
+    n: int
+    network: str = ""
+    fingerprint: str = ""
+    preparation: str = ""
+    data: str = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"Statistics({self.dim} features of {self.network or 'a network'}, {self.n} images of {self.data or '?'})"
+        )
+
+    @property
+    def dim(self) -> int:
+        """The number of features D."""
+        return len(self.mean)
+
+    @classmethod
+    def of(cls, features: Float[np.ndarray, "N D"], origin: Origin = Origin()) -> "Statistics":
+        """Returns the statistics of features that are in memory.
+
+        Args:
+          features: of at least two images.
+          origin: where the features come from.
+
+        Raises:
+          DataError: as `Moments.update` and `Moments.statistics`.
+        """
+        moments = Moments()
+        moments.update(features)
+        return moments.statistics(origin)
+
+    def check_same(self, other: "Statistics") -> None:
+        """Checks that statistics of another data set are comparable.
+
+        Raises:
+          DataError: as `Origin.check_same`, or the numbers of features differ.
+        """
+        self.origin.check_same(other.origin)
+        if self.dim != other.dim:
+            raise DataError(f"statistics are not comparable: one has {self.dim} features, the other {other.dim}")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file, complete or not at all.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        description = json.dumps({"n": self.n, **dataclasses.asdict(self.origin)}, indent=1)
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+            for name, array in ((_MEAN, self.mean), (_COVARIANCE, self.covariance)):
+                member = io.BytesIO()
+                np.lib.format.write_array(member, np.ascontiguousarray(array, "<f8"), allow_pickle=False)
+                archive.writestr(zipfile.ZipInfo(name), member.getvalue())  # ZipInfo without a date: the same bytes
+            archive.writestr(zipfile.ZipInfo(_DESCRIPTION), description)
+        write_atomically(path, content.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path, origin: Origin | None = None) -> "Statistics":
+        """Reads a file that `save` wrote.
+
+        Args:
+          path: of the file.
+          origin: of the features that are to be compared with it; None for any.
+
+        Raises:
+          DataError: there is no such file, it is damaged, it is not such a file, or its origin is not comparable.
+        """
+        path = Path(path)
+        limit = MAX_DIM * (MAX_DIM + 1) * 8 + 100_000
+        try:
+            with open_regular(path, limit) as file, zipfile.ZipFile(file) as archive:
+                n, found = _description(archive)
+                mean = _array(archive, _MEAN, 1)
+                covariance = _array(archive, _COVARIANCE, 2)
+        except FileNotFoundError:
+            raise DataError(f"there is no file {path}", path) from None
+        except _DAMAGE as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{path} holds no statistics that this package wrote ({reason})", path) from error
+        if covariance.shape != (len(mean), len(mean)):
+            raise DataError(f"{path} has a mean of {len(mean)} and a covariance of {covariance.shape}", path)
+        if origin is not None:
+            found.check_same(origin, path)
+        return cls(mean, covariance, n, found)
+
+
+class Moments:
+    """Accumulates mean and covariance of features batch by batch (Chan, Golub & LeVeque 1979, eq. 1.5).
+
+    Holds one matrix [D, D] and no features. The error is that of float64 for features far from zero too.
+    """
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._mean = np.zeros(0)
+        self._scatter = np.zeros((0, 0))
+
+    def update(self, features: Float[np.ndarray, "B D"]) -> None:
+        """Adds the features of a batch of images.
+
+        Raises:
+          DataError: they are no matrix, have NaN or infinity, or another number of columns than those before.
+        """
+        values = blocks.checked(features, at_least=0)
+        if not self._n:
+            self._mean, self._scatter = np.zeros(values.shape[1]), np.zeros((values.shape[1],) * 2)
+        if values.shape[1] != len(self._mean):
+            raise DataError(f"a batch has {values.shape[1]} features an image, those before {len(self._mean)}")
+        for _, block in blocks.rows(values):
+            self._add(block)
+
+    def _add(self, block: Float64[np.ndarray, "B D"]) -> None:
+        total = self._n + len(block)
+        mean = block.mean(axis=0)
+        shift = mean - self._mean
+        # The rank-one term n m / (n + m) shift shift^T is a further row of the centred block.
+        between = math.sqrt(self._n * len(block) / total) * shift
+        centred = np.concatenate([block - mean, between[None]])
+        self._scatter += centred.T @ centred
+        self._mean = self._mean + shift * (len(block) / total)
+        self._n = total
+
+    def statistics(self, origin: Origin = Origin()) -> Statistics:
+        """Returns the mean and covariance of all features so far.
+
+        Args:
+          origin: where the features come from.
+
+        Raises:
+          DataError: there were fewer than two images.
+        """
+        if self._n < 2:
+            raise DataError(f"a covariance needs at least 2 images, got {self._n}")
+        return Statistics(self._mean.copy(), self._scatter / (self._n - 1), self._n, origin)
+
+
+def _description(archive: zipfile.ZipFile) -> tuple[int, Origin]:
+    """Returns n and the origin. Raises ValueError, KeyError or zipfile's errors."""
+    if len(archive.infolist()) != 3:
+        raise ValueError("it has not three members")
+    found = parse_json(_content(archive, _DESCRIPTION, _MAX_DESCRIPTION))
+    if not isinstance(found, dict):
+        raise ValueError("the description is no object")
+    texts = [found[field.name] for field in dataclasses.fields(Origin)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("the description has a field that is no text")
+    n = found["n"]
+    if type(n) is not int or n < 2:
+        raise ValueError(f"n is {shown(n)}")
+    return n, Origin(*texts)
+
+
+def _array(archive: zipfile.ZipFile, name: str, ndim: int) -> Float64[np.ndarray, "..."]:
+    """Returns an array of finite float64. Raises ValueError, KeyError or zipfile's errors."""
+    content = _content(archive, name, MAX_DIM * MAX_DIM * 8 + 1000)
+    stream = io.BytesIO(content)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError(f"{name} is of another version")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype != np.dtype("<f8") or fortran or len(shape) != ndim or not all(1 <= size <= MAX_DIM for size in shape):
+        raise ValueError(f"{name} is {dtype}{list(shape)}")
+    if len(content) - stream.tell() != 8 * math.prod(shape):
+        raise ValueError(f"{name} has not the size of its shape")
+    values = np.frombuffer(content, "<f8", offset=stream.tell()).reshape(shape).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} has NaN or infinity")
+    return values
+
+
+def _content(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """Returns the content of a member that is not compressed, so that no small file expands to a large one."""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size > limit:
+        raise ValueError(f"{name} is compressed or too large")
+    return archive.read(member)
