@@ -17,7 +17,6 @@ import math
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float64
@@ -36,6 +35,43 @@ _DAMAGE = (zipfile.BadZipFile, ValueError, KeyError, TypeError, NotImplementedEr
 """Exceptions that zipfile, json and NumPy raise for damaged or foreign files."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where features come from. Statistics compare if all but ``data`` are equal.
+
+    Attributes:
+      network: name of the feature network, as in "inception".
+      fingerprint: hash of the network's weights.
+      preparation: how images were prepared before the network, as in "center crop, 256x256".
+      data: name or digest of the data set.
+    """
+
+    network: str = ""
+    fingerprint: str = ""
+    preparation: str = ""
+    data: str = ""
+
+    def check_same(self, other: "Origin", path: Path | None = None) -> None:
+        """Checks that features of another data set are comparable.
+
+        Args:
+          other: their origin.
+          path: the file with this origin, for the message.
+
+        Raises:
+          DataError: the network, its weights or the preparation differ; the message names the field.
+        """
+        where = "one set of statistics" if path is None else str(path)
+        for field in ("network", "fingerprint", "preparation"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                raise DataError(
+                    f"statistics are not comparable: {field} is {shown(mine)} in {where}, and {shown(theirs)} for the "
+                    "other images. Compute both with one network and preparation.",
+                    path,
+                )
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Statistics:
     """Mean and covariance of the features of a data set.
@@ -44,24 +80,16 @@ class Statistics:
       mean: float64[D].
       covariance: float64[D, D], with divisor n - 1.
       n: number of images.
-      network: name of the feature network, as in "inception".
-      fingerprint: hash of the network's weights.
-      preparation: how images were prepared, as in "center crop, 256x256".
-      data: digest or name of the data set.
+      origin: where the features come from.
     """
 
     mean: Float64[np.ndarray, "D"]
     covariance: Float64[np.ndarray, "D D"]
     n: int
-    network: str = ""
-    fingerprint: str = ""
-    preparation: str = ""
-    data: str = ""
+    origin: Origin = Origin()
 
     def __repr__(self) -> str:
-        return (
-            f"Statistics({self.dim} features of {self.network or 'a network'}, {self.n} images of {self.data or '?'})"
-        )
+        return f"Statistics({self.dim} features of {self.n} images, {self.origin})"
 
     @property
     def dim(self) -> int:
