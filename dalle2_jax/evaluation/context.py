@@ -57,17 +57,20 @@ class Context:
       system: with the stages that the measures need.
       options: of the evaluation.
       folder: where samples are stored.
-      num: the largest number of samples that a measure reads.
-      split: of the data.
 
     Attributes:
+      split: of the data.
       scale: guidance scale of the decoder; None for the system's own.
+      num: the largest number of samples that a measure reads: as many are generated when the first is needed.
+      extracted: networks whose features are computed while sampling goes on.
     """
 
-    def __init__(self, system: System, options: Options, folder: Path, num: int, split: str):
-        self.system, self.options, self.folder, self.num, self.split = system, options, folder, num, split
+    def __init__(self, system: System, options: Options, folder: Path):
+        self.system, self.options, self.folder = system, options, folder
+        self.split = options.split or "val"
         self.scale: float | None = None
-        self.extracted: tuple[FeatureNetwork, ...] = ()  # networks that compute features while sampling goes on
+        self.num = 0
+        self.extracted: tuple[FeatureNetwork, ...] = ()
         self._shared: dict[Any, Any] = {}
         self._folders: dict[Any, SampleFolder] = {}
 
@@ -101,7 +104,9 @@ class Context:
             return given
         found = self.system if given is None else load_system(given, stages=("clip",))
         if "clip" not in found.stages:
-            raise UserError(f"{found.path} has no CLIP to compare images and captions with: name one with --clip SYSTEM")
+            raise UserError(
+                f"{found.path} has no CLIP to compare images and captions with: name one with --clip SYSTEM"
+            )
         return found
 
     @property
@@ -241,9 +246,7 @@ class Context:
     def _weights(self, stage: str) -> str:
         """Returns a hash of a stage's weights and the step of its checkpoint."""
         loaded = self.system.stages[stage]
-        return self.once(
-            ("weights", stage), lambda: f"{fingerprint(loaded.variables.params)} at step {loaded.step}"
-        )
+        return self.once(("weights", stage), lambda: f"{fingerprint(loaded.variables.params)} at step {loaded.step}")
 
 
 def generate(generator: Generator, condition: str, first: int, captions: Sequence[str]) -> np.ndarray:

@@ -83,8 +83,10 @@ def share_of(hits: Sequence[bool] | np.ndarray) -> Figure:
 
 
 def mean_of(values: Sequence[float] | np.ndarray) -> Figure:
-    """Returns the mean, with its interval by the central limit theorem."""
-    return Figure(float(np.mean(values)), len(values), intervals.of_mean(values))
+    """Returns the mean, with its bootstrap interval."""
+    array = np.asarray(values, np.float64)
+    interval = intervals.bootstrap(lambda rows: float(np.mean(rows)), array) if len(array) > 1 else None
+    return Figure(float(array.mean()), len(array), interval)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -43,6 +43,7 @@ class EvaluateOptions(TypedDict, total=False):
       seed: of samples, noise and resampling.
       batch_size: images that are generated at a time.
       trust_system: whether a path that the system's config names is opened.
+      verify: whether checkpoints are compared with their digests, which detect damage on disk.
       progress: whether progress bars are shown.
     """
 
@@ -64,6 +65,7 @@ class EvaluateOptions(TypedDict, total=False):
     seed: int
     batch_size: int | None
     trust_system: bool
+    verify: bool
     progress: bool
 
 
@@ -82,7 +84,7 @@ class Options:
     features: tuple[Any, ...] = ()
     lpips: Any = None
     clip: Any = None
-    reference: PathLike | None = None
+    reference: Path | None = None
     guidance: tuple[float, ...] = ()
     protocol: str | None = None
     label: str | None = None
@@ -93,6 +95,7 @@ class Options:
     seed: int = 1
     batch_size: int | None = None
     trust_system: bool = False
+    verify: bool = True
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -128,8 +131,9 @@ def make_options(given: Mapping[str, Any]) -> Options:
     for name in ("features", "guidance", "templates"):
         if name in values:
             values[name] = _several(values[name])
-    if values.get("out") is not None:
-        values["out"] = Path(values["out"]).expanduser()
+    for name in ("out", "reference"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name]).expanduser()
     return Options(**values)
 
 

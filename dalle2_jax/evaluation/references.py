@@ -1,4 +1,4 @@
-"""Features of real images, cached by the images' content, in the user's cache folder.
+"""Features of real images, cached by the images' content, in the user's cache folder; statistics of a data set.
 
 A chunk of `CHUNK` images is one file, named by a hash of its pixels: data of any kind are recognised however they are
 named, and an interrupted computation continues.
@@ -15,6 +15,8 @@ from jaxtyping import Float32, UInt8
 
 from dalle2_jax import data
 from dalle2_jax.errors import DataError
+from dalle2_jax.evaluation.distances import Moments, Origin, Statistics
+from dalle2_jax.evaluation.examples import check_count
 from dalle2_jax.evaluation.features import FeatureNetwork, extract
 from dalle2_jax.evaluation.samples import read_array
 from dalle2_jax.files import cache_folder, write_array
@@ -74,3 +76,38 @@ def cache_path(network: FeatureNetwork, images: UInt8[np.ndarray, "B H W 3"]) ->
     digest = hashlib.blake2b(np.ascontiguousarray(images).data, digest_size=16)
     digest.update(str(images.shape).encode())
     return cache_folder("features") / f"{network.name}-{network.fingerprint}" / f"{digest.hexdigest()}.npy"
+
+
+def origin_of(network: FeatureNetwork, size: int, name: str = "") -> Origin:
+    """Returns where features come from, which statistics record.
+
+    Args:
+      network: the network.
+      size: side of the images before they are prepared for the network, in pixels.
+      name: of the data set.
+    """
+    return Origin(network.name, network.fingerprint, f"center crop, {size}x{size}", name)
+
+
+def statistics_of(
+    network: FeatureNetwork, source: data.Source, num: int | None = None, name: str = "", progress: bool = False
+) -> Statistics:
+    """Returns the mean and covariance of the features of a data set, which others can compare their images with.
+
+    Args:
+      network: the network.
+      source: of images of one size.
+      num: of images; None for all.
+      name: of the data set.
+      progress: whether a progress bar is shown.
+
+    Raises:
+      UserError: the data have fewer than ``num`` images.
+    """
+    count = len(source) if num is None else num
+    check_count(count, source)
+    moments, size = Moments(), 0
+    for images in chunks(source, range(count), progress):
+        size = images.shape[1]
+        moments.update(chunk_features(network, images))
+    return moments.statistics(origin_of(network, size, name))

@@ -50,7 +50,7 @@ MEASURES: Mapping[str, Measure] = {
     "clip_score": Measure("images: CLIP's cosine to the caption", CASCADE, 256, swept=True),
     "memorisation": Measure("images: distance to the nearest image of the training data", CASCADE, 256, True),
     "bits_per_dim": Measure("a stage: bound on the negative log-likelihood of images", STAGE, 64),
-    "noise_statistics": Measure("a stage: its predicted noise, which variance analytic needs", STAGE, 64, False, "train"),
+    "noise_statistics": Measure("a stage: predicted noise, which variance analytic needs", STAGE, 64, False, "train"),
 }
 """All measures by name."""
 

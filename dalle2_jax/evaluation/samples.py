@@ -1,4 +1,4 @@
-"""Generated images on disk, in shards that survive an interruption, and their features, computed while sampling goes on.
+"""Generated images on disk, in shards that survive an interruption, and their features.
 
 A folder of samples has
 
@@ -60,7 +60,8 @@ class SampleFolder:
         elif (field := difference(stored, settings)) is not None:
             values = (shown(at(each, field)) for each in (stored, settings))
             raise ConfigError(
-                "{} holds samples with {} {}, not {}: give the same, or another --out".format(path, field, *values), field
+                "{} holds samples with {} {}, not {}: give the same, or another --out".format(path, field, *values),
+                field,
             )
 
     def __len__(self) -> int:

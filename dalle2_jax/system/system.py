@@ -300,8 +300,8 @@ class System:
         """Generates images from CLIP image embeddings, such as those of `embed_image` or `prior`.
 
         Args:
-          image_emb: in the embedding contract's space; a single embedding [E] is accepted. None conditions the decoder on
-            ``prompts`` only (Ramesh et al. 2022, figure 8).
+          image_emb: in the embedding contract's space; a single embedding [E] is accepted. None conditions the decoder
+            on ``prompts`` only (Ramesh et al. 2022, figure 8).
           prompts: a caption for each embedding, for decoders that read one; None is unconditional.
           **options: see `SampleOptions`; ``num`` is 1 by default.
 

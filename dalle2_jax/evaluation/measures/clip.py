@@ -1,4 +1,4 @@
-"""Measures of a system's CLIP: retrieval, zero-shot classification and a linear probe (Radford et al. 2021, section 3)."""
+"""Measures of a system's CLIP: retrieval, zero-shot classification, linear probe (Radford et al. 2021, section 3)."""
 
 import warnings
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ SHAPES_TEMPLATES = ("a small {}", "a large {}")
 """Captions of a class of shapes, those of the grammar."""
 
 MAX_CLASSES = 10_000
+"""Classes of a classification, and examples whose classes are known to it in addition to those that are measured."""
 
 PROBED = 4
 """Training examples of the linear probe for each example that it is measured on, where the data have as many."""
@@ -57,7 +58,7 @@ def zero_shot(context: Context, num: int) -> Figures:
     examples.check_count(num, source)
     indices = range(num)
     labels = classes_of(context, source, indices)
-    names = sorted({*labels})
+    names = sorted({*labels, *classes_of(context, source, range(min(len(source), MAX_CLASSES)))})
     given = context.options.templates
     templates = given or (SHAPES_TEMPLATES if isinstance(source, data.ShapesSource) else TEMPLATES)
     class_emb = unit(
@@ -100,7 +101,7 @@ def linear_probe(context: Context, num: int) -> Figures:
     read = probe.predict(_scaled(examples.embed_images(context.system, source, range(num))))
     most = max({*known}, key=known.count)
     common = share_of([label == most for label in labels])
-    return {"accuracy": share_of(read == np.asarray(labels)).compared(common, "the most common class")}
+    return {"accuracy": share_of(np.equal(read, labels)).compared(common, "the most common class")}
 
 
 def _scaled(emb: np.ndarray) -> np.ndarray:

@@ -1,11 +1,13 @@
 """Measures of single stages over every step of their process: bits per dimension and noise statistics."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dalle2_jax.errors import ConfigError, UserError
 from dalle2_jax.evaluation import bound, examples
 from dalle2_jax.evaluation.context import Context
 from dalle2_jax.evaluation.figures import Figure, Figures
+from dalle2_jax.evaluation.registry import MEASURES
 from dalle2_jax.system import load
 from dalle2_jax.workdir.folder import StageFolder
 
@@ -25,7 +27,7 @@ def bits_per_dim(context: Context, num: int) -> Figures:
     Uniform noise has 8. "total" is the sum of "prior", the divergence at the last step, and "vlb".
     """
     stage, options = stage_of(context), context.options
-    source = context.open(stage, options.split or "val")
+    source = context.open(stage, options.split or MEASURES["bits_per_dim"].split)
     examples.check_count(num, source)
     size = options.batch_size or BATCH_SIZE
     bits = bound.bits_per_dim(context.system.stages, stage, source, num, size, options.seed)
@@ -38,7 +40,7 @@ def noise_statistics(context: Context, num: int) -> Figures:
     The figures are the mean over all steps of the power of the predicted noise, and the power of the data.
     """
     stage, options = stage_of(context), context.options
-    source = context.open(stage, options.split or "train")
+    source = context.open(stage, options.split or MEASURES["noise_statistics"].split)
     examples.check_count(num, source)
     size = options.batch_size or BATCH_SIZE
     statistics = bound.noise_statistics(context.system.stages, stage, source, num, options.seed, size)
@@ -56,10 +58,19 @@ def stage_of(context: Context) -> str:
     return stage
 
 
-def stages_needed(context_path, stage: str | None) -> Sequence[str]:
-    """Returns the stages to load for a measured stage."""
+def stages_needed(path: Path, stage: str | None) -> Sequence[str]:
+    """Returns the stages to load for a measured stage.
+
+    Args:
+      path: the system's folder.
+      stage: the stage.
+
+    Raises:
+      ConfigError: it is no diffusion.
+      UserError: it is not there.
+    """
     if stage not in STAGES:
         raise ConfigError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}", "stage")
-    if not StageFolder(context_path, stage).exists():
-        raise UserError(load.missing_stage(context_path, stage))
-    return load.needed(context_path, stage)
+    if not StageFolder(path, stage).exists():
+        raise UserError(load.missing_stage(path, stage))
+    return load.needed(path, stage)

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from dalle2_jax.errors import UserError
 from dalle2_jax.evaluation.context import CAPTION, PRIOR, TEXT, Context, unit
 from dalle2_jax.evaluation.features import extract
-from dalle2_jax.evaluation.figures import Figures, mean_of, share_of
+from dalle2_jax.evaluation.figures import Figure, Figures, mean_of, share_of
 from dalle2_jax.evaluation.measures.clip import own_rank
 from dalle2_jax.system import load
 from dalle2_jax.system.cascade import PRIORS
@@ -25,8 +25,8 @@ def prior(context: Context, num: int) -> Figures:
     check_prior(context, num)
     found, options = context.embedded(num), context.options
     size = options.batch_size or min(64, len(found.captions))
-    given = {"prior": dict(options.sampling["prior"])} if "prior" in options.sampling else {}
-    sampled = unit(context.system.prior(found.captions, seed=options.seed, batch_size=size, **given))
+    settings = options.sampling.get("prior", {})
+    sampled = unit(context.system.prior(found.captions, seed=options.seed, batch_size=size, prior=settings))
     image, text = found.image_emb, found.text_emb
     unrelated = np.roll(image, 1, axis=0)
     figures: Figures = {
@@ -45,11 +45,11 @@ def check_prior(context: Context, num: int) -> None:
         raise UserError(load.missing_stage(context.system.path, load.choose_prior(context.system.path)))
 
 
-def _cosine(left: Float[np.ndarray, "N E"], right: Float[np.ndarray, "N E"]):
-    return mean_of(np.sum(left * right, axis=1, dtype=np.float64))
+def _cosine(left: Float[np.ndarray, "N E"], right: Float[np.ndarray, "N E"]) -> Figure:
+    return mean_of(np.einsum("ne,ne->n", left.astype(np.float64), right.astype(np.float64)))
 
 
-def _nearest(rows: Float[np.ndarray, "N E"], image: Float[np.ndarray, "N E"]):
+def _nearest(rows: Float[np.ndarray, "N E"], image: Float[np.ndarray, "N E"]) -> Figure:
     return share_of(own_rank(rows @ image.T) == 0)
 
 
@@ -76,5 +76,7 @@ def ablation(context: Context, num: int) -> Figures:
 def check_ablation(context: Context, num: int) -> None:
     """Raises UserError unless the decoder reads image embeddings, and there is a prior."""
     if "image_emb" not in context.stage("decoder").stage.inputs:
-        raise UserError("the ablation needs a decoder that reads image embeddings, and this system's reads captions only")
+        raise UserError(
+            "the ablation needs a decoder that reads image embeddings, and this system's reads captions only"
+        )
     check_prior(context, num)
