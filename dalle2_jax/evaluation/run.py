@@ -97,8 +97,8 @@ def evaluate(
     given = [measures] if isinstance(measures, str) else list(measures)
     names = registry.chosen_measures(given, options.get("protocol"))
     chosen = make_options(options)
-    loaded = system if isinstance(system, System) else _load(system, names, chosen)
     with _folder(chosen) as folder:
+        loaded = system if isinstance(system, System) else _load(system, names, chosen)
         return _measure(loaded, names, chosen, folder)
 
 

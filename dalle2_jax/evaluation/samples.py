@@ -91,16 +91,17 @@ class SampleFolder:
         starts = range(0, len(captions), self.batch_size)
         bar = tqdm.tqdm(total=len(captions), desc="sampling", unit="image", disable=not progress)
         with bar, _one_thread() as thread:
-            pending: list[concurrent.futures.Future] = []
+            jobs: list[concurrent.futures.Future[None]] = []
             for number, start in enumerate(starts):
                 expected = self.captions[start : start + self.batch_size]
                 if not self._holds(number, expected):
                     padded = [expected[place % len(expected)] for place in range(self.batch_size)]
                     self._write(number, expected, generate(start, padded)[: len(expected)])
-                pending += [thread.submit(self._extract, number, network) for network in networks]
-                pending = [job for job in pending if not job.done() or job.result()]  # raises what a job has raised
+                jobs += [thread.submit(self._store_features, number, network) for network in networks]
+                for job in (job for job in jobs if job.done()):
+                    job.result()  # raises what the job has raised
                 bar.update(len(expected))
-            for job in pending:
+            for job in jobs:
                 job.result()
 
     def images(self, count: int | None = None) -> UInt8[np.ndarray, "N H W 3"]:
@@ -143,6 +144,9 @@ class SampleFolder:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (self.size, self.size, 3):
             raise _damaged(path, f"it has {images.dtype}{list(images.shape)}, not images of {self.size} pixels")
         return images
+
+    def _store_features(self, number: int, network: FeatureNetwork) -> None:
+        self._extract(number, network)
 
     def _extract(self, number: int, network: FeatureNetwork) -> Float32[np.ndarray, "B D"]:
         """Returns the features of a shard, from disk or computed and written."""

@@ -391,7 +391,7 @@ def test_python_face_is_the_command(in_process, system, outputs, tmp_path):
         ("sample.py", "python sample.py text2image --system runs/demo --prompt"),
         ("sample.py text2image", "--decoder.guidance 3"),
         ("sample.py inpaint", "--mask mask.png"),
-        ("dalle2 evaluate", "dalle2 evaluate attributes --system runs/demo"),
+        ("dalle2 evaluate", "dalle2 evaluate shapes --measures attributes,retrieval"),
         ("dalle2 sweep", "dalle2 sweep --config configs/shapes.py:decoder --system runs/demo"),
     ],
 )

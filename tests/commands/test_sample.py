@@ -81,7 +81,7 @@ def test_measured_moments_allow_the_analytic_variance():
     prior, words = testing.tiny_stage("prior"), ("--prior.sampler", "ddpm", "--prior.variance", "analytic")
     measured = dataclasses.replace(prior, noise_statistics=NoiseStatistics((0.9,) * 100, 1.0))
     assert sampling_of(*words, prior=measured)["prior"].variance == "analytic"
-    with pytest.raises(UsageError, match="dalle2 evaluate noise_statistics"):
+    with pytest.raises(UsageError, match="--measures noise_statistics"):
         sampling_of(*words)
 
 

@@ -153,7 +153,7 @@ def test_only_image_stages_clip_by_default():
         ("upsampler", {"guidance": 2.0}, "upsampler_1 was trained without dropping its condition"),
         ("prior", {"image_guidance": 2.0}, "stage prior was trained without dropping image: it has no image_guidance"),
         ("prior", {"steps": 101}, "ask for at most 100"),
-        ("prior", {"name": "ddpm", "variance": "analytic"}, "dalle2 evaluate noise_statistics"),
+        ("prior", {"name": "ddpm", "variance": "analytic"}, "--measures noise_statistics"),
     ],
 )
 def test_impossible_samplings_of_a_stage_say_what_to_do(kind, fields, says):

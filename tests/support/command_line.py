@@ -133,9 +133,9 @@ def sample_words(system, out, *words):
     return ["sample.py", "text2image", "--system", system, "--out", out, *words]
 
 
-def evaluate_words(command, system, *words):
+def evaluate_words(measure, system, *words):
     """Returns the words of an evaluation command."""
-    return ["-m", "dalle2_jax", "evaluate", command, "--system", system, *words]
+    return ["-m", "dalle2_jax", "evaluate", system, "--measures", measure, *words]
 
 
 # --- systems on disk ----------------------------------------------------------------------
@@ -281,7 +281,7 @@ def invalid_commands(system, root):
         "unknown sampler": (sample("--decoder.sampler", "ddimm"), ["--decoder.*", "did you mean 'ddim'"]),
         "too many steps": (sample("--decoder.steps", "5000"), ["--decoder.*", "5000 of 100 steps"]),
         "nothing to guide by": (sample("--upsampler_1.text_guidance", "2"), ["--upsampler_1.*", "no text_guidance"]),
-        "no moments": (sample("--prior.variance", "analytic"), ["--prior.*", "dalle2 evaluate noise_statistics"]),
+        "no moments": (sample("--prior.variance", "analytic"), ["--prior.*", "--measures noise_statistics"]),
         "stage not there": (sample("--upsampler_2.steps", "3"), ["upsampler_2"]),
         "seed of a giant": (sample("--seed", 10**20), ["--seed"]),
         "nothing to vary": (["-m", "dalle2_jax", "sweep", *paper], ["lists nothing to vary"]),

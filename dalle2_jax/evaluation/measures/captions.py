@@ -85,9 +85,9 @@ def emoji(context: Context, num: int) -> Figures:
     """Measures whether the real image nearest to a sample shows the concept of its caption, in its style.
 
     The distance is LPIPS, or that of pixels without it. Candidates are all images of the split and of split "train".
-    "top_1" and "top_10" are among the concepts of the caption's style, "style" among all candidates. Baselines: other
-    captions of the same styles, and "wrong_style", the nearest real image of another style, which is what a system
-    reaches that knows the concept in another style only.
+    "top_1" and "top_10" are among the concepts of the caption's style, "style" among all candidates. Baselines:
+    shuffled captions; and "wrong_style", a real image of the concept in another style in place of the sample, which is
+    what a system reaches that ignores the style.
     """
     captioned = _concepts(context.source, context.indices(num))
     candidates, images = _candidates(context)
@@ -111,21 +111,25 @@ def _wrong_style(
     candidates: tuple[list[str], list[str]],
     images: np.ndarray,
 ) -> Figures:
-    """Returns how often a training image of the concept in another style, in place of a sample, is nearest to it."""
-    places: dict[str, list[int]] = {}
-    for place, concept in enumerate(candidates[0]):
-        places.setdefault(concept, []).append(place)
-    styles = np.asarray(candidates[1], object)
-    chosen: list[tuple[int, int]] = []
-    for number, (concept, style) in enumerate(zip(*captioned, strict=True)):
-        other = next((place for place in places.get(concept, []) if styles[place] != style), None)
-        chosen += [] if other is None else [(number, other)]
+    """Returns how often the real image of the concept in another style is nearest to it, in place of a sample.
+
+    Of several other styles the best counts; concepts without another style are omitted.
+    """
+    concepts, styles = captioned
+    chosen = [
+        (number, place)
+        for number, (concept, style) in enumerate(zip(concepts, styles, strict=True))
+        for place, (name, other) in enumerate(zip(*candidates, strict=True))
+        if name == concept and other != style
+    ]
     if not chosen:
         return {}
-    rows = [[names[number] for number, _ in chosen] for names in captioned]
-    apart = distances.perceptual_distances(images[[place for _, place in chosen]], images, context.lpips)
-    ranks = distances.rank_concepts(apart, rows[0], rows[1], *candidates)
-    return {"wrong_style_top_1": share_of(ranks.top(1)), "wrong_style_top_10": share_of(ranks.top(10))}
+    numbers, places = map(list, zip(*chosen, strict=True))
+    apart = distances.perceptual_distances(images[places], images, context.lpips)
+    named = [[names[number] for number in numbers] for names in captioned]
+    ranks = distances.rank_concepts(apart, named[0], named[1], *candidates).rank
+    best = np.asarray([min(ranks[np.equal(numbers, number)]) for number in dict.fromkeys(numbers)])
+    return {"wrong_style_top_1": share_of(best <= 1), "wrong_style_top_10": share_of(best <= 10)}
 
 
 def check_emoji(context: Context, num: int) -> None:
