@@ -54,9 +54,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
       DataError: the statistics are of different networks or preparations.
     """
     a.check_same(b)
-    shift = a.mean - b.mean
-    traces = np.trace(a.covariance) + np.trace(b.covariance)
-    return float(max(0.0, shift @ shift + traces - 2 * _trace_of_root(a.covariance, b.covariance)))
+    return _distance(a, b, _trace_of_root(a.covariance, b.covariance))
 
 
 def frechet_interval(
@@ -80,11 +78,19 @@ def frechet_interval(
     """
     values = blocks.checked(features, at_least=2)
     statistics = Statistics.of(values, reference.origin)
-    variance = _variance(values, statistics, reference)
+    statistics.check_same(reference)
+    distance, variance = _distance_and_variance(values, statistics, reference)
     if reference_features is not None:
-        variance += _variance(blocks.checked(reference_features, at_least=2), reference, statistics)
-    low, high = intervals.normal(frechet_distance(statistics, reference), variance**0.5)
+        others = blocks.checked(reference_features, at_least=2)
+        variance += _distance_and_variance(others, reference, statistics)[1]
+    low, high = intervals.normal(distance, variance**0.5)
     return max(0.0, low), high
+
+
+def _distance(a: Statistics, b: Statistics, trace_of_root: float) -> float:
+    """Returns eq. (1)."""
+    shift, traces = a.mean - b.mean, np.trace(a.covariance) + np.trace(b.covariance)
+    return float(max(0.0, shift @ shift + traces - 2 * trace_of_root))
 
 
 def _trace_of_root(a: Float64[np.ndarray, "D D"], b: Float64[np.ndarray, "D D"]) -> float:
@@ -104,20 +110,29 @@ def _root(matrix: Float64[np.ndarray, "D D"]) -> Float64[np.ndarray, "D R"]:
     return vectors[:, positive] * np.sqrt(values[positive])
 
 
-def _variance(features: Float[np.ndarray, "N D"], own: Statistics, other: Statistics) -> float:
-    """Returns the variance of the estimated distance that is due to the sampling of ``features``, eq. (3)."""
-    own.check_same(other)
-    values, vectors = np.linalg.eigh(own.covariance)
-    kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
-    vectors, scales = vectors[:, kept], np.sqrt(values[kept])
-    inner = (vectors * scales).T @ other.covariance @ (vectors * scales)
-    inner_values, inner_vectors = np.linalg.eigh(inner)
-    quarter = inner_vectors * np.maximum(inner_values, 0.0) ** 0.25
-    whiten = (vectors / scales) @ quarter  # |(x - m) whiten|^2 = w^T (L^T C_b L)^(1/2) w
-    shift = own.mean - other.mean
-    influence = np.empty(len(features))
+def _distance_and_variance(
+    features: Float[np.ndarray, "N D"], own: Statistics, other: Statistics
+) -> tuple[float, float]:
+    """Returns eq. (1), and its variance that is due to the sampling of ``features``, eq. (3)."""
+    factor, inverse = _factors(own.covariance)
+    values, vectors = np.linalg.eigh(factor.T @ other.covariance @ factor)
+    roots = np.sqrt(np.maximum(values, 0.0))
+    whiten = inverse @ (vectors * np.sqrt(roots))  # |(x - m) whiten|^2 = w^T (L^T C_b L)^(1/2) w
+    shift, influence = own.mean - other.mean, np.empty(len(features))
     for where, block in blocks.rows(features):
         centred = block - own.mean
         spread = np.square(centred).sum(axis=1) - np.square(centred @ whiten).sum(axis=1)
         influence[where] = 2 * centred @ shift + spread
-    return float(influence.var(ddof=1) / len(features))
+    return _distance(own, other, float(roots.sum())), float(influence.var(ddof=1) / len(features))
+
+
+def _factors(matrix: Float64[np.ndarray, "D D"]) -> tuple[Float64[np.ndarray, "D R"], Float64[np.ndarray, "D R"]]:
+    """Returns L and L^-T with matrix = L L^T; of the R dimensions in which it is not singular."""
+    try:
+        factor = np.linalg.cholesky(matrix)
+        return factor, np.linalg.inv(factor).T
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(matrix)
+        kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
+        vectors, scales = vectors[:, kept], np.sqrt(values[kept])
+        return vectors * scales, vectors / scales

@@ -107,7 +107,9 @@ def _squared_radii(features: Float[np.ndarray, "N D"], k: int) -> Float64[np.nda
             squares = blocks.squared_distances(x, y)
             if rows == columns:
                 np.fill_diagonal(squares, np.inf)  # not itself
-            smallest = np.partition(np.concatenate([smallest, squares], axis=1), k - 1, axis=1)[:, :k]
+            smallest = np.concatenate([smallest, squares], axis=1)
+            if smallest.shape[1] > k:
+                smallest = np.partition(smallest, k - 1, axis=1)[:, :k]
         radii[rows] = smallest.max(axis=1)
     return radii
 

@@ -6,16 +6,11 @@
     statistics = moments.statistics(Origin(network.name, network.fingerprint, data="COCO val"))
     statistics.save("coco.npz")
 
-The file is an archive of NumPy arrays without compression: ``mu`` and ``sigma`` as pytorch-fid names them, which reads
-the file too, and ``description.json``. Nothing is unpickled, and no more is read than the size of the file.
+The arrays of the file are ``mu`` and ``sigma``, as pytorch-fid names them, which reads the file too.
 """
 
 import dataclasses
-import io
-import json
 import math
-import struct
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +18,12 @@ from jaxtyping import Float, Float64
 
 from dalle2_jax.errors import DataError, shown
 from dalle2_jax.evaluation.distances import blocks
-from dalle2_jax.files import write_atomically
-from dalle2_jax.reading import open_regular, parse_json
+from dalle2_jax.evaluation.distances.archive import read_arrays, write_arrays
 
 MAX_DIM = 16_384
 """Maximum number of features in a file of statistics, whose covariance then has 2 GiB."""
 
-_MEAN, _COVARIANCE, _DESCRIPTION = "mu.npy", "sigma.npy", "description.json"
-_MAX_DESCRIPTION = 10_000
-_DAMAGE = (zipfile.BadZipFile, ValueError, KeyError, TypeError, NotImplementedError, struct.error, EOFError, OSError)
-"""Exceptions that zipfile, json and NumPy raise for damaged or foreign files."""
+_MEAN, _COVARIANCE = "mu", "sigma"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,15 +118,8 @@ class Statistics:
         Raises:
           OSError: it cannot be written.
         """
-        description = json.dumps({"n": self.n, **dataclasses.asdict(self.origin)}, indent=1)
-        content = io.BytesIO()
-        with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
-            for name, array in ((_MEAN, self.mean), (_COVARIANCE, self.covariance)):
-                member = io.BytesIO()
-                np.lib.format.write_array(member, np.ascontiguousarray(array, "<f8"), allow_pickle=False)
-                archive.writestr(zipfile.ZipInfo(name), member.getvalue())  # ZipInfo without a date: the same bytes
-            archive.writestr(zipfile.ZipInfo(_DESCRIPTION), description)
-        write_atomically(path, content.getvalue())
+        description = {"n": self.n, **dataclasses.asdict(self.origin)}
+        write_arrays(path, {_MEAN: self.mean, _COVARIANCE: self.covariance}, description)
 
     @classmethod
     def load(cls, path: str | Path, origin: Origin | None = None) -> "Statistics":
@@ -148,22 +132,16 @@ class Statistics:
         Raises:
           DataError: there is no such file, it is damaged, it is not such a file, or its origin is not comparable.
         """
-        path = Path(path)
-        limit = MAX_DIM * (MAX_DIM + 1) * 8 + 100_000
-        try:
-            with open_regular(path, limit) as file, zipfile.ZipFile(file) as archive:
-                n, found = _description(archive)
-                mean = _array(archive, _MEAN, 1)
-                covariance = _array(archive, _COVARIANCE, 2)
-        except FileNotFoundError:
-            raise DataError(f"there is no file {path}", path) from None
-        except _DAMAGE as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{path} holds no statistics that this package wrote ({reason})", path) from error
+        arrays, description = read_arrays(path, {_MEAN: 1, _COVARIANCE: 2}, MAX_DIM)
+        mean, covariance = arrays[_MEAN], arrays[_COVARIANCE]
+        n, texts = description.get("n"), [description.get(field.name) for field in dataclasses.fields(Origin)]
+        if type(n) is not int or n < 2 or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{path} has an incomplete description: {shown(description)}", path)
+        found = Origin(*map(str, texts))
         if covariance.shape != (len(mean), len(mean)):
             raise DataError(f"{path} has a mean of {len(mean)} and a covariance of {covariance.shape}", path)
         if origin is not None:
-            found.check_same(origin, path)
+            found.check_same(origin, Path(path))
         return cls(mean, covariance, n, found)
 
 
@@ -215,44 +193,3 @@ class Moments:
         if self._n < 2:
             raise DataError(f"a covariance needs at least 2 images, got {self._n}")
         return Statistics(self._mean.copy(), self._scatter / (self._n - 1), self._n, origin)
-
-
-def _description(archive: zipfile.ZipFile) -> tuple[int, Origin]:
-    """Returns n and the origin. Raises ValueError, KeyError or zipfile's errors."""
-    if len(archive.infolist()) != 3:
-        raise ValueError("it has not three members")
-    found = parse_json(_content(archive, _DESCRIPTION, _MAX_DESCRIPTION))
-    if not isinstance(found, dict):
-        raise ValueError("the description is no object")
-    texts = [found[field.name] for field in dataclasses.fields(Origin)]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("the description has a field that is no text")
-    n = found["n"]
-    if type(n) is not int or n < 2:
-        raise ValueError(f"n is {shown(n)}")
-    return n, Origin(*texts)
-
-
-def _array(archive: zipfile.ZipFile, name: str, ndim: int) -> Float64[np.ndarray, "..."]:
-    """Returns an array of finite float64. Raises ValueError, KeyError or zipfile's errors."""
-    content = _content(archive, name, MAX_DIM * MAX_DIM * 8 + 1000)
-    stream = io.BytesIO(content)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError(f"{name} is of another version")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    if dtype != np.dtype("<f8") or fortran or len(shape) != ndim or not all(1 <= size <= MAX_DIM for size in shape):
-        raise ValueError(f"{name} is {dtype}{list(shape)}")
-    if len(content) - stream.tell() != 8 * math.prod(shape):
-        raise ValueError(f"{name} has not the size of its shape")
-    values = np.frombuffer(content, "<f8", offset=stream.tell()).reshape(shape).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name} has NaN or infinity")
-    return values
-
-
-def _content(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
-    """Returns the content of a member that is not compressed, so that no small file expands to a large one."""
-    member = archive.getinfo(name)
-    if member.compress_type != zipfile.ZIP_STORED or member.file_size > limit:
-        raise ValueError(f"{name} is compressed or too large")
-    return archive.read(member)
