@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -156,6 +157,11 @@ class Context:
         """
         given = self.options.data
         return examples.open_source(self.system.path, stage, split, given, self.options.trust_system, size)
+
+    @property
+    def divided(self) -> bool:
+        """Whether the data have splits: those in memory have none."""
+        return self.options.data is None or isinstance(self.options.data, str | os.PathLike)
 
     def indices(self, num: int) -> list[int]:
         """Returns the examples whose captions are sampled: the first ones, or random ones with a protocol."""

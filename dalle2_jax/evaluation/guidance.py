@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,27 +61,44 @@ def plot(table: Mapping[float, Figures]) -> UInt8[np.ndarray, "H W 3"]:
 def _chart(points: list[tuple[float, Figure, str]], x_title: str, y_title: str) -> UInt8[np.ndarray, "H W 3"]:
     """Returns a chart of (x, figure, label) with intervals as vertical bars."""
     ends = [figure.interval or (figure.value, figure.value) for _, figure, _ in points]
-    across = _scale([x for x, _, _ in points], _MARGIN, _WIDTH - _MARGIN // 2)
-    up = _scale([value for pair in ends for value in pair], _HEIGHT - _MARGIN, _MARGIN // 2)
+    across = _Axis([x for x, _, _ in points], _MARGIN, _WIDTH - _MARGIN // 2)
+    up = _Axis([value for pair in ends for value in pair], _HEIGHT - _MARGIN, _MARGIN // 2)
     sheet = Image.new("RGB", (_WIDTH, _HEIGHT), (255, 255, 255))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    corner = (_MARGIN, _HEIGHT - _MARGIN)
-    pen.line([(corner[0], _MARGIN // 2), corner, (_WIDTH - _MARGIN // 2, corner[1])], fill=_INK)
+    pen.line([(_MARGIN, _MARGIN // 2), (_MARGIN, up.start), (across.end, up.start)], fill=_INK)
+    for value in across.ticks:
+        pen.text((across(value), up.start + 16), f"{value:.4g}", fill=_INK, font=font, anchor="mm")
+    for value in up.ticks:
+        pen.text((_MARGIN - 8, up(value)), f"{value:.4g}", fill=_INK, font=font, anchor="rm")
     places = [(across(x), up(figure.value)) for x, figure, _ in points]
     pen.line(places, fill=_LINE, width=2)
-    for (left, top), (x, figure, label), (low, high) in zip(places, points, ends, strict=True):
+    for (left, top), (low, high), (_, _, label) in zip(places, ends, points, strict=True):
         pen.line([(left, up(low)), (left, up(high))], fill=_LINE)
         pen.ellipse([left - 3, top - 3, left + 3, top + 3], fill=_LINE)
         pen.text((left + 6, top - 18), label, fill=_INK, font=font)
-        pen.text((left - 14, corner[1] + 6), f"{x:.4g}", fill=_INK, font=font)
-        pen.text((4, top - 8), f"{figure.value:.4g}", fill=_INK, font=font)
     pen.text((_WIDTH // 2, _HEIGHT - 26), x_title, fill=_INK, font=font, anchor="mm")
     pen.text((_MARGIN, 6), y_title, fill=_INK, font=font)
     return np.asarray(sheet)
 
 
-def _scale(values: list[float], start: int, end: int):
-    """Returns the function from values to pixels."""
-    low, high = min(values), max(values)
-    reach = high - low or 1.0
-    return lambda value: round(start + (end - start) * (0.05 + 0.9 * (value - low) / reach))
+class _Axis:
+    """A linear axis over some values.
+
+    Args:
+      values: those to show.
+      start: pixel of the low end.
+      end: pixel of the high end.
+    """
+
+    def __init__(self, values: Sequence[float], start: int, end: int):
+        self.start, self.end = start, end
+        self._low, self._reach = min(values), max(values) - min(values) or 1.0
+
+    def __call__(self, value: float) -> int:
+        """Returns the pixel of a value."""
+        return round(self.start + (self.end - self.start) * (0.05 + 0.9 * (value - self._low) / self._reach))
+
+    @property
+    def ticks(self) -> list[float]:
+        """Five values, evenly spaced."""
+        return [self._low + self._reach * part / 4 for part in range(5)]

@@ -64,7 +64,7 @@ FUNCTIONS: Mapping[str, Functions] = {
     "precision_recall": Functions(images.precision_recall, images.check_precision_recall),
     "cmmd": Functions(images.cmmd, images.check_cmmd),
     "clip_score": Functions(images.clip_score, images.check_clip),
-    "memorisation": Functions(images.memorisation, images.check_features),
+    "memorisation": Functions(images.memorisation, images.check_memorisation),
     "bits_per_dim": Functions(likelihood.bits_per_dim, _check_stage),
     "noise_statistics": Functions(likelihood.noise_statistics, _check_stage),
 }

@@ -193,15 +193,15 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 
 def difference(stored: Any, given: Any, field: str = "") -> str | None:
     """Returns the path of the first field in which two JSON values differ, as in "sampling.decoder.guidance"."""
-    if isinstance(stored, Mapping) and isinstance(given, Mapping):
-        names = [*given, *(name for name in stored if name not in given)]
-        inner = (
-            difference(stored.get(name), given.get(name), f"{field}.{name}" if field else name)
-            for name in names
-            if name not in stored or name not in given or stored[name] != given[name]
-        )
-        return next((found for found in inner if found is not None), None)
-    return None if stored == given else field
+    if not (isinstance(stored, Mapping) and isinstance(given, Mapping)):
+        return None if stored == given else field
+    for name in {**given, **stored}:
+        inner = f"{field}.{name}" if field else name
+        if name not in stored or name not in given:
+            return inner
+        if (found := difference(stored[name], given[name], inner)) is not None:
+            return found
+    return None
 
 
 def at(settings: Mapping[str, Any], field: str) -> Any:

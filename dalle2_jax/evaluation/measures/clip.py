@@ -82,12 +82,13 @@ def _nearest(similarity: Float[np.ndarray, "N K"], own: Int[np.ndarray, "N"], k:
 def linear_probe(context: Context, num: int) -> Figures:
     """Measures how often logistic regression on the image embeddings finds the class.
 
-    It is trained on split "train", or on other examples where the split that is measured is "train".
+    It is trained on split "train". Where that is the split that is measured, or the data have no splits, it is trained
+    on the examples after the measured ones.
     """
     source = context.clip_source
     examples.check_count(num, source)
-    train = source if context.split == "train" else context.open("clip", "train")
-    first = num if context.split == "train" else 0
+    apart = context.divided and context.split != "train"
+    train, first = (context.open("clip", "train"), 0) if apart else (source, num)
     training = range(first, min(len(train), first + PROBED * num))
     if not len(training):
         raise DataError(f"num {num} leaves no other example of split train to train the probe on: reduce num")
@@ -97,6 +98,7 @@ def linear_probe(context: Context, num: int) -> Figures:
     probe = LogisticRegression(C=_INVERSE_REGULARISATION, max_iter=1_000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
         probe.fit(_scaled(examples.embed_images(context.system, train, training)), known)
     read = probe.predict(_scaled(examples.embed_images(context.system, source, range(num))))
     most = max({*known}, key=known.count)

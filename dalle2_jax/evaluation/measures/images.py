@@ -211,9 +211,11 @@ def memorisation(context: Context, num: int) -> Figures:
     return figures
 
 
-def check_features(context: Context, num: int) -> None:
-    """Raises UserError without a network."""
+def check_memorisation(context: Context, num: int) -> None:
+    """Raises UserError without a network, or without training data."""
     named_networks(context)
+    if not context.divided:
+        raise ConfigError("data in memory have no split train to compare samples with: give a path", "data")
 
 
 def _images(source: data.Source, indices: list[int]) -> UInt8[np.ndarray, "N H W 3"]:

@@ -197,7 +197,9 @@ def test_unknown_variance_offers_the_nearest():
 
 
 def test_the_analytic_variance_needs_moments():
-    with pytest.raises(UserError, match="measure them by `dalle2 evaluate SYSTEM --measures noise_statistics --stage STAGE`") as error:
+    with pytest.raises(
+        UserError, match="measure them by `dalle2 evaluate SYSTEM --measures noise_statistics --stage STAGE`"
+    ) as error:
         Ddpm("analytic")
     assert "\n" not in str(error.value)
 
