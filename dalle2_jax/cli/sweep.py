@@ -7,7 +7,7 @@ from dalle2_jax.cli import args
 from dalle2_jax.errors import UserError
 
 EXAMPLE = "dalle2 sweep --config configs/shapes.py:decoder --system runs/demo --out runs/sweep"
-MEASURES = ("attributes", "retrieval", "digits")
+MEASURES = ("attributes", "digits", "emoji", "retrieval", "prior", "ablation", "cmmd", "clip_score")
 
 
 def make_parser() -> args.Parser:

@@ -18,7 +18,7 @@ from dalle2_jax.errors import DataError
 from dalle2_jax.evaluation.distances import Moments, Origin, Statistics
 from dalle2_jax.evaluation.examples import check_count
 from dalle2_jax.evaluation.features import FeatureNetwork, extract
-from dalle2_jax.evaluation.samples import read_array
+from dalle2_jax.evaluation.samples import folder_name, read_array
 from dalle2_jax.files import cache_folder, write_array
 
 CHUNK = 256
@@ -75,7 +75,7 @@ def cache_path(network: FeatureNetwork, images: UInt8[np.ndarray, "B H W 3"]) ->
     """Returns the file of the features of some images."""
     digest = hashlib.blake2b(np.ascontiguousarray(images).data, digest_size=16)
     digest.update(str(images.shape).encode())
-    return cache_folder("features") / f"{network.name}-{network.fingerprint}" / f"{digest.hexdigest()}.npy"
+    return cache_folder("features") / folder_name(network) / f"{digest.hexdigest()}.npy"
 
 
 def origin_of(network: FeatureNetwork, size: int, name: str = "") -> Origin:

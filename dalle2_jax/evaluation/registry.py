@@ -61,7 +61,7 @@ class Protocol:
 
     Attributes:
       measures: names of the measures.
-      num: number of captions, sampled at random without replacement.
+      num: number of captions, of random images of which none is repeated.
       guidance: scale of the decoder.
     """
 
@@ -71,8 +71,8 @@ class Protocol:
 
 
 PROTOCOLS: Mapping[str, Protocol] = {"coco30k": Protocol(("fd", "clip_score"), 30_000, 1.25)}
-"""Nichol et al. 2021 and Ramesh et al. 2022: 30,000 random captions of COCO's validation set against all its images,
-cropped at the centre; guidance 1.25 (Ramesh et al. 2022, Table 1)."""
+"""Nichol et al. 2021 and Ramesh et al. 2022: the captions of 30,000 random images of COCO's validation set, against all
+its images, cropped at the centre; guidance 1.25 (Ramesh et al. 2022, section 5.4)."""
 
 
 def chosen_measures(names: Sequence[str], protocol: str | None = None) -> tuple[str, ...]:

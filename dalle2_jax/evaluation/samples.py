@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 import tqdm
 from jaxtyping import Float32, UInt8
 
+from dalle2_jax import lock
 from dalle2_jax.errors import ConfigError, DataError, shown
 from dalle2_jax.evaluation.features import FeatureNetwork, extract
 from dalle2_jax.files import write_array, write_atomically
@@ -40,7 +42,7 @@ class SampleFolder:
     """A folder of generated images.
 
     Args:
-      path: the folder; it is made with the first shard.
+      path: the folder, in a folder that this process has locked; it is made if needed.
       settings: what the images depend on, as JSON types.
       batch_size: images of a shard.
       size: height and width of the images, in pixels.
@@ -53,6 +55,8 @@ class SampleFolder:
     def __init__(self, path: Path, settings: Mapping[str, Any], batch_size: int, size: int):
         self.path, self.batch_size, self.size = path, batch_size, size
         self.captions: list[str] = []
+        for folder in (path, *path.glob("*/")):
+            lock.sweep(folder)
         settings = json.loads(json.dumps({**settings, "batch_size": batch_size}))
         stored = read_settings(path)
         if stored is None:
@@ -150,7 +154,7 @@ class SampleFolder:
 
     def _extract(self, number: int, network: FeatureNetwork) -> Float32[np.ndarray, "B D"]:
         """Returns the features of a shard, from disk or computed and written."""
-        path = self.path / f"{network.name}-{network.fingerprint}" / f"{number:05d}.npy"
+        path = self.path / folder_name(network) / f"{number:05d}.npy"
         images = self._read(number)
         if path.is_file():
             stored = read_array(path, self.batch_size * network.dims * 4)
@@ -210,6 +214,11 @@ def at(settings: Mapping[str, Any], field: str) -> Any:
     for name in field.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
+
+
+def folder_name(network: FeatureNetwork) -> str:
+    """Returns the name of the folder of a network's features; its fingerprint comes from a file and may be any text."""
+    return re.sub(r"[^\w-]", "_", f"{network.name}-{network.fingerprint}", flags=re.ASCII)[:100]
 
 
 # --- files ----------------------------------------------------------------------------------------

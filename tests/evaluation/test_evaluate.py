@@ -18,6 +18,8 @@ from dalle2_jax.evaluation.measures import images
 from dalle2_jax.evaluation.options import make_options
 from dalle2_jax.system.system import System
 
+pytestmark = pytest.mark.filterwarnings("ignore::dalle2_jax.errors.SystemWarning")  # of captions that are truncated
+
 NUM = 12
 DATA = data.ShapesSource("val", SIDE, max_objects=1, num_examples=40)
 
@@ -53,7 +55,7 @@ FIGURES = {
     "fd": {"FD-VGG16"},
     "kid": {"KID-VGG16"},
     "inception_score": {"IS-VGG16"},
-    "precision_recall": {"precision-VGG16", "recall-VGG16"},
+    "precision_recall": {f"{name}-VGG16" for name in ("precision", "recall", "density", "coverage")},
     "cmmd": {"CMMD"},
     "clip_score": {"CLIP score"},
 }
@@ -110,6 +112,11 @@ def test_samples_are_those_of_text2image(system, tmp_path):
     with pytest.warns(d2.SystemWarning):  # of long captions
         expected = system.text2image([*captions, captions[0]], num=1, seed=1, batch_size=4)
     np.testing.assert_array_equal(np.load(tmp_path / "samples/data/00000.npy"), expected.numpy[:3])
+
+
+def test_truncated_captions_are_counted(system):
+    with pytest.warns(d2.SystemWarning, match=r"of 12 captions are longer than the decoder's 32 tokens"):
+        evaluate(system, "clip_score")
 
 
 def test_all_measures_share_samples(system, monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from evaluated_system import network
 
 from dalle2_jax.errors import ConfigError, DataError
-from dalle2_jax.evaluation.samples import SETTINGS, SampleFolder, at, difference
+from dalle2_jax.evaluation.samples import SETTINGS, SampleFolder, at, difference, folder_name
 
 CAPTIONS = [f"caption {number}" for number in range(10)]
 SETTINGS_OF = {"seed": 1, "sampling": {"decoder": {"steps": 4}}}
@@ -155,6 +155,21 @@ def test_damaged_features_are_computed_again(tmp_path):
     expected = samples.features(known)
     np.save(tmp_path / "vgg16-feed" / "00000.npy", np.zeros((3, 4), np.float32))
     np.testing.assert_array_equal(samples.features(known), expected)
+
+
+def test_a_fingerprint_is_no_path(tmp_path):
+    """It comes from the file of an imported network."""
+    known = network()
+    object.__setattr__(known, "fingerprint", "../../../etc/x")
+    assert folder_name(known) == "vgg16-_________etc_x"
+
+
+def test_temporary_files_of_killed_runs_are_removed(tmp_path):
+    folder(tmp_path).fill(CAPTIONS, Generate(), [network()])
+    for where in (tmp_path, tmp_path / "vgg16-feed"):
+        (where / ".00001.npy.0123456789abcdef.part").write_text("half")
+    folder(tmp_path)
+    assert not [*tmp_path.rglob("*.part")]
 
 
 def test_difference_and_at_go_into_objects():

@@ -23,6 +23,9 @@ _HALVES = "two halves of the real images"
 _CANDIDATES = 10
 """Training images that LPIPS compares with each sample, those of the nearest features."""
 
+_NEIGHBOURS = 5
+"""Neighbour that gives the radius of density and coverage, as in Naeem et al. 2020."""
+
 _SPLITS = 10
 """Splits of the Inception score."""
 
@@ -138,13 +141,20 @@ def check_inception_score(context: Context, num: int) -> None:
 
 
 def precision_recall(context: Context, num: int) -> Figures:
-    """Returns precision and recall of the features, with Wilson's intervals."""
+    """Returns precision, recall, density and coverage of the features."""
     figures: Figures = {}
     for network in named_networks(context):
         generated, real = _generated(context, network, num), _real(context, network, num)
         found = distances.precision_recall(real, generated)
-        for name, value, count in (("precision", found.precision, num), ("recall", found.recall, len(real))):
+        covered = distances.density_coverage(real, generated, min(_NEIGHBOURS, num - 1))
+        shares = {
+            "precision": (found.precision, num),
+            "recall": (found.recall, len(real)),
+            "coverage": (covered.coverage, len(real)),
+        }
+        for name, (value, count) in shares.items():
             figures[network.measure_name(name)] = Figure(value, count, intervals.wilson(value, count), share=True)
+        figures[network.measure_name("density")] = mean_of(covered.densities)
     return figures
 
 
