@@ -30,8 +30,8 @@ demo: .venv/installed
 	    --prompt "a large red square" --prompt "a small blue star on a black background" \
 	    --prompt "a large green circle on a white background" --prompt "a small yellow cross" \
 	    --prompt "a large purple triangle" --prompt "a small pink circle on a gray background"
-	$(BIN)/dalle2 evaluate retrieval --system $(DEMO) --out $(DEMO)/retrieval
-	$(BIN)/dalle2 evaluate attributes --system $(DEMO) --out $(DEMO)/attributes
+	$(BIN)/dalle2 evaluate $(DEMO) --measures retrieval --out $(DEMO)/retrieval
+	$(BIN)/dalle2 evaluate $(DEMO) --measures attributes --out $(DEMO)/attributes
 	@echo "The images: $(DEMO)/images/grid.png, and those of newly sampled captions: $(DEMO)/attributes/grid.png"
 
 digits: .venv/installed
@@ -40,7 +40,7 @@ digits: .venv/installed
 	    $(BIN)/python train.py --config configs/folder.py:$$stage --workdir $(DEMO)-digits \
 	        --config.data.path=$(DEMO)-digits-data || exit 1; \
 	done
-	$(BIN)/dalle2 evaluate digits --system $(DEMO)-digits --out $(DEMO)-digits/accuracy
+	$(BIN)/dalle2 evaluate $(DEMO)-digits --measures digits --out $(DEMO)-digits/accuracy
 
 # make box NAME=shapes SYSTEM=runs/demo: a trained system replaces the one of that name in the package, except its card
 box: .venv/installed

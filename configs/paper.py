@@ -76,7 +76,7 @@ def prior() -> ConfigDict:
 
     Analytic-DPM asks for statistics of the trained network; measure them once before sampling:
 
-        dalle2 evaluate noise_statistics --system runs/paper --stage prior --num 1024
+        dalle2 evaluate runs/paper --measures noise_statistics --stage prior --num 1024
     """
     optim = {"lr": 1.1e-4, "beta2": 0.96, "eps": 1e-6, "weight_decay": 6e-2, "ema_decay": 0.9999}
     config = common(600_000, 4096, 256, optim)

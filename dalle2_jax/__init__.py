@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from dalle2_jax.errors import UsageError as UsageError
     from dalle2_jax.errors import UserError as UserError
     from dalle2_jax.errors import WeightsError as WeightsError
+    from dalle2_jax.evaluation.figures import Evaluation as Evaluation
+    from dalle2_jax.evaluation.run import evaluate as evaluate
     from dalle2_jax.report import write_report as write_report
     from dalle2_jax.run import train as train
     from dalle2_jax.system.images import Images as Images
@@ -37,9 +39,11 @@ __version__ = "0.2.0"
 
 _MODULES = ("data", "diffusion", "stages")
 _NAMES = {
+    "Evaluation": "evaluation.figures:Evaluation",
     "Experiment": "config.experiment:Experiment",
     "Images": "system.images:Images",
     "System": "system.system:System",
+    "evaluate": "evaluation.run:evaluate",
     "experiment": "config.experiment:experiment",
     "import_weights": "weights.importer:import_weights",
     "load": "system.system:load",

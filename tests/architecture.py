@@ -52,7 +52,8 @@ BOUNDARIES = {
     "run": ("compilation", "lock", "workdir", "text", "data", "stages", "training", "config", "system"),
     "report": ("reading", "files", "workdir"),
     "evaluation": (
-        *("rng", "reading", "files", "compilation", "models", "workdir", "data", "stages", "system", "weights"),
+        *("rng", "reading", "files", "lock", "compilation", "pretrained", "models", "workdir", "data", "stages"),
+        *("system", "weights"),
         "training.sharding",  # batches of images on several devices
     ),
     "testing": ("rng", "files", "text", "data", "diffusion", "models", "stages", "training", "system"),

@@ -1,144 +1,131 @@
-"""``dalle2 evaluate``: measures a trained system."""
+"""``dalle2 evaluate``: measures a trained system, or writes the statistics of a data set."""
 
 import argparse
-import contextlib
-import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from dalle2_jax.cli import args
-from dalle2_jax.ranges import BatchSize
+from dalle2_jax.cli import args, sample
+from dalle2_jax.errors import ConfigError, UsageError, UserError
+from dalle2_jax.evaluation.registry import MEASURES, PROTOCOLS, chosen_measures
+from dalle2_jax.ranges import BatchSize, Side
 
-if TYPE_CHECKING:
-    from dalle2_jax.evaluation.measures import Measured
-    from dalle2_jax.system.system import System
+STATISTICS = "statistics"
+"""The word in place of SYSTEM that writes the statistics of a data set."""
 
-EXAMPLE = "dalle2 evaluate attributes --system runs/demo --num 256"
-PRIORS = ("diffusion", "ar")
+EXAMPLE = f"""dalle2 evaluate shapes --measures attributes,retrieval --num 64 --out runs/shapes-measures
+  dalle2 evaluate runs/demo --measures fd,clip_score --features runs/inception --guidance 1,2,4 --out runs/demo-fd
+  dalle2 evaluate {STATISTICS} --data folder:coco --split val --features runs/inception --out coco.npz"""
 DIFFUSED = ("prior", "decoder", "upsampler_1", "upsampler_2")
 
+PASSED = (
+    *("data", "split", "num", "features", "lpips", "clip", "reference", "guidance", "protocol", "label", "stage"),
+    *("prior", "seed", "batch_size", "trust_system", "out"),
+)
+"""Options that `dalle2_jax.evaluate` has by the same name."""
 
-def make_parser() -> argparse.ArgumentParser:
+
+def make_parser() -> args.Parser:
     """Returns the command line's parser."""
-    parser = args.make_parser("dalle2 evaluate", "Measures a trained system.", EXAMPLE)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, count, help_text in (
-        ("attributes", 256, "do images of shapes match their captions? (baseline: shuffled captions)"),
-        ("retrieval", 64, "does CLIP find each image's caption among those of other images, and the reverse?"),
-        ("digits", 200, "is each image of a system trained on digits read as its caption's digit?"),
-    ):
-        command = commands.add_parser(name, help=help_text, description=help_text)
-        command.add_argument("--system", required=True, type=args.system, help=args.SYSTEM)
-        examples = "how many examples (default %(default)s)"
-        command.add_argument("--num", type=args.positive_int, default=count, help=examples)
-        command.add_argument("--out", type=args.path, help="folder for results.json and the grid")
-        if name != "digits":
-            _add_data(command)
-            command.add_argument("--split", default="val", help="val (default), train or compositional")
-        if name != "retrieval":
-            command.add_argument("--seed", type=args.seed, default=1, help="of the samples (default %(default)s)")
-            command.add_argument("--batch_size", type=args.number(BatchSize), default=64, help="images at a time")
-            prior = "which prior, if the system has both (default diffusion)"
-            command.add_argument("--prior", choices=PRIORS, help=prior)
-    for name, split, help_text in (
-        ("bits_per_dim", "val", "of a stage that generates images: the bound on their negative log-likelihood"),
-        (
-            "noise_statistics",
-            "train",
-            "of a diffusion stage: the noise it predicts at each step, which variance analytic needs",
-        ),
-    ):
-        command = commands.add_parser(name, help=help_text, description=help_text)
-        command.add_argument("--system", required=True, type=args.system, help=args.SYSTEM)
-        command.add_argument("--stage", required=True, choices=DIFFUSED, help="which stage")
-        _add_data(command)
-        examples = "how many examples (default %(default)s)"
-        command.add_argument("--num", type=args.positive_int, default=64, help=examples)
-        command.add_argument("--split", default=split, help="train, val, .. (default %(default)s)")
-        command.add_argument("--seed", type=args.seed, default=1, help="of the noise (default %(default)s)")
-        command.add_argument("--batch_size", type=args.number(BatchSize), default=16, help="examples at a time")
-        command.add_argument("--out", type=args.path, help="folder for results.json")
-    for command in commands.choices.values():
-        command.add_argument("--noverify", action="store_true", help=args.NOVERIFY)
+    width = max(map(len, MEASURES))
+    measures = "\n".join(f"  {name:{width}}  {each.summary}" for name, each in MEASURES.items())
+    description = f"Measures a trained system.\n\nmeasures:\n{measures}"
+    parser = args.make_parser("dalle2 evaluate", description, EXAMPLE)
+    parser.add_argument("system", type=subject, help=f"{args.SYSTEM}; or {STATISTICS}, to write those of --data")
+    parser.add_argument("--measures", type=measure_names, default=(), help="names separated by commas")
+    parser.add_argument("--protocol", choices=[*PROTOCOLS], help="a published protocol: FID over 30,000 COCO captions")
+    _add_data(parser)
+    out = (
+        f"folder for results.json, grid.png and the samples, where an interrupted command continues; with {STATISTICS}"
+    )
+    parser.add_argument("--out", type=args.path, help=f"{out} the file")
+    parser.add_argument("--stage", choices=DIFFUSED, help="the stage of bits_per_dim and noise_statistics")
+    parser.add_argument(
+        "--prior", choices=sample.PRIORS, help="which prior, if the system has both (default diffusion)"
+    )
+    parser.add_argument("--seed", type=args.seed, default=1, help="random seed (default %(default)s)")
+    batch = "images generated at a time (default 64, and 16 for single stages)"
+    parser.add_argument("--batch_size", type=args.number(BatchSize), help=batch)
+    scales = "guidance scale of the decoder; several separated by commas are a sweep with a plot"
+    parser.add_argument("--guidance", type=scales_of, default=(), help=scales)
+    parser.add_argument("--noverify", action="store_true", help=args.NOVERIFY)
+    sample.add_stage_options(parser)
     return parser
 
 
-def _add_data(command: argparse.ArgumentParser) -> None:
-    text = "the data: shapes, folder:PATH, webdataset:PATH or tfds:PATH (default: what the stage was trained on)"
-    source = command.add_mutually_exclusive_group()
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    text = "the data: shapes, folder:PATH, webdataset:PATH or tfds:PATH (default: what the system was trained on)"
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", help=text)
     source.add_argument("--trust_system", action="store_true", help=args.TRUST)
+    parser.add_argument("--split", help="val (default), train or another split of the data")
+    counts = f"number of examples (default: {MEASURES['attributes'].num} for most measures, all for {STATISTICS})"
+    parser.add_argument("--num", type=args.positive_int, help=counts)
+    parser.add_argument("--label", help="field of the data's records that is the class, for zero_shot and linear_probe")
+    features = "folder of an imported image network, or a system with a CLIP; may be repeated"
+    parser.add_argument("--features", type=args.path, action="append", default=[], metavar="DIR", help=features)
+    parser.add_argument("--lpips", type=args.path, metavar="DIR", help="folder of an imported LPIPS")
+    clip = "system whose CLIP compares images with captions (default: the measured system)"
+    parser.add_argument("--clip", type=args.system, metavar="SYSTEM", help=clip)
+    parser.add_argument("--reference", type=args.path, help=f"file of {STATISTICS}, in place of the real images of fd")
+    side = f"side in pixels of the images of {STATISTICS} (default %(default)s)"
+    parser.add_argument("--resolution", type=args.number(Side), default=64, help=side)
 
 
-def load_system(options: argparse.Namespace) -> "System":
-    """Loads the stages that the command measures."""
-    from dalle2_jax.system import load
-    from dalle2_jax.system.system import load as load_stages
-
-    if options.command == "retrieval":
-        stages: tuple[str, ...] = ("clip",)
-    elif options.command in ("attributes", "digits"):
-        stages = load.cascade_stages(options.system, options.prior)
-    else:
-        stages = load.needed(options.system, options.stage)
-    prior = vars(options).get("prior")
-    return load_stages(options.system, stages=stages, prior=prior, verify=not options.noverify)
+def subject(word: str) -> str | Path:
+    """Reads a system, or the word `STATISTICS`, for an argument parser; ./statistics is a folder."""
+    return word if word == STATISTICS else args.system(word)
 
 
-def measure_rates(options: argparse.Namespace) -> "Measured":
-    """Measures attributes, digits or retrieval, and prints the table."""
-    from dalle2_jax.evaluation import examples, measures
-
-    num = options.num
-    if options.command == "digits":
-        measures.check_digits(options.system)
-        measured = measures.measure_digits(load_system(options), num, options.seed, options.batch_size, progress=True)
-        print(measured.table(f"{num} sampled digits"))
-        return measured
-    stage = "clip" if options.command == "retrieval" else "decoder"
-    source = examples.open_source(options.system, stage, options.split, options.data, options.trust_system)
-    if options.command == "retrieval":
-        measured = measures.measure_retrieval(load_system(options), source, num)
-        print(measured.table(f"CLIP, {measured.counts['image_to_text']} {options.split} examples"))
-        return measured
-    measures.check_attributes(source, num)
-    given = (load_system(options), source, num, options.seed, options.batch_size)
-    measured = measures.measure_attributes(*given, progress=True)
-    print(measured.table(f"{num} {options.split} captions"))
-    return measured
+def measure_names(word: str) -> tuple[str, ...]:
+    """Reads names of measures separated by commas, for an argument parser."""
+    try:
+        return chosen_measures([name.strip() for name in word.split(",")])
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def measure_stage(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures bits per dimension or noise statistics of a stage, and prints a line."""
-    from dalle2_jax.evaluation import examples, measures
+def scales_of(word: str) -> tuple[float, ...]:
+    """Reads numbers separated by commas, for an argument parser."""
+    return tuple(args.finite_float(number) for number in word.split(","))
 
-    source = examples.open_source(options.system, options.stage, options.split, options.data, options.trust_system)
-    given = (load_system(options), options.stage, source, options.num, options.seed, options.batch_size)
-    if options.command == "noise_statistics":
-        statistics = measures.measure_noise_statistics(*given)
-        path = options.system / options.stage / measures.NOISE_STATISTICS
-        print(f"{path}: {options.stage} can be sampled with ddpm and variance analytic")
-        return statistics
-    bits = measures.measure_bits_per_dim(*given)
-    ends, counted = bits["interval"]["total"], f"{options.stage}, {options.num} {options.split} examples"
-    interval = f" (95 % interval {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
-    print(f"{counted}: {bits['total']:.4f} bits per dimension at most{interval}; uniform noise has 8")
-    return bits
+
+def write_statistics(options: argparse.Namespace) -> None:
+    """Writes the statistics of a data set.
+
+    Raises:
+      UsageError: the data, the network or the file is not given.
+    """
+    from dalle2_jax import data
+    from dalle2_jax.evaluation import features, references
+
+    for name in ("data", "out"):
+        if vars(options)[name] is None:
+            raise UsageError(f"{STATISTICS} needs --{name}; see dalle2 evaluate --help")
+    if len(options.features) != 1:
+        raise UsageError(f"{STATISTICS} needs one network: give --features DIR once")
+    if options.out.is_dir():
+        raise UserError(f"{options.out} is a folder: give --out FILE.npz")
+    network = features.load(options.features[0])
+    source = data.source_named(options.data, options.split or "train", options.resolution)
+    found = references.statistics_of(network, source, options.num, options.data, progress=True)
+    found.save(options.out)
+    print(f"{options.out}: {found.n:,} images, {found.dim:,} features of {network.name}")
 
 
 def main() -> None:
     """Runs the command line."""
     options = make_parser().parse_args()
-    from dalle2_jax import lock
-    from dalle2_jax.evaluation.measures import image_grid
-    from dalle2_jax.files import write_atomically, write_png
+    if options.system == STATISTICS:
+        write_statistics(options)
+        return
+    from dalle2_jax.evaluation.run import evaluate
 
-    with lock.hold_folder(options.out) if options.out else contextlib.nullcontext():
-        if options.command in ("bits_per_dim", "noise_statistics"):
-            result, grid = measure_stage(options), None
-        else:
-            measured = measure_rates(options)
-            result, grid = measured.to_json(), image_grid(measured)
-        if options.out:
-            write_atomically(options.out / "results.json", json.dumps(result, indent=2) + "\n")
-        if options.out and grid is not None:
-            write_png(options.out / "grid.png", grid)
+    keywords: dict[str, Any] = {name: vars(options)[name] for name in PASSED}
+    sampling = sample.stage_settings(options, list(sample.OPTIONS))
+    try:
+        measured = evaluate(
+            options.system, options.measures, **keywords, sampling=sampling, verify=not options.noverify, progress=True
+        )
+    except ConfigError as error:
+        raise UsageError(sample.as_option(error)) from error
+    print(measured.table())

@@ -113,6 +113,11 @@ def _add_common(command: argparse.ArgumentParser, several_prompts: bool, num: in
     command.add_argument("--batch_size", type=args.number(BatchSize), default=16, help=batch_size)
     command.add_argument("--noverify", action="store_true", help=args.NOVERIFY)
     command.add_argument("--out", required=True, type=args.path, help="folder for PNGs, grid.png and samples.json")
+    add_stage_options(command)
+
+
+def add_stage_options(command: argparse.ArgumentParser) -> None:
+    """Adds --STAGE.OPTION for every stage, which `stage_settings` reads."""
     for stage, stage_options in OPTIONS.items():
         for option, (_, read) in stage_options.items():
             command.add_argument(f"--{stage}.{option}", type=read, metavar=option.upper(), help=argparse.SUPPRESS)

@@ -7,7 +7,7 @@ from dalle2_jax.cli import args
 from dalle2_jax.errors import UserError
 
 EXAMPLE = "dalle2 sweep --config configs/shapes.py:decoder --system runs/demo --out runs/sweep"
-MEASURES = ("attributes", "retrieval", "digits")
+MEASURES = ("attributes", "digits", "emoji", "retrieval", "prior", "ablation", "cmmd", "clip_score")
 
 
 def make_parser() -> args.Parser:
@@ -21,7 +21,7 @@ def make_parser() -> args.Parser:
     parser.add_argument("--out", required=True, type=args.path, help="folder of the runs; each run is a system")
     parser.add_argument("--system", type=args.system, help="the system whose other stages the runs share")
     parser.add_argument("--only", type=int, metavar="N", help="train only run N, as one task of a job array does")
-    parser.add_argument("--measure", choices=MEASURES, help="evaluate each run with this dalle2 evaluate command")
+    parser.add_argument("--measure", choices=MEASURES, help="a measure of dalle2 evaluate for each run")
     parser.add_argument("--list", action="store_true", help="print the commands without running them")
     return parser
 

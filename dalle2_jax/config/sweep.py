@@ -75,7 +75,7 @@ def sweep(
       out: folder of the runs.
       system: the system whose other stages every run links to.
       only: number of the single run to train; None trains all.
-      measure: a command of ``dalle2 evaluate`` that every run is measured by.
+      measure: a measure of ``dalle2 evaluate`` that every run is measured by.
       execute: runs a command and returns its exit code; `run_command` by default.
 
     Returns:
@@ -129,7 +129,8 @@ def commands(page: str, run: Run, measure: str | None) -> list[list[str]]:
     overrides = [f"--config.{field}={value}" for field, value in run.overrides.items()]
     result = [[*COMMAND, "train", "--config", page, "--workdir", str(run.system), *overrides]]
     if measure:
-        result.append([*COMMAND, "evaluate", measure, "--system", str(run.system), "--out", str(run.system / measure)])
+        words = ["--measures", measure, "--out", str(run.system / measure)]
+        result.append([*COMMAND, "evaluate", str(run.system), *words])
     return result
 
 
@@ -164,7 +165,6 @@ def read_figures(run: Run, stage: str, measure: str | None) -> dict[str, float]:
     figures = {"loss": sum(last) / len(last)} if last else {}
     results = run.system / str(measure) / "results.json"
     if results.is_file():
-        measured = parse_json(read_text(results))
-        measured = measured.get("matched", measured)
-        figures |= {name: value for name, value in measured.items() if isinstance(value, int | float)}
+        measured = parse_json(read_text(results))["measures"].get(measure, {})
+        figures |= {name: figure["value"] for name, figure in measured.items()}
     return figures

@@ -104,7 +104,7 @@ class Ddpm:
         if self.variance == "analytic" and self.noise_statistics is None:
             raise UserError(
                 "variance 'analytic' needs the network's noise statistics: measure them by "
-                "`dalle2 evaluate noise_statistics`"
+                "`dalle2 evaluate SYSTEM --measures noise_statistics --stage STAGE`"
             )
 
     def _std(self, schedule: Schedule) -> np.ndarray:

@@ -100,7 +100,7 @@ def analytic(schedule: Schedule, statistics: NoiseStatistics) -> Float[np.ndarra
     if schedule.timesteps[-1] >= len(statistics.eps):
         raise UserError(
             f"noise statistics of {len(statistics.eps)} timesteps belong to a shorter schedule: measure them again by "
-            "`dalle2 evaluate noise_statistics`"
+            "`dalle2 evaluate SYSTEM --measures noise_statistics --stage STAGE`"
         )
     eps = np.asarray(statistics.eps, np.float64)[schedule.timesteps]
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -9,10 +9,13 @@ It lies in [0, 1] and has a positive length even for p = 0 and p = 1. For a mean
 by the central limit theorem,
 
     mean +- z s / sqrt(n)                                                                     (2)
+
+For any other figure of n independent examples: the percentiles of the figure over sets of n examples sampled from them
+with replacement (Efron 1979; Efron & Tibshirani 1993, section 13.3).
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -48,6 +51,43 @@ def of_mean(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE
         return None
     reach = _quantile(confidence) * values.std(ddof=1) / values.size**0.5
     return float(values.mean() - reach), float(values.mean() + reach)
+
+
+def normal(value: float, standard_error: float, confidence: float = CONFIDENCE) -> Interval:
+    """Returns the interval of an estimate that is normally distributed."""
+    reach = _quantile(confidence) * standard_error
+    return value - reach, value + reach
+
+
+def bootstrap(
+    function: Callable[..., float],
+    *arrays: np.ndarray,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """Returns the percentile interval of a figure, by the bootstrap.
+
+    Args:
+      function: the figure, of arrays like ``arrays``.
+      *arrays: arrays [N, ...] of one length N. Row i of all belongs to example i: rows are resampled together.
+      resamples: number of resampled data sets, each of N examples.
+      seed: of the resampling.
+      confidence: probability that an interval contains the true figure.
+
+    Raises:
+      ValueError: there are no arrays, or their lengths differ or are 0.
+    """
+    lengths = {len(array) for array in arrays}
+    if len(lengths) != 1 or not min(lengths):
+        raise ValueError(f"arrays of one length above 0 are needed, got lengths {sorted(lengths)}")
+    (n,), random = lengths, np.random.default_rng(seed)
+    values = []
+    for _ in range(resamples):
+        chosen = random.integers(0, n, n)
+        values.append(function(*(array[chosen] for array in arrays)))
+    low, high = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
 
 
 def of_shares(shares: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, Interval]:

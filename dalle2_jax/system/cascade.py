@@ -194,7 +194,7 @@ class Cascade:
         self,
         requests: Sequence[Request],
         batch_size: int,
-        image_emb: Float[np.ndarray, "N E"],
+        image_emb: Float[np.ndarray, "N E"] | None,
         x_T: Float[np.ndarray, "N H W C"] | None = None,
         shared_noise: bool = False,
         callback: StepCallback | None = None,
@@ -204,7 +204,8 @@ class Cascade:
         Args:
           requests: ``index`` is the number of the embedding.
           batch_size: images at a time.
-          image_emb: the embeddings, in the space of the embedding contract.
+          image_emb: the embeddings, in the space of the embedding contract; None drops them, as training does for some
+            examples, so that the decoder is conditioned on the captions only.
           x_T: where to start the decoder, in place of fresh noise, by the same numbers.
           shared_noise: whether requests of the same ``sample`` have the same key, whatever their ``index``.
           callback: as in `text2image`.
@@ -214,7 +215,7 @@ class Cascade:
             index = np.asarray([request.index for request in requests], np.int64)
             if shared_noise:
                 keys = self._keys([dataclasses.replace(request, index=0) for request in requests])
-            (emb,) = self._put(np.asarray(image_emb)[index])
+            emb = None if image_emb is None else self._put(np.asarray(image_emb)[index])[0]
             start = None if x_T is None else self._put(np.asarray(x_T)[index])[0]
             return self._upsample(keys, requests, self._decode(keys, requests, emb, callback, x_T=start), callback)
 
@@ -308,10 +309,10 @@ class Cascade:
             plan,
         )
 
-    def _plan(self, name: str, absent: jax.Array | None, **options: Any) -> SamplingPlan:
+    def _plan(self, name: str, absent: Mapping[str, jax.Array], **options: Any) -> SamplingPlan:
         stage = cast(DiffusionStage, self._stages[name].stage)
         config = cast(SamplingConfig, self._settings.sampling[name])
-        return stage.plan(config, absent={} if absent is None else {"text": absent}, **options)
+        return stage.plan(config, absent=absent, **options)
 
     def _sample_images(
         self, name: str, keys: jax.Array, batch: Batch, plan: SamplingPlan, callback: StepCallback | None
@@ -331,9 +332,13 @@ class Cascade:
     ) -> Float[Array, "B H W C"]:
         """Returns images of the decoder; ``options`` are fields of ``diffusion.SamplingOptions``."""
         batch, absent = self._captions("decoder", requests)
+        width, drops = self._decoder.model.image_emb_dim, {"text": absent}
+        if image_emb is None and width is not None:
+            image_emb = jnp.zeros((len(requests), width))
+            drops["image"] = jnp.ones(len(requests), bool)
         if image_emb is not None:
             batch["image_emb"] = image_emb
-        return self._sample_images("decoder", keys, batch, self._plan("decoder", absent, **options), callback)
+        return self._sample_images("decoder", keys, batch, self._plan("decoder", drops, **options), callback)
 
     def _invert(
         self, requests: Sequence[Request], image_emb: jax.Array, image: np.ndarray, skip_last: bool
@@ -354,9 +359,11 @@ class Cascade:
         known: Known | None = None,
     ) -> Float[Array, "B H W C"]:
         for name in (name for name in UPSAMPLERS if name in self._stages):
-            batch, absent = self._captions(name, requests) if self._stages[name].context_length else (Batch(), None)
+            batch, drops = Batch(), {}
+            if self._stages[name].context_length:
+                batch, drops["text"] = self._captions(name, requests)
             batch["low_res"] = image
-            plan = self._plan(name, absent, inpainting=known[name] if known else None)
+            plan = self._plan(name, drops, inpainting=known[name] if known else None)
             image = self._sample_images(name, keys, batch, plan, callback)
         return image
 

@@ -35,8 +35,8 @@ def text2image(call: Call, prompts: Sequence[str]) -> Images:
     return collect(generator, requests, sampled, [request.prompt for request in requests])
 
 
-def decode(call: Call, image_emb: Float[np.ndarray, "N E"], prompts: Sequence[str]) -> Images:
-    """Generates images for image embeddings, each with its prompt."""
+def decode(call: Call, image_emb: Float[np.ndarray, "N E"] | None, prompts: Sequence[str]) -> Images:
+    """Generates images for image embeddings, each with its prompt; for prompts alone without embeddings."""
     generator, requests = Generator(call), call.requests(prompts)
     warn_of_truncation(call.stages, prompts)
     return collect(

@@ -293,23 +293,28 @@ class System:
 
     def decode(
         self,
-        image_emb: Float[np.ndarray, "N E"],
+        image_emb: Float[np.ndarray, "N E"] | None,
         prompts: str | Sequence[str] | None = None,
         **options: Unpack[SampleOptions],
     ) -> Images:
         """Generates images from CLIP image embeddings, such as those of `embed_image` or `prior`.
 
         Args:
-          image_emb: in the embedding contract's space; a single embedding [E] is accepted.
+          image_emb: in the embedding contract's space; a single embedding [E] is accepted. None conditions the decoder
+            on ``prompts`` only (Ramesh et al. 2022, figure 8).
           prompts: a caption for each embedding, for decoders that read one; None is unconditional.
           **options: see `SampleOptions`; ``num`` is 1 by default.
 
         Raises:
-          UsageError: the embeddings are of another shape, or not finite.
+          UsageError: the embeddings are of another shape, or not finite; or neither they nor prompts are given.
         """
         call = self._call("decode", options, num=1)
         if not self._embeds_images:
             raise UserError("this system's decoder reads no image embedding: use text2image or inpaint")
+        if image_emb is None:
+            if prompts is None:
+                raise UsageError("decode needs image_emb, prompts or both")
+            return editing.decode(call, None, read_captions(prompts))
         dim = cast(EmbeddingContract, self.contract).dim
         emb = np.atleast_2d(np.asarray(image_emb, np.float32))
         if emb.ndim != 2 or emb.shape[1] != dim or not len(emb) or not np.isfinite(emb).all():

@@ -260,7 +260,7 @@ def test_ar_prior(runner, in_process, system, tmp_path):
     in_process.train("ar_prior", killed)
     in_process.run_ok(*sample_words(reference, tmp_path / "out", "--prior", "ar", "--prompt", "red", "--num", "2"))
     measured = in_process.run_ok(*evaluate_words("attributes", reference, "--prior", "ar", "--num", "2"))
-    assert "2 val captions" in measured.stdout
+    assert "attributes/all" in measured.stdout
     assert_same_end(killed, reference, "ar_prior")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"0_0.png", "0_1.png", "grid.png", "samples.json"}
 
@@ -272,14 +272,14 @@ def test_noise_statistics_and_bits_per_dim(in_process, system, tmp_path):
         *evaluate_words("bits_per_dim", system, "--stage", "decoder", "--num", "3", "--out", tmp_path)
     )
     words = ("--stage", "prior", "--num", "6", "--batch_size", "4")
-    assert "variance analytic" in in_process.run_ok(*evaluate_words("noise_statistics", root, *words)).stdout
+    assert "prior_eps" in in_process.run_ok(*evaluate_words("noise_statistics", root, *words)).stdout
     analytic = ("--prior.sampler", "ddpm", "--prior.variance", "analytic", "--prompt", "red", "--num", "1")
     in_process.run_ok(*sample_words(root, tmp_path / "out", *analytic))
     assert json.loads((tmp_path / "out" / "samples.json").read_text())["sampling"]["prior"]["variance"] == "analytic"
-    assert "decoder, 3 val examples" in bits.stdout
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert np.isfinite(written["total"]) and 0 < written["prior"] < written["total"]
-    assert written["total"] == pytest.approx(written["prior"] + written["vlb"])
+    assert "bits_per_dim/decoder_total" in bits.stdout
+    written = json.loads((tmp_path / "results.json").read_text())["measures"]["bits_per_dim"]
+    total, prior, vlb = (written[f"decoder_{name}"]["value"] for name in ("total", "prior", "vlb"))
+    assert np.isfinite(total) and 0 < prior < total == pytest.approx(prior + vlb)
     statistics = json.loads((root / "prior" / "noise_statistics.json").read_text())
     assert statistics["step"] == STEPS and len(statistics["eps"]) == 100 and min(statistics["eps"]) > 0
     for step in (STEPS, STEPS - CHECKPOINT_EVERY):  # of another checkpoint, they are not used
@@ -290,19 +290,17 @@ def test_noise_statistics_and_bits_per_dim(in_process, system, tmp_path):
         assert prior.noise_statistics == (expected if step == STEPS else None)
 
 
-@pytest.mark.parametrize("command", ["retrieval", "attributes"])
-def test_evaluation(in_process, system, tmp_path, command):
-    done = in_process.run_ok(*evaluate_words(command, system, "--num", "6", "--out", tmp_path))
-    written = json.loads((tmp_path / "results.json").read_text())
-    if command == "retrieval":
-        assert written.keys() == {"image_to_text", "text_to_image", "chance", "n", "interval"}
-        assert written["chance"] == pytest.approx(1 / 6)
-        assert "CLIP, 6 val examples" in done.stdout and "recall@1" in done.stdout
-    else:
-        assert written.keys() == {"matched", "shuffled", "n", "interval"}
-        assert {"colour", "shape", "size", "all"} <= written["matched"].keys()
-        assert "6 val captions" in done.stdout and "shuffled" in done.stdout
-        assert (tmp_path / "grid.png").is_file()
+def test_evaluation(in_process, system, tmp_path):
+    done = in_process.run_ok(*evaluate_words("retrieval,attributes,prior", system, "--num", "6", "--out", tmp_path))
+    written = json.loads((tmp_path / "results.json").read_text())["measures"]
+    recall = written["retrieval"]["image_to_text_at_1"]
+    assert recall["n"] == 6 and recall["baseline"]["value"] == pytest.approx(1 / 6)
+    assert {"colour", "shape", "size", "all"} <= written["attributes"].keys()
+    assert "prior/cosine_image" in done.stdout and "shuffled captions" in done.stdout
+    assert (tmp_path / "grid.png").is_file()
+    first = (tmp_path / "samples" / "data" / "00000.npy").read_bytes()
+    in_process.run_ok(*evaluate_words("clip_score", system, "--num", "9", "--out", tmp_path))
+    assert (tmp_path / "samples" / "data" / "00000.npy").read_bytes() == first  # generated once
 
 
 def test_sweep(runner, in_process, tmp_path):
@@ -391,7 +389,7 @@ def test_python_face_is_the_command(in_process, system, outputs, tmp_path):
         ("sample.py", "python sample.py text2image --system runs/demo --prompt"),
         ("sample.py text2image", "--decoder.guidance 3"),
         ("sample.py inpaint", "--mask mask.png"),
-        ("dalle2 evaluate", "dalle2 evaluate attributes --system runs/demo"),
+        ("dalle2 evaluate", "dalle2 evaluate shapes --measures attributes,retrieval"),
         ("dalle2 sweep", "dalle2 sweep --config configs/shapes.py:decoder --system runs/demo"),
     ],
 )

@@ -70,11 +70,11 @@ def test_the_loss_is_the_mean_of_the_last_tenth(tmp_path):
     assert sweep.read_figures(run, "prior", None) == {}
     _write(tmp_path / "prior" / "metrics.jsonl", "".join(f'{{"step": {i}, "loss": {i}}}\n' for i in range(20)))
     assert sweep.read_figures(run, "prior", None) == {"loss": 18.5}
-    _write(tmp_path / "attributes" / "results.json", json.dumps({"matched": {"all": 0.9}, "shuffled": {"all": 0.1}}))
+    figures = {"all": {"value": 0.9, "n": 8, "baseline": {"value": 0.1, "n": 8}}}
+    _write(tmp_path / "attributes" / "results.json", json.dumps({"measures": {"attributes": figures}}))
     assert sweep.read_figures(run, "prior", "attributes") == {"loss": 18.5, "all": 0.9}
-    results = {"chance": 0.5, "n": {"a": 2}, "interval": {"a": [0, 1]}}
-    _write(tmp_path / "retrieval" / "results.json", json.dumps(results))
-    assert sweep.read_figures(run, "prior", "retrieval") == {"loss": 18.5, "chance": 0.5}
+    _write(tmp_path / "retrieval" / "results.json", json.dumps({"measures": {}}))  # interrupted before the first figure
+    assert sweep.read_figures(run, "prior", "retrieval") == {"loss": 18.5}
     lines = table({"00_a=1": {"loss": 18.5}, "01": {"loss": 1, "all": 0.25}}).splitlines()
     assert [line.split() for line in lines] == [["loss", "all"], ["00_a=1", "18.5000", "-"], ["01", "1.0000", "0.2500"]]
 
@@ -90,6 +90,8 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path):
     outcomes = sweep.sweep(CONFIG, tmp_path, measure="retrieval", execute=execute)
     assert [outcome.failed for outcome in outcomes] == [False, True, False]
     assert [command[3] for command in executed] == ["train", "evaluate", "train", "train", "evaluate"]
+    run = tmp_path / "00_lr=0.001_total_steps=4"
+    assert executed[1][4:] == [str(run), "--measures", "retrieval", "--out", str(run / "retrieval")]
     rows = json.loads((tmp_path / "sweep.json").read_text())
     assert rows[1] == {"run": "01_lr=0.01_batch_size=0", "varied": {"optim.lr": 0.01, "batch_size": 0}}
     executed.clear()

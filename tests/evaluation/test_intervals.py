@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dalle2_jax.evaluation.intervals import in_percent, of_mean, of_shares, wilson
+from dalle2_jax.evaluation.intervals import bootstrap, in_percent, normal, of_mean, of_shares, wilson
 
 Z = 1.959963984540054
 
@@ -57,3 +57,37 @@ def test_shares_by_name():
     intervals = of_shares({"colour": 0.5, "chance": 0.1}, {"colour": 10})
     assert intervals == {"colour": wilson(0.5, 10)}
     assert in_percent(243 / 256, wilson(243 / 256, 256)) == "94.9% [91.5, 97.0]"
+
+
+def test_normal():
+    assert normal(3.0, 2.0) == (pytest.approx(3 - 2 * Z), pytest.approx(3 + 2 * Z))
+
+
+def test_the_bootstrap_of_a_mean_is_that_of_the_central_limit_theorem():
+    values = np.random.default_rng(0).exponential(2.0, 400)
+    np.testing.assert_allclose(bootstrap(np.mean, values, resamples=2000), of_mean(values), rtol=0.02)
+
+
+def test_the_bootstrap_resamples_rows_together():
+    """The correlation of a variable with itself is 1 in every resampled set."""
+    values = np.random.default_rng(0).normal(size=50)
+    low, high = bootstrap(lambda a, b: np.corrcoef(a, b)[0, 1], values, 3 * values, resamples=20)
+    assert low == pytest.approx(1.0) and high == pytest.approx(1.0)
+
+
+def test_the_bootstrap_covers_a_median_as_often_as_it_states():
+    noise = np.random.default_rng(0).normal(size=(200, 60))
+    intervals = [bootstrap(np.median, row, resamples=200, seed=seed) for seed, row in enumerate(noise)]
+    assert np.mean([low <= 0 <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.04)
+
+
+def test_the_bootstrap_by_seed():
+    values = np.random.default_rng(0).normal(size=50)
+    assert bootstrap(np.mean, values, resamples=50) == bootstrap(np.mean, values, resamples=50)
+    assert bootstrap(np.mean, values, resamples=50) != bootstrap(np.mean, values, resamples=50, seed=1)
+
+
+@pytest.mark.parametrize("arrays", [(), (np.zeros(0),), (np.zeros(3), np.zeros(4))])
+def test_arrays_without_a_bootstrap(arrays):
+    with pytest.raises(ValueError, match="one length above 0"):
+        bootstrap(np.mean, *arrays)

@@ -134,9 +134,9 @@ def sample_words(system, out, *words):
     return ["sample.py", "text2image", "--system", system, "--out", out, *words]
 
 
-def evaluate_words(command, system, *words):
+def evaluate_words(measure, system, *words):
     """Returns the words of an evaluation command."""
-    return ["-m", "dalle2_jax", "evaluate", command, "--system", system, *words]
+    return ["-m", "dalle2_jax", "evaluate", system, "--measures", measure, *words]
 
 
 # --- systems on disk ----------------------------------------------------------------------

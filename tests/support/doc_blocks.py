@@ -34,6 +34,9 @@ TINY = {
     "--config.workers": "0",
     "--config.model.dtype": "float32",
 }
+EVALUATED = "8"
+"""Examples of an evaluation: more than the neighbours and subsets that measures need."""
+
 TEXTUAL_STEPS = re.compile(r"[a-z]+\d+")
 
 ONE_HOST = ("--multihost", "--config.mesh.fsdp")
@@ -99,6 +102,7 @@ def tiny(words):
             word = TINY[name]
         name = word if word.startswith("--") and not equals else ""
         result.append(word)
-    if "evaluate" in result and "--num" not in result:
-        result += ["--num", TINY["--num"]]
+    if "evaluate" in result:
+        where = result.index("--num") if "--num" in result else len(result)
+        result[where : where + 2] = ["--num", EVALUATED]
     return result

@@ -167,12 +167,12 @@ def test_what_a_killed_run_left_in_a_stage_is_removed(tmp_path):
 @pytest.mark.parametrize(
     ("main", "words"),
     [
-        (sample.main, ["sample.py", "text2image", "--prompt", "red"]),
-        (evaluation.main, ["evaluation", "retrieval"]),
+        (sample.main, ["sample.py", "text2image", "--prompt", "red", "--system"]),
+        (evaluation.main, ["evaluate", "--measures", "retrieval"]),
     ],
 )
 def test_results_are_written_by_one_command_at_a_time(tmp_path, monkeypatch, capsys, main, words):
-    monkeypatch.setattr(sys, "argv", [*words, "--system", str(tmp_path), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path), "--out", str(tmp_path / "out")])
     with lock.hold_folder(tmp_path / "out"):
         assert run_cli.run_cli(main) == 1
         err = capsys.readouterr().err

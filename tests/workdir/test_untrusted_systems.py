@@ -19,7 +19,8 @@ from dalle2_jax.config.stored import stored_experiment, write_experiment
 from dalle2_jax.data.images.records import Rejected, RejectionCounts
 from dalle2_jax.data.images.source import ImageSource
 from dalle2_jax.errors import DataError, UsageError, UserError, printable
-from dalle2_jax.evaluation import examples, measures
+from dalle2_jax.evaluation import examples
+from dalle2_jax.evaluation.measures import captions
 from dalle2_jax.system import load, stored_data
 from dalle2_jax.text import load_tokenizer
 from dalle2_jax.types import Preprocessing
@@ -81,8 +82,8 @@ def test_generated_data_need_no_permission(section, opened, tmp_path):
     assert opened == [sources.parse_source(smaller)]
 
 
-def evaluation_options(system, *words, command="retrieval"):
-    return evaluation.make_parser().parse_args([command, "--system", str(system), *map(str, words)])
+def evaluation_options(system, *words):
+    return evaluation.make_parser().parse_args([str(system), "--measures", "retrieval", *map(str, words)])
 
 
 def evaluated(system, stage, *words, split="val"):
@@ -132,9 +133,9 @@ def test_an_imported_system_is_evaluated_at_its_own_resolution(tmp_path):
 def test_digits_are_evaluated_without_their_data(tmp_path):
     write_stage(tmp_path, "decoder")
     with pytest.raises(UserError, check=mentions("digits folder")):
-        measures.check_digits(tmp_path)
+        captions.check_digits_folder(tmp_path)
     write_stage(tmp_path, "decoder", data={"kind": "folder", "path": "not there"})
-    measures.check_digits(tmp_path)
+    captions.check_digits_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dalle2_jax.errors import UserError, choose
 from dalle2_jax.evaluation.features import clip
 from dalle2_jax.evaluation.features.encoders import make_network, names_in
 from dalle2_jax.evaluation.features.network import FeatureNetwork
+from dalle2_jax.pretrained import find_system
 from dalle2_jax.system import load as stages
 from dalle2_jax.system.system import System
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
@@ -18,7 +19,8 @@ def load(path: str | os.PathLike[str] | System, name: str | None = None) -> Feat
     """Loads the network whose features image measures compare, on all devices.
 
     Args:
-      path: a folder that ``dalle2 weights import`` wrote, or a system with a CLIP: its folder, or loaded.
+      path: a folder that ``dalle2 weights import`` wrote, or a system with a CLIP: its folder, the name of an
+        included one, or loaded.
       name: of the network, where the folder gives several: that of torchvision's VGG16 gives "vgg16_fc7" (the default)
         and "vgg16".
 
@@ -29,7 +31,7 @@ def load(path: str | os.PathLike[str] | System, name: str | None = None) -> Feat
         if "clip" not in path.stages:
             raise UserError(missing(path.path))
         return clip.from_stage(path.stages["clip"], path.mesh)
-    root, mesh = Path(path).expanduser(), make_mesh(MeshConfig())
+    root, mesh = find_system(path), make_mesh(MeshConfig())
     compilation.enable_compilation_cache()
     if folder.holds_network(root):
         stored = folder.read(root)

@@ -1,0 +1,129 @@
+"""Measures of a system's CLIP: retrieval, zero-shot classification, linear probe (Radford et al. 2021, section 3)."""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from dalle2_jax import data
+from dalle2_jax.errors import ConfigError, DataError
+from dalle2_jax.evaluation import examples
+from dalle2_jax.evaluation.context import Context, unit
+from dalle2_jax.evaluation.figures import Figure, Figures, share_of
+
+RANKS = (1, 5, 10)
+"""k of recall@k."""
+
+TEMPLATES = ("{}", "a {}", "an image of a {}", "a photo of a {}")
+"""Captions of a class; its text embedding is the mean over them (Radford et al. 2021, section 3.1.4)."""
+
+SHAPES_TEMPLATES = ("a small {}", "a large {}")
+"""Captions of a class of shapes, those of the grammar."""
+
+MAX_CLASSES = 10_000
+"""Classes of a classification, and examples whose classes are known to it in addition to those that are measured."""
+
+PROBED = 4
+"""Training examples of the linear probe for each example that it is measured on, where the data have as many."""
+
+_INVERSE_REGULARISATION = 3.16
+"""C of the logistic regression, of scikit-learn's convention; 0.316 per example of the paper at its sizes."""
+
+
+def retrieval(context: Context, num: int) -> Figures:
+    """Measures how often an image's own caption is among the k nearest of N, and the reverse (recall@k)."""
+    found = context.embedded(num)
+    similarity = found.image_emb @ found.text_emb.T
+    figures: Figures = {}
+    for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T)):
+        for k in (k for k in RANKS if k < len(scores) or k == 1):
+            chance = Figure(min(1.0, k / len(scores)), len(scores), share=True)
+            figures[f"{name}_at_{k}"] = share_of(own_rank(scores) < k).compared(chance, "chance")
+    return figures
+
+
+def own_rank(similarity: Float[np.ndarray, "N N"]) -> Int[np.ndarray, "N"]:
+    """Returns the rank from 0 of the diagonal in each row; of equal values the diagonal is the last."""
+    own = np.diagonal(similarity)[:, None]
+    others = ~np.eye(len(similarity), dtype=bool)
+    return ((similarity >= own) & others).sum(axis=1)
+
+
+def zero_shot(context: Context, num: int) -> Figures:
+    """Measures how often the text embedding of an image's class is the nearest of all classes."""
+    source = context.clip_source
+    examples.check_count(num, source)
+    indices = range(num)
+    labels = classes_of(context, source, indices)
+    names = sorted({*labels, *classes_of(context, source, range(min(len(source), MAX_CLASSES)))})
+    given = context.options.templates
+    templates = given or (SHAPES_TEMPLATES if isinstance(source, data.ShapesSource) else TEMPLATES)
+    class_emb = unit(
+        np.mean([unit(context.system.embed_text([t.replace("{}", name) for name in names])) for t in templates], axis=0)
+    )
+    similarity = examples.embed_images(context.system, source, indices) @ class_emb.T
+    own = np.asarray([names.index(label) for label in labels])
+    figures: Figures = {}
+    for k in (k for k in (1, 5) if k < len(names)):
+        hits = _nearest(similarity, own, k)
+        chance = Figure(k / len(names), num, share=True)
+        figures[f"top_{k}"] = share_of(hits).compared(chance, f"chance of {len(names)} classes")
+    return figures
+
+
+def _nearest(similarity: Float[np.ndarray, "N K"], own: Int[np.ndarray, "N"], k: int) -> Bool[np.ndarray, "N"]:
+    values = similarity[np.arange(len(own)), own][:, None]
+    return (similarity > values).sum(axis=1) < k
+
+
+def linear_probe(context: Context, num: int) -> Figures:
+    """Measures how often logistic regression on the image embeddings finds the class.
+
+    It is trained on split "train". Where that is the split that is measured, or the data have no splits, it is trained
+    on the examples after the measured ones.
+    """
+    source = context.clip_source
+    examples.check_count(num, source)
+    apart = context.divided and context.split != "train"
+    train, first = (context.open("clip", "train"), 0) if apart else (source, num)
+    training = range(first, min(len(train), first + PROBED * num))
+    if not len(training):
+        raise DataError(f"num {num} leaves no other example of split train to train the probe on: reduce num")
+    labels, known = classes_of(context, source, range(num)), classes_of(context, train, training)
+    if len({*known}) < 2:
+        raise DataError(f"the linear probe needs examples of two classes, and {len(training)} of {train} have one")
+    probe = LogisticRegression(C=_INVERSE_REGULARISATION, max_iter=1_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        probe.fit(_scaled(examples.embed_images(context.system, train, training)), known)
+    read = probe.predict(_scaled(examples.embed_images(context.system, source, range(num))))
+    most = max({*known}, key=known.count)
+    common = share_of([label == most for label in labels])
+    return {"accuracy": share_of(np.equal(read, labels)).compared(common, "the most common class")}
+
+
+def _scaled(emb: np.ndarray) -> np.ndarray:
+    """Returns unit embeddings with unit variance per dimension on average, as the regularisation assumes."""
+    return emb * np.float32(emb.shape[1] ** 0.5)
+
+
+def classes_of(context: Context, source: data.Source, indices: Sequence[int]) -> list[str]:
+    """Returns the class of each example: the field that the user names, or the object of shapes.
+
+    Raises:
+      ConfigError: no field is named.
+      DataError: the records have no such field, or there are too few or too many classes.
+    """
+    name = context.options.label or ("object" if isinstance(source, data.ShapesSource) else None)
+    if name is None:
+        known = ", ".join(examples.record_fields(source, 0)) or "none"
+        raise ConfigError(f"label is not set: name the field that is the class (the data have: {known})", "label")
+    labels = examples.fields(source, indices, name)
+    if not 1 < len({*labels}) <= MAX_CLASSES:
+        found = len({*labels})
+        raise DataError(f"field {name!r} has {found} classes in {len(labels)} examples: classification needs 2 or more")
+    return labels
