@@ -22,9 +22,6 @@ NOT_PROSE = (
 )
 """Files that quote the words of the glossary, and those whose captions have them."""
 
-FROZEN_PROSE = ("tests/evaluation/", "tests/training/test_sharding.py")
-"""Tests that still compare sentences of errors."""
-
 RULES = {
     architecture.import_boundaries: PACKAGE,
     architecture.budgets: CODE,
@@ -44,8 +41,6 @@ def test_every_file(rule):
     files = read_files(*RULES[rule])
     if rule is architecture.unused_words:
         files = [file for file in files if file.path.as_posix() not in NOT_PROSE]
-    if rule is architecture.frozen_prose:
-        files = [file for file in files if not file.path.as_posix().startswith(FROZEN_PROSE)]
     assert len(files) > 50
     violations = [f"{file.path}:{violation}" for file in files for violation in rule(file)]
     assert not violations, "\n".join(violations)
@@ -252,4 +247,4 @@ def test_imports_change_nothing_and_touch_no_device():
 
 def test_exempt_files_exist():
     """A file that was renamed is not exempt under its old name."""
-    assert [path for path in (*FOREIGN_OBJECTS, *FROZEN_PROSE) if not Path(ROOT, path).exists()] == []
+    assert [path for path in FOREIGN_OBJECTS if not Path(ROOT, path).exists()] == []

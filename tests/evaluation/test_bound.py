@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax import rng, testing
 from dalle2_jax.data import ShapesSource, example
@@ -97,11 +98,11 @@ def test_stages_that_have_neither_are_rejected():
         return LoadedStage(testing.tiny_stage(kind), Variables({}, {}), 1, None, None, 0)
 
     members = {"clip": member("clip_vit"), "prior": member("prior")}
-    with pytest.raises(UserError, match="stage prior generates none"):
+    with pytest.raises(UserError, check=mentions("stage prior")):
         bound.bits_per_dim(members, "prior", SOURCE, 1, 1, 1)
-    with pytest.raises(UserError, match="stage clip generates none"):
+    with pytest.raises(UserError, check=mentions("stage clip")):
         bound.bits_per_dim(members, "clip", SOURCE, 1, 1, 1)
-    with pytest.raises(UserError, match="stage clip is none"):
+    with pytest.raises(UserError, check=mentions("stage clip")):
         bound.noise_statistics(members, "clip", SOURCE, 1, 1)
 
 

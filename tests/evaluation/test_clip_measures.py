@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax import data
 from dalle2_jax.data.synthetic import grammar
@@ -136,8 +137,8 @@ def test_classes_have_to_be_named_and_several(known):
         clip.zero_shot(known, 4)
     assert error.value.field == "label"
     known.options = Options(label="style")
-    with pytest.raises(DataError, match="no field 'style'"):
+    with pytest.raises(DataError, check=mentions("'style'")):
         clip.zero_shot(known, 4)
     known.clip_source, known.options = data.ShapesSource("val", 16, max_objects=1), Options(label="background")
-    with pytest.raises(DataError, match="has 1 classes"):
+    with pytest.raises(DataError, check=mentions("1 classes")):
         clip.zero_shot(known, 1)

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax import testing
 from dalle2_jax.errors import DataError, UserError
@@ -54,19 +55,19 @@ def nan_image():
 
 WRONG = {
     # images, and a part of the message
-    "none": ([], "no images"),
-    "two sizes": ([IMAGES[0], IMAGES[1, :5]], "image 1 is 5x5"),
-    "NaN": ([IMAGES[0], nan_image()], "image 1 has values that are not finite"),
-    "floats": ([np.zeros((6, 5, 3))], "image 0 has float64 values"),
-    "grey": ([IMAGES[0, ..., :1]], "image 0 has shape"),
-    "too small": ([IMAGES[0, :3]], "at least 4x4"),
+    "none": ([], ["no images"]),
+    "two sizes": ([IMAGES[0], IMAGES[1, :5]], ["image 1", "5x5"]),
+    "NaN": ([IMAGES[0], nan_image()], ["image 1", "finite"]),
+    "floats": ([np.zeros((6, 5, 3))], ["image 0", "float64"]),
+    "grey": ([IMAGES[0, ..., :1]], ["image 0", "shape"]),
+    "too small": ([IMAGES[0, :3]], ["4x4"]),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_images_that_are_rejected(wrong):
-    given, message = WRONG[wrong]
-    with pytest.raises(DataError, match=message):
+    given, facts = WRONG[wrong]
+    with pytest.raises(DataError, check=mentions(*facts)):
         extract(network()[0], given)
 
 
@@ -78,12 +79,12 @@ def test_only_fid_s_inception_measures_fid():
 
 
 def test_a_network_without_classes_has_no_logits():
-    with pytest.raises(UserError, match="vgg16 has no classes"):
+    with pytest.raises(UserError, check=mentions("vgg16", "no classes")):
         network()[0].logits(IMAGES)
 
 
 def test_a_network_that_is_not_imported(tmp_path):
-    with pytest.raises(UserError, match=rf"dalle2 weights import auto FILE {tmp_path / 'vgg16'}"):
+    with pytest.raises(UserError, check=mentions("dalle2 weights import", tmp_path / "vgg16")):
         features.load(tmp_path / "vgg16")
 
 
@@ -105,5 +106,5 @@ def test_clip_is_a_feature_network(clip_system):
 
 
 def test_a_system_without_clip(clip_system):
-    with pytest.raises(UserError, match="holds no feature network"):
+    with pytest.raises(UserError, check=mentions("no feature network")):
         features.load(System(clip_system.path, {}, clip_system.mesh))

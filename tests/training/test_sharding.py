@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from raised import mentions
 
 from dalle2_jax import testing
 from dalle2_jax.errors import UserError
@@ -43,13 +44,13 @@ def test_a_mesh_takes_the_devices_that_are_left(config, shape):
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (16, 1, 1)])
 def test_a_mesh_that_does_not_fit_is_rejected(sizes):
-    with pytest.raises(UserError, match=r"does not fit the 8 device\(s\)"):
+    with pytest.raises(UserError, check=mentions("8 device(s)")):
         make_mesh(MeshConfig(*sizes))
 
 
 @pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 8, 1), (-2, 4, 1)])
 def test_nonsense_sizes_are_rejected(sizes):
-    with pytest.raises(UserError, match="must be positive, with at most one -1"):
+    with pytest.raises(UserError, check=mentions("positive", -1)):
         make_mesh(MeshConfig(*sizes))
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import DataError
 from dalle2_jax.evaluation.distances import Origin, Statistics, check_count, frechet_distance, frechet_interval
@@ -95,7 +96,7 @@ def test_a_distance_is_not_below_zero():
 
 def test_too_few_images():
     check_count(2049, 2048)
-    with pytest.raises(DataError, match="2048 images .* KID or CMMD"):
+    with pytest.raises(DataError, check=mentions(2048, "KID", "CMMD")):
         check_count(2048, 2048)
 
 
@@ -104,10 +105,10 @@ def test_features_of_two_origins(field):
     one = gaussian(np.zeros(D), np.eye(D), Origin("vgg16", "ab", "64x64", "train"))
     fields = {"network": "vgg16", "fingerprint": "ab", "preparation": "64x64", "data": "val"}
     frechet_distance(one, gaussian(np.zeros(D), np.eye(D), Origin(**fields)))
-    with pytest.raises(DataError, match=field):
+    with pytest.raises(DataError, check=mentions(field)):
         frechet_distance(one, gaussian(np.zeros(D), np.eye(D), Origin(**{**fields, field: "other"})))
 
 
 def test_features_of_two_sizes():
-    with pytest.raises(DataError, match="6 features, the other 2"):
+    with pytest.raises(DataError, check=mentions("6 features", 2)):
         frechet_distance(gaussian(np.zeros(D), np.eye(D)), gaussian(np.zeros(2), np.eye(2)))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import DataError
 from dalle2_jax.evaluation.distances import blocks, cmmd, cmmd_interval, kid, kid_interval
@@ -87,15 +88,15 @@ def test_subsets_that_are_the_whole_set_have_no_interval():
 
 @pytest.mark.parametrize("size", [1, 11])
 def test_subsets_larger_than_a_set(size):
-    with pytest.raises(DataError, match=f"subsets of KID have {size} images and the smaller set 10"):
+    with pytest.raises(DataError, check=mentions(f"{size} images", 10)):
         kid(normal(0, 10), normal(1, 12), 4, size)
 
 
 @pytest.mark.parametrize("measure", [cmmd, cmmd_interval, kid])
 def test_sets_that_are_rejected(measure):
-    with pytest.raises(DataError, match="4 dimensions"):
+    with pytest.raises(DataError, check=mentions("4 dimensions")):
         measure(normal(0, 10), normal(0, 10, dim=3))
-    with pytest.raises(DataError, match="image 3 are not finite"):
+    with pytest.raises(DataError, check=mentions("image 3", "finite")):
         measure(normal(0, 10), np.where(np.arange(10)[:, None] == 3, np.nan, normal(0, 10)))
     with pytest.raises(DataError):
         measure(normal(0, 1), normal(0, 10))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import DataError
 from dalle2_jax.evaluation.distances import blocks, density_coverage, precision_recall
@@ -70,11 +71,11 @@ def test_copies_are_inside_balls_without_radius():
 
 @pytest.mark.parametrize("measure", [precision_recall, density_coverage])
 def test_sets_that_are_rejected(measure):
-    with pytest.raises(DataError, match="more than 4 images in each set, got 4"):
+    with pytest.raises(DataError, check=mentions("more than 4 images")):
         measure(normal(0, 9), normal(0, 4), k=4)
-    with pytest.raises(DataError, match="neighbour 0"):
+    with pytest.raises(DataError, check=mentions("neighbour 0")):
         measure(normal(0, 9), normal(0, 9), k=0)
-    with pytest.raises(DataError, match="features of the generated images of image 0"):
+    with pytest.raises(DataError, check=mentions("generated", "image 0")):
         measure(normal(0, 9), np.full((9, 3), np.nan))
-    with pytest.raises(DataError, match="3 dimensions"):
+    with pytest.raises(DataError, check=mentions("3 dimensions")):
         measure(normal(0, 9), normal(0, 9, dim=2))

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import DataError
 from dalle2_jax.evaluation.distances import (
@@ -67,7 +68,7 @@ def test_copies_are_found_at_distance_0():
 
 @pytest.mark.parametrize("count", [0, 6])
 def test_more_neighbours_than_candidates(count):
-    with pytest.raises(DataError, match=f"{count} neighbours of 5 candidates"):
+    with pytest.raises(DataError, check=mentions(count, "5 candidates")):
         nearest(np.ones((2, 3)), np.ones((5, 3)), count)
 
 
@@ -118,7 +119,7 @@ def test_images_that_are_rejected(wrong):
 
 
 def test_lpips_needs_one_size():
-    with pytest.raises(DataError, match=r"equal sizes, got \(8, 8, 3\) and \(4, 4, 3\)"):
+    with pytest.raises(DataError, check=mentions("(8, 8, 3)", "(4, 4, 3)")):
         perceptual_distances(IMAGES, IMAGES[:, :4, :4], fake_lpips()[0])
 
 
@@ -166,9 +167,9 @@ def test_equal_candidates_are_equally_near():
 
 
 def test_concepts_without_a_real_image():
-    with pytest.raises(DataError, match="no real image shows concept dog of style flat"):
+    with pytest.raises(DataError, check=mentions("dog", "flat")):
         rank_concepts(np.zeros((1, 7)), ["dog"], ["flat"], NAMES, STYLES)
-    with pytest.raises(DataError, match="no real image shows concept cat of style 3d"):
+    with pytest.raises(DataError, check=mentions("cat", "3d")):
         rank_concepts(np.zeros((1, 7)), ["cat"], ["3d"], NAMES, STYLES)
 
 

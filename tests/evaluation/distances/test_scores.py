@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import DataError
 from dalle2_jax.evaluation.distances import clip_s, clip_score, inception_score
@@ -40,7 +41,7 @@ def test_a_class_that_never_occurs():
 
 @pytest.mark.parametrize("splits", [0, 41])
 def test_splits(splits):
-    with pytest.raises(DataError, match=f"40 images cannot be divided into {splits} splits"):
+    with pytest.raises(DataError, check=mentions("40 images", f"{splits} splits")):
         inception_score(np.zeros((40, 5)), splits)
 
 
@@ -53,9 +54,9 @@ def test_clip_scores_of_known_angles():
 
 @pytest.mark.parametrize("score", [clip_score, clip_s])
 def test_embeddings_that_are_no_pairs(score):
-    with pytest.raises(DataError, match="3 image embeddings and 2 text embeddings"):
+    with pytest.raises(DataError, check=mentions("3 image embeddings", "2 text embeddings")):
         score(np.ones((3, 2)), np.ones((2, 2)))
-    with pytest.raises(DataError, match="2 dimensions, text embeddings 3"):
+    with pytest.raises(DataError, check=mentions("2 dimensions", 3)):
         score(np.ones((3, 2)), np.ones((3, 3)))
-    with pytest.raises(DataError, match="text embeddings of image 1 are not finite"):
+    with pytest.raises(DataError, check=mentions("text embeddings", "image 1", "finite")):
         score(np.ones((2, 2)), np.array([[1.0, 1.0], [np.nan, 1.0]]))

@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 from hostile_files import npy, pickled
+from raised import mentions
 
 from dalle2_jax.errors import DataError
 from dalle2_jax.evaluation.distances import Moments, Origin, Statistics, blocks
@@ -38,26 +39,26 @@ def test_statistics_are_a_copy():
 
 
 WRONG_FEATURES = {
-    "NaN": ([[1.0, 2.0], [3.0, np.nan]], "image 1 are not finite"),
-    "infinity": ([[np.inf, 2.0]], "image 0 are not finite"),
-    "a vector": ([1.0, 2.0], "must be a matrix"),
-    "integers": ([[1, 2]], "must be a matrix"),
-    "no columns": (np.zeros((3, 0)), "must be a matrix"),
-    "one image": ([[1.0, 2.0]], "at least 2 images, got 1"),
+    "NaN": ([[1.0, 2.0], [3.0, np.nan]], ["image 1", "finite"]),
+    "infinity": ([[np.inf, 2.0]], ["image 0", "finite"]),
+    "a vector": ([1.0, 2.0], ["matrix"]),
+    "integers": ([[1, 2]], ["matrix"]),
+    "no columns": (np.zeros((3, 0)), ["matrix"]),
+    "one image": ([[1.0, 2.0]], ["2 images", 1]),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_FEATURES)
 def test_features_that_are_rejected(wrong):
-    features, message = WRONG_FEATURES[wrong]
-    with pytest.raises(DataError, match=message):
+    features, facts = WRONG_FEATURES[wrong]
+    with pytest.raises(DataError, check=mentions(*facts)):
         Statistics.of(np.asarray(features))
 
 
 def test_batches_of_two_networks():
     moments = Moments()
     moments.update(FEATURES)
-    with pytest.raises(DataError, match="has 3 features an image, those before 5"):
+    with pytest.raises(DataError, check=mentions(3, 5)):
         moments.update(FEATURES[:, :3])
 
 
@@ -92,7 +93,7 @@ def test_numpy_and_pytorch_fid_read_a_file(path):
 
 def test_a_file_of_another_network(path):
     Statistics.load(path, Origin("vgg16", "0123abcd", "64x64", "samples"))
-    with pytest.raises(DataError, match="fingerprint is '0123abcd'") as raised:
+    with pytest.raises(DataError, check=mentions("fingerprint", "'0123abcd'")) as raised:
         Statistics.load(path, Origin("vgg16", "ffff", "64x64"))
     assert raised.value.path == path
 
@@ -154,7 +155,7 @@ def test_hostile_files(wrong, tmp_path):
 def test_compressed_files_are_not_expanded(tmp_path):
     bomb = {**MEMBERS, "sigma.npy": npy((1000, 1000), "<f8") + bytes(8_000_000)}
     path = write(tmp_path / "f.npz", bomb, zipfile.ZIP_DEFLATED)
-    with pytest.raises(DataError, match="compressed") as raised:
+    with pytest.raises(DataError, check=mentions("compressed")) as raised:
         Statistics.load(path)
     assert raised.value.path == path
 
