@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from evaluated_system import SIDE, Shapes, generating, load, network
+from evaluated_system import SIDE, Shapes, generating, load, network, pixel_distance
 
 import dalle2_jax as d2
 from dalle2_jax import data
@@ -199,6 +199,16 @@ def test_memorised_images_are_nearer_than_held_out_ones(system, monkeypatch):
     assert found["memorisation/cosine-VGG16_to_nearest"].value == pytest.approx(0, abs=1e-6)
     nearer = found["memorisation/cosine-VGG16_nearer"]
     assert nearer.value == 1 > nearer.baseline.value
+
+
+def test_lpips_ranks_the_nearest_images(system, monkeypatch):
+    monkeypatch.setattr(images, "MAX_TRAINING", 64)
+    train = data.source_named("shapes", "train", SIDE)
+    generating(monkeypatch, lambda generator, condition, first, captions: train.fetch(range(len(captions)))["image"])
+    found = evaluate(system, "memorisation", data="shapes", lpips=pixel_distance())
+    nearest = found["memorisation/LPIPS_to_nearest"]
+    assert nearest.value == 0 < nearest.baseline.value
+    assert found["memorisation/LPIPS_nearer"].value == 1
 
 
 def test_a_sweep_of_guidance_writes_a_plot(system, monkeypatch, tmp_path):
