@@ -300,6 +300,7 @@ PLAIN = {"image": np.random.default_rng(0).integers(0, 256, (NUM, 20, 20, 3), np
         (["clip_score"], {"data": {**PLAIN, "image": np.full((NUM, 9, 9, 3), np.nan)}}, DataError, None),
         (["fd"], {"reference": "nowhere.npz"}, DataError, None),
         (["memorisation"], {}, ConfigError, "data"),
+        (["memorisation"], {"data": "shapes", "split": "train"}, ConfigError, "split"),
     ],
 )
 def test_errors_come_before_sampling(system, monkeypatch, measures, options, error, field):
