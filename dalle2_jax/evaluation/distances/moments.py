@@ -177,7 +177,7 @@ def _description(content: bytes) -> tuple[int, Origin]:
 
 
 class Moments:
-    """Accumulates mean and covariance of features batch by batch (Chan, Golub & LeVeque 1979, eq. 1.5).
+    """Accumulates mean and covariance of features batch by batch (Chan, Golub & LeVeque 1979).
 
     Holds one matrix [D, D] and no features. The error is that of float64 for features far from zero too.
     """
