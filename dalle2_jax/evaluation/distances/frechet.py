@@ -64,9 +64,9 @@ def frechet_interval(
 ) -> intervals.Interval:
     """Returns the 95 % interval of the Fréchet distance of images to a reference, by eq. (3).
 
-    It has about the width that bootstrap resampling gives, for the price of one eigendecomposition a set. Percentiles of a
-    bootstrap would be off centre, because resampled sets are further apart than the sets themselves. With few images per
-    feature it is up to a third too wide.
+    It has about the width that bootstrap resampling gives, for the price of one eigendecomposition a set. Percentiles
+    of a bootstrap would be off centre, because resampled sets are further apart than the sets themselves. With few
+    images per feature it is up to a third too wide.
 
     Args:
       features: of the generated images.
