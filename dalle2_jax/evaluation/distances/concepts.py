@@ -71,13 +71,13 @@ def perceptual_distances(
         return _pixel_distances(ours, theirs)
     if ours[0].shape != theirs[0].shape:
         raise DataError(f"LPIPS compares images of equal sizes, got {ours[0].shape} and {theirs[0].shape}")
-    size = lpips.embed(ours[:1], batch_size=_BATCH).nbytes
-    height, width = (max(1, memory // (part * size * _BATCH)) * _BATCH for part in (2, 8))
+    origin = lpips.embed(ours[:1], batch_size=_BATCH)  # close to all embeddings, so that less cancels in differences
+    height, width = (max(1, memory // (part * origin.nbytes * _BATCH)) * _BATCH for part in (2, 8))
     result = np.empty((len(ours), len(theirs)), np.float32)
     for row in range(0, len(ours), height):
-        embedded = lpips.embed(ours[row : row + height], batch_size=_BATCH)
+        embedded = lpips.embed(ours[row : row + height], batch_size=_BATCH) - origin
         for column in range(0, len(theirs), width):
-            others = lpips.embed(theirs[column : column + width], batch_size=_BATCH)
+            others = lpips.embed(theirs[column : column + width], batch_size=_BATCH) - origin
             result[row : row + height, column : column + width] = perceptual.distances(embedded, others)
     return result
 
