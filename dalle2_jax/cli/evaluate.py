@@ -12,14 +12,17 @@ from dalle2_jax.ranges import BatchSize, Side
 STATISTICS = "statistics"
 """The word in place of SYSTEM that writes the statistics of a data set."""
 
+RESOLUTION = 64
+"""Side in pixels of the images of statistics, unless the user gives another."""
+
 EXAMPLE = f"""dalle2 evaluate shapes --measures attributes,retrieval --num 64 --out runs/shapes-measures
   dalle2 evaluate runs/demo --measures fd,clip_score --features runs/inception --guidance 1,2,4 --out runs/demo-fd
   dalle2 evaluate {STATISTICS} --data folder:coco --split val --features runs/inception --out coco.npz"""
 DIFFUSED = ("prior", "decoder", "upsampler_1", "upsampler_2")
 
 PASSED = (
-    *("data", "split", "num", "features", "lpips", "clip", "reference", "guidance", "protocol", "label", "stage"),
-    *("prior", "seed", "batch_size", "trust_system", "out"),
+    *("data", "split", "num", "features", "lpips", "clip", "reference", "guidance", "protocol", "label"),
+    *("templates", "stage", "prior", "seed", "batch_size", "trust_system", "out"),
 )
 """Options that `dalle2_jax.evaluate` has by the same name."""
 
@@ -34,14 +37,11 @@ def make_parser() -> args.Parser:
     parser.add_argument("--measures", type=measure_names, default=(), help="names separated by commas")
     parser.add_argument("--protocol", choices=[*PROTOCOLS], help="a published protocol: FID over 30,000 COCO captions")
     _add_data(parser)
-    out = (
-        f"folder for results.json, grid.png and the samples, where an interrupted command continues; with {STATISTICS}"
-    )
-    parser.add_argument("--out", type=args.path, help=f"{out} the file")
+    out = "folder of the results and samples, where an interrupted command continues"
+    parser.add_argument("--out", type=args.path, help=f"{out}; of {STATISTICS}, the file")
     parser.add_argument("--stage", choices=DIFFUSED, help="the stage of bits_per_dim and noise_statistics")
-    parser.add_argument(
-        "--prior", choices=sample.PRIORS, help="which prior, if the system has both (default diffusion)"
-    )
+    prior = "which prior, if the system has both (default diffusion)"
+    parser.add_argument("--prior", choices=sample.PRIORS, help=prior)
     parser.add_argument("--seed", type=args.seed, default=1, help="random seed (default %(default)s)")
     batch = "images generated at a time (default 64, and 16 for single stages)"
     parser.add_argument("--batch_size", type=args.number(BatchSize), help=batch)
@@ -61,14 +61,16 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     counts = f"number of examples (default: {MEASURES['attributes'].num} for most measures, all for {STATISTICS})"
     parser.add_argument("--num", type=args.positive_int, help=counts)
     parser.add_argument("--label", help="field of the data's records that is the class, for zero_shot and linear_probe")
+    template = "caption of a class for zero_shot, with {} for its name; may be repeated"
+    parser.add_argument("--template", dest="templates", action="append", default=[], metavar="TEXT", help=template)
     features = "folder of an imported image network, or a system with a CLIP; may be repeated"
     parser.add_argument("--features", type=args.path, action="append", default=[], metavar="DIR", help=features)
     parser.add_argument("--lpips", type=args.path, metavar="DIR", help="folder of an imported LPIPS")
     clip = "system whose CLIP compares images with captions (default: the measured system)"
     parser.add_argument("--clip", type=args.system, metavar="SYSTEM", help=clip)
     parser.add_argument("--reference", type=args.path, help=f"file of {STATISTICS}, in place of the real images of fd")
-    side = f"side in pixels of the images of {STATISTICS} (default %(default)s)"
-    parser.add_argument("--resolution", type=args.number(Side), default=64, help=side)
+    side = f"side in pixels of the images of {STATISTICS} (default {RESOLUTION})"
+    parser.add_argument("--resolution", type=args.number(Side), help=side)
 
 
 def subject(word: str) -> str | Path:
@@ -93,7 +95,7 @@ def write_statistics(options: argparse.Namespace) -> None:
     """Writes the statistics of a data set.
 
     Raises:
-      UsageError: the data, the network or the file is not given.
+      UsageError: the data, the network or the file is not given, or measures are.
     """
     from dalle2_jax import data
     from dalle2_jax.evaluation import features, references
@@ -101,12 +103,14 @@ def write_statistics(options: argparse.Namespace) -> None:
     for name in ("data", "out"):
         if vars(options)[name] is None:
             raise UsageError(f"{STATISTICS} needs --{name}; see dalle2 evaluate --help")
+    if options.measures or options.protocol:
+        raise UsageError(f"{STATISTICS} are those of data and have no measures: name a system to measure")
     if len(options.features) != 1:
         raise UsageError(f"{STATISTICS} needs one network: give --features DIR once")
     if options.out.is_dir():
         raise UserError(f"{options.out} is a folder: give --out FILE.npz")
     network = features.load(options.features[0])
-    source = data.source_named(options.data, options.split or "train", options.resolution)
+    source = data.source_named(options.data, options.split or "train", options.resolution or RESOLUTION)
     found = references.statistics_of(network, source, options.num, options.data, progress=True)
     found.save(options.out)
     print(f"{options.out}: {found.n:,} images, {found.dim:,} features of {network.name}")
@@ -118,6 +122,8 @@ def main() -> None:
     if options.system == STATISTICS:
         write_statistics(options)
         return
+    if options.resolution is not None:
+        raise UsageError(f"--resolution is of {STATISTICS}: a system's images have their own size")
     from dalle2_jax.evaluation.run import evaluate
 
     keywords: dict[str, Any] = {name: vars(options)[name] for name in PASSED}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from dalle2_jax import data
 from dalle2_jax.errors import SystemWarning, UserError
@@ -239,7 +239,12 @@ class Context:
             "condition": condition,
             "sampling": {name: dataclasses.asdict(config) for name, config in generator.sampling.items()},
         }
-        return SampleFolder(path, settings, size, self.size), functools.partial(generate, generator, condition)
+        make: Generate = functools.partial(generate, generator, condition)
+        if condition == TEXT:
+            # the last batch is padded
+            text_emb = np.pad(self.system.embed_text(list(captions)), ((0, size), (0, 0)))
+            make = functools.partial(generate, generator, condition, text_emb=text_emb)
+        return SampleFolder(path, settings, size, self.size), make
 
     def _generator(self, batch_size: int, condition: str) -> Generator:
         names = [name for name in ("clip", *IMAGE_STAGES) if name in self.system.stages]
@@ -259,7 +264,13 @@ class Context:
         return self.once(("weights", stage), lambda: f"{fingerprint(loaded.variables.params)} at step {loaded.step}")
 
 
-def generate(generator: Generator, condition: str, first: int, captions: Sequence[str]) -> np.ndarray:
+def generate(
+    generator: Generator,
+    condition: str,
+    first: int,
+    captions: Sequence[str],
+    text_emb: Float32[np.ndarray, "N E"] | None = None,
+) -> UInt8[np.ndarray, "B H W 3"]:
     """Generates a batch of images.
 
     Args:
@@ -267,19 +278,13 @@ def generate(generator: Generator, condition: str, first: int, captions: Sequenc
       condition: `PRIOR`, `TEXT` or `CAPTION`.
       first: number of the first caption, which selects the random key.
       captions: of the images.
-
-    Returns:
-      uint8[B, H, W, 3].
+      text_emb: for `TEXT`, the embeddings of all captions from number 0 on.
     """
     requests = [Request(caption, first + place, 0) for place, caption in enumerate(captions)]
     if condition == PRIOR:
         sampled = generator.text2image(requests, len(requests))
-    elif condition == CAPTION:
-        sampled = generator.decode(requests, len(requests), None)
     else:
-        call = generator.call
-        text_emb = System(call.system, call.stages, call.mesh).embed_text(list(captions))
-        sampled = generator.decode(requests, len(requests), np.pad(text_emb, ((first, 0), (0, 0))))
+        sampled = generator.decode(requests, len(requests), text_emb)
     return np.stack([image for _, image in sampled])
 
 

@@ -11,7 +11,7 @@ by the central limit theorem,
     mean +- z s / sqrt(n)                                                                     (2)
 
 For any other figure of n independent examples: the percentiles of the figure over sets of n examples sampled from them
-with replacement (Efron 1979; Efron & Tibshirani 1993, section 13.3).
+with replacement (Efron 1979; Efron & Tibshirani 1993, chapter 13).
 """
 
 import statistics

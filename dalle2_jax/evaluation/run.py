@@ -1,7 +1,9 @@
 """`evaluate`: measures a system by name, over samples that are generated once and stored.
 
-evaluation = evaluate("shapes", ["attributes", "retrieval"], num=64, out="runs/shapes-measures")
-print(evaluation.table())
+    evaluation = evaluate("shapes", ["attributes", "retrieval"], num=64, out="runs/shapes-measures")
+    print(evaluation.table())
+
+``registry.MEASURES`` has what each measure needs, `FUNCTIONS` what computes it.
 """
 
 import contextlib
@@ -191,7 +193,7 @@ def _evaluation(context: Context, found: Mapping[str, Figures], plan: Mapping[st
     settings = {
         "num": dict(plan),
         "data": options.data if isinstance(options.data, str) else None,
-        "split": context.split,
+        "split": options.split,
         "seed": options.seed,
         "guidance": [*_scales(options)],
         "sampling": {name: dict(fields) for name, fields in options.sampling.items()},

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+from evaluated_system import pixel_distance
 from raised import mentions
 
 from dalle2_jax import data
@@ -42,7 +43,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def measure(folder, generate, num=3):
+def measure(folder, generate, num=3, lpips=None):
     """The figures of generated images, given the source and the number of images."""
     source = data.FolderSource(folder, "val", SIDE)
     train = data.FolderSource(folder, "train", SIDE)
@@ -51,7 +52,7 @@ def measure(folder, generate, num=3):
         split="val",
         size=SIDE,
         options=Options(),
-        lpips=None,
+        lpips=lpips,
         open=lambda stage, split, size: train,
         indices=lambda num: [*range(num)],
         samples=lambda num: SimpleNamespace(images=lambda num: generate(source, num)),
@@ -64,8 +65,9 @@ def real(source, num):
     return source.fetch(range(num))["image"]
 
 
-def test_real_images_are_found(folder):
-    figures = measure(folder, real)
+@pytest.mark.parametrize("lpips", [None, pixel_distance()], ids=["pixels", "lpips"])
+def test_real_images_are_found(folder, lpips):
+    figures = measure(folder, real, lpips=lpips)
     assert figures["top_1"].value == figures["top_10"].value == figures["style"].value == 1
     assert figures["top_1"].n == 3 and figures["top_1"].baseline.value == 0  # no caption is its own in the shuffle
 

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from evaluated_system import SIDE, Shapes, generating, load, network
+from evaluated_system import SIDE, Shapes, generating, load, network, pixel_distance
 from raised import mentions
 
 import dalle2_jax as d2
@@ -202,6 +202,16 @@ def test_memorised_images_are_nearer_than_held_out_ones(system, monkeypatch):
     assert nearer.value == 1 > nearer.baseline.value
 
 
+def test_lpips_ranks_the_nearest_images(system, monkeypatch):
+    monkeypatch.setattr(images, "MAX_TRAINING", 64)
+    train = data.source_named("shapes", "train", SIDE)
+    generating(monkeypatch, lambda generator, condition, first, captions: train.fetch(range(len(captions)))["image"])
+    found = evaluate(system, "memorisation", data="shapes", lpips=pixel_distance())
+    nearest = found["memorisation/LPIPS_to_nearest"]
+    assert nearest.value == 0 < nearest.baseline.value
+    assert found["memorisation/LPIPS_nearer"].value == 1
+
+
 def test_a_sweep_of_guidance_writes_a_plot(system, monkeypatch, tmp_path):
     generate = generating(monkeypatch, Shapes(SIDE))
     found = evaluate(system, "fd", "clip_score", "retrieval", guidance=(1, 2.5), out=tmp_path)
@@ -291,6 +301,7 @@ PLAIN = {"image": np.random.default_rng(0).integers(0, 256, (NUM, 20, 20, 3), np
         (["clip_score"], {"data": {**PLAIN, "image": np.full((NUM, 9, 9, 3), np.nan)}}, DataError, None),
         (["fd"], {"reference": "nowhere.npz"}, DataError, None),
         (["memorisation"], {}, ConfigError, "data"),
+        (["memorisation"], {"data": "shapes", "split": "train"}, ConfigError, "split"),
     ],
 )
 def test_errors_come_before_sampling(system, monkeypatch, measures, options, error, field):

@@ -8,6 +8,7 @@ import dalle2_jax as d2
 from dalle2_jax import data
 from dalle2_jax.evaluation import context
 from dalle2_jax.evaluation.features import FeatureNetwork
+from dalle2_jax.evaluation.lpips import Lpips
 
 SIDE = 16
 """Of the images that the tiny system generates."""
@@ -28,6 +29,19 @@ def network(name="vgg16", label="VGG16", dims=4, seen=None):
         return jnp.asarray(images, jnp.float32).mean((1, 2)) @ weights / jnp.float32(255)
 
     return FeatureNetwork(name, label, None, 4, dims, dims, "feed", encode, lambda features: 3 * features)
+
+
+def pixel_distance():
+    """The mean squared difference of pixels in place of LPIPS."""
+
+    def encode(images):
+        flat = jnp.asarray(images, jnp.float32).reshape(len(images), -1)
+        return flat / jnp.float32(255 * flat.shape[1] ** 0.5)
+
+    def compare(images, others):
+        return jnp.sum(jnp.square(encode(images) - encode(others)), axis=1)
+
+    return Lpips("lpips_vgg16", 4, "feed", encode, compare)
 
 
 class Shapes:

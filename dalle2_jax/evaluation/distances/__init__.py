@@ -3,9 +3,9 @@
 | function | source | distance of |
 | --- | --- | --- |
 | `frechet_distance` | Heusel et al. 2017 | two sets, as Gaussians; FID over Inception's features |
-| `kid`, `cmmd` | Binkowski et al. 2018, Jayasumana et al. 2024 | two sets, of any distribution |
+| `kid`, `cmmd` | Bińkowski et al. 2018, Jayasumana et al. 2024 | two sets, of any distribution |
 | `inception_score` | Salimans et al. 2016 | none: classes of one set |
-| `precision_recall`, `density_coverage` | Kynkaanniemi et al. 2019, Naeem et al. 2020 | two sets, as manifolds |
+| `precision_recall`, `density_coverage` | Kynkäänniemi et al. 2019, Naeem et al. 2020 | two sets, as manifolds |
 | `clip_score`, `clip_s` | Radford et al. 2021, Hessel et al. 2021 | an image and its caption |
 | `nearest`, `rerank` | - | an image and training images |
 | `perceptual_distances`, `rank_concepts` | - | an image and real images of named concepts |

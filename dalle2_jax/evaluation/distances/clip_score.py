@@ -2,7 +2,7 @@
 
 Two figures have this name. `clip_score` is 100 cos, which torchmetrics computes, and which the curves of FID against
 CLIP score in GLIDE, unCLIP and Imagen plot; `dalle2 evaluate` reports it. `clip_s` is CLIP-S of Hessel et al. 2021,
-eq. 1: 2.5 max(cos, 0). Both depend on the CLIP: compare figures of one CLIP only.
+section 3: 2.5 max(cos, 0). Both depend on the CLIP: compare figures of one CLIP only.
 """
 
 import numpy as np

@@ -19,7 +19,7 @@ from dalle2_jax.evaluation import lpips as perceptual
 from dalle2_jax.evaluation.features.extract import checked
 from dalle2_jax.evaluation.lpips import Lpips
 
-MEMORY = 4 << 30
+MEMORY = 2 << 30
 """Bytes of the embeddings that are held at a time."""
 
 PIXEL_SIDE = 32
@@ -55,7 +55,7 @@ def perceptual_distances(
     """Returns the distance of each image to each candidate.
 
     Images are embedded once. Candidates are embedded once if the images' embeddings take half of ``memory`` at most
-    (about 1,000 images of 64x64 pixels for VGG16 and 4 GiB), and once for each part of the images otherwise.
+    (500 images of 64x64 pixels for VGG16 and 2 GiB), and once for each part of the images otherwise.
 
     Args:
       images: generated images of one size.
@@ -71,14 +71,14 @@ def perceptual_distances(
         return _pixel_distances(ours, theirs)
     if ours[0].shape != theirs[0].shape:
         raise DataError(f"LPIPS compares images of equal sizes, got {ours[0].shape} and {theirs[0].shape}")
-    size = lpips.embed(ours[:1], batch_size=_BATCH).nbytes
-    held = max(1, memory // (2 * size * _BATCH)) * _BATCH
+    origin = lpips.embed(ours[:1], batch_size=_BATCH)  # close to all embeddings, so that less cancels in differences
+    height, width = (max(1, memory // (part * origin.nbytes * _BATCH)) * _BATCH for part in (2, 8))
     result = np.empty((len(ours), len(theirs)), np.float32)
-    for row in range(0, len(ours), held):
-        embedded = lpips.embed(ours[row : row + held], batch_size=_BATCH)
-        for column in range(0, len(theirs), held):
-            others = lpips.embed(theirs[column : column + held], batch_size=_BATCH)
-            result[row : row + held, column : column + held] = perceptual.distances(embedded, others)
+    for row in range(0, len(ours), height):
+        embedded = lpips.embed(ours[row : row + height], batch_size=_BATCH) - origin
+        for column in range(0, len(theirs), width):
+            others = lpips.embed(theirs[column : column + width], batch_size=_BATCH) - origin
+            result[row : row + height, column : column + width] = perceptual.distances(embedded, others)
     return result
 
 

@@ -6,7 +6,7 @@ For features x of one set and y of the other, the unbiased estimate (Gretton et 
 
 which is 0 on average for equal distributions, at any number of images, and may be negative.
 
-KID (Binkowski et al. 2018, section 4) has k(x, y) = (x^T y / D + 1)^3 and is the mean of eq. (1) over random subsets.
+KID (Bińkowski et al. 2018, section 4) has k(x, y) = (x^T y / D + 1)^3 and is the mean of eq. (1) over random subsets.
 CMMD (Jayasumana et al. 2024, section 4) has k(x, y) = exp(-|x - y|^2 / 2 sigma^2) with sigma = 10, over CLIP image
 embeddings of unit norm, times 1000.
 """
@@ -83,10 +83,11 @@ def kid(
 
 
 def kid_interval(values: Float64[np.ndarray, "S"], subset_size: int, n: int) -> intervals.Interval | None:
-    """Returns the 95 % interval of KID from its subsets, by the delete-d jackknife (Shao & Wu 1989, eq. 2.2).
+    """Returns the 95 % interval of KID from its subsets, by the delete-d jackknife (Shao & Wu 1989).
 
     The variance of a subset's value is multiplied by subset_size / (n - subset_size), because subsets are smaller than
-    the set and are sampled from it without replacement.
+    the set and are sampled from it without replacement. For sets that hardly differ it is too wide. Subsets of half the
+    images at most are advisable.
 
     Args:
       values: eq. (1) of each subset, from `kid`.

@@ -1,13 +1,13 @@
 """Precision and recall, density and coverage: how two sets of features cover each other.
 
 The manifold of a set is the union of the balls B(x, r_k(x)) around its features x, with the distance r_k(x) to the k-th
-nearest other feature of the set as radius (Kynkaanniemi et al. 2019, eq. 1 and 2):
+nearest other feature of the set as radius (Kynkäänniemi et al. 2019, eq. 1 and 2):
 
     precision = share of generated y in the manifold of the real set,                           (1)
     recall    = share of real x in the manifold of the generated set.
 
 Outliers of the real set have large balls. Density counts how many balls each y is in, and coverage looks at the balls
-of the real set alone (Naeem et al. 2020, eq. 4 and 5):
+of the real set alone (Naeem et al. 2020, section 3):
 
     density  = mean_y (number of x with |y - x| <= r_k(x)) / k,                                 (2)
     coverage = share of real x with some y with |y - x| <= r_k(x).

@@ -6,24 +6,32 @@
     statistics = moments.statistics(Origin(network.name, network.fingerprint, data="COCO val"))
     statistics.save("coco.npz")
 
-The arrays of the file are ``mu`` and ``sigma``, as pytorch-fid names them, which reads the file too.
+The file is an .npz without compression, of 32 MiB for 2,048 features. Its arrays ``mu`` and ``sigma`` are named as
+pytorch-fid reads them; ``description`` is JSON.
 """
 
 import dataclasses
+import io
+import json
 import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Float64
 
-from dalle2_jax.errors import DataError, shown
+from dalle2_jax.data.storage.arrays import BYTES, Kind, unpack_arrays
+from dalle2_jax.errors import DataError, printable, shown
 from dalle2_jax.evaluation.distances import blocks
-from dalle2_jax.evaluation.distances.archive import read_arrays, write_arrays
+from dalle2_jax.files import written_atomically
+from dalle2_jax.reading import parse_json, read_bytes
 
 MAX_DIM = 16_384
 """Maximum number of features in a file of statistics, whose covariance then has 2 GiB."""
 
-_MEAN, _COVARIANCE = "mu", "sigma"
+_MEAN, _COVARIANCE, _DESCRIPTION = "mu", "sigma", "description"
+_KINDS = {_MEAN: Kind(np.float64, (None,)), _COVARIANCE: Kind(np.float64, (None, None)), _DESCRIPTION: BYTES}
+_MAX_DESCRIPTION = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +126,17 @@ class Statistics:
         Raises:
           OSError: it cannot be written.
         """
-        description = {"n": self.n, **dataclasses.asdict(self.origin)}
-        write_arrays(path, {_MEAN: self.mean, _COVARIANCE: self.covariance}, description)
+        description = json.dumps({"n": self.n, **dataclasses.asdict(self.origin)}).encode()
+        arrays = {_MEAN: self.mean, _COVARIANCE: self.covariance, _DESCRIPTION: np.frombuffer(description, np.uint8)}
+        with written_atomically(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, array in arrays.items():
+                member = io.BytesIO()
+                np.save(member, np.ascontiguousarray(array), allow_pickle=False)
+                archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getbuffer())  # without a date: the same bytes
 
     @classmethod
     def load(cls, path: str | Path, origin: Origin | None = None) -> "Statistics":
-        """Reads a file that `save` wrote.
+        """Reads a file that `save` wrote. Nothing is unpickled or expanded.
 
         Args:
           path: of the file.
@@ -132,21 +145,39 @@ class Statistics:
         Raises:
           DataError: there is no such file, it is damaged, it is not such a file, or its origin is not comparable.
         """
-        arrays, description = read_arrays(path, {_MEAN: 1, _COVARIANCE: 2}, MAX_DIM)
-        mean, covariance = arrays[_MEAN], arrays[_COVARIANCE]
-        n, texts = description.get("n"), [description.get(field.name) for field in dataclasses.fields(Origin)]
-        if type(n) is not int or n < 2 or not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{path} has an incomplete description: {shown(description)}", path)
-        found = Origin(*map(str, texts))
-        if covariance.shape != (len(mean), len(mean)):
-            raise DataError(f"{path} has a mean of {len(mean)} and a covariance of {covariance.shape}", path)
+        path = Path(path)
+        try:
+            content = read_bytes(path, 8 * MAX_DIM * (MAX_DIM + 2))
+            arrays = unpack_arrays(content, _KINDS, limit=len(content))
+            n, found = _description(arrays[_DESCRIPTION].tobytes())
+            mean, covariance = arrays[_MEAN].copy(), arrays[_COVARIANCE].copy()
+            if not len(mean) or covariance.shape != (len(mean), len(mean)):
+                raise ValueError(f"a mean of {len(mean)} and a covariance of {covariance.shape}")
+            if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+                raise ValueError("NaN or infinity")
+        except FileNotFoundError:
+            raise DataError(f"there is no file {path}", path) from None
+        except (OSError, ValueError, TypeError) as error:
+            reason = printable(error)[:200]
+            raise DataError(f"{path} holds no statistics of features, or is damaged ({reason})", path) from error
         if origin is not None:
-            found.check_same(origin, Path(path))
+            found.check_same(origin, path)
         return cls(mean, covariance, n, found)
 
 
+def _description(content: bytes) -> tuple[int, Origin]:
+    """Returns n and the origin. ValueError if one is missing or of another type."""
+    found = parse_json(content[:_MAX_DESCRIPTION])
+    if not isinstance(found, dict):
+        raise ValueError(f"the description is {shown(found)}")
+    n, texts = found.get("n"), [found.get(field.name) for field in dataclasses.fields(Origin)]
+    if type(n) is not int or n < 2 or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"the description is {shown(found)}")
+    return n, Origin(*map(str, texts))
+
+
 class Moments:
-    """Accumulates mean and covariance of features batch by batch (Chan, Golub & LeVeque 1979, eq. 1.5).
+    """Accumulates mean and covariance of features batch by batch (Chan, Golub & LeVeque 1979).
 
     Holds one matrix [D, D] and no features. The error is that of float64 for features far from zero too.
     """

@@ -226,6 +226,8 @@ def check_memorisation(context: Context, num: int) -> None:
     named_networks(context)
     if not context.divided:
         raise ConfigError("data in memory have no split train to compare samples with: give a path", "data")
+    if context.split == "train":
+        raise ConfigError("split must not be train, whose images are those that samples are compared with", "split")
 
 
 def _images(source: data.Source, indices: list[int]) -> UInt8[np.ndarray, "N H W 3"]:

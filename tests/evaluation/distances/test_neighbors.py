@@ -21,13 +21,17 @@ IMAGES = RANDOM.integers(0, 256, (7, 8, 8, 3), np.uint8)
 CANDIDATES = RANDOM.integers(0, 256, (40, 8, 8, 3), np.uint8)
 
 
-def fake_lpips():
-    """The mean squared difference of pixels, and the sizes of the batches that it computed."""
+def fake_lpips(offset=0.0):
+    """The mean squared difference of pixels, and the sizes of the batches that it computed.
+
+    Args:
+      offset: added to embeddings.
+    """
     embedded, compared = [], []
 
     def encode(images):
         embedded.append(len(images))
-        return jnp.asarray(images, jnp.float32).reshape(len(images), -1) / (255 * 192**0.5)
+        return jnp.asarray(images, jnp.float32).reshape(len(images), -1) / (255 * 192**0.5) + offset
 
     def compare(images, others):
         compared.append(len(images))
@@ -92,6 +96,12 @@ def test_perceptual_distances(memory, passes):
     np.testing.assert_allclose(found, pixels(IMAGES, CANDIDATES), atol=2e-6)
     assert {*embedded} == {16}, "one shape, one program"
     assert sum(embedded) == 16 + 16 + passes * 48
+
+
+def test_embeddings_far_from_zero():
+    """Their squared norms are 50,000, the distances below 0.2."""
+    found = perceptual_distances(IMAGES, CANDIDATES, fake_lpips(offset=16.0)[0])
+    np.testing.assert_allclose(found, pixels(IMAGES, CANDIDATES), atol=1e-4)
 
 
 def test_images_in_parts_when_memory_is_small():

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import struct
 import zipfile
 
 import numpy as np
@@ -104,8 +105,21 @@ def saved(array):
     return stream.getvalue()
 
 
+def described(text):
+    return saved(np.frombuffer(text.encode(), np.uint8))
+
+
+def header(text):
+    """A .npy file of three numbers whose header is a text."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + bytes(24)
+
+
 DESCRIPTION = {"n": 9, "network": "a", "fingerprint": "b", "preparation": "c", "data": "d"}
-MEMBERS = {"mu.npy": saved(np.zeros(2)), "sigma.npy": saved(np.eye(2)), "description.json": json.dumps(DESCRIPTION)}
+MEMBERS = {
+    "mu.npy": saved(np.zeros(2)),
+    "sigma.npy": saved(np.eye(2)),
+    "description.npy": described(json.dumps(DESCRIPTION)),
+}
 
 HOSTILE = {
     "objects, pickled": {"mu.npy": pickled()},
@@ -113,22 +127,26 @@ HOSTILE = {
     "a shape without its bytes": {"sigma.npy": npy((16_000, 16_000), "<f8")},
     "a shape far too large": {"sigma.npy": npy((10**12, 10**12), "<f8")},
     "a negative shape": {"mu.npy": npy((-2,), "<f8")},
-    "a header that is code": {"mu.npy": b"\x93NUMPY\x01\x00\x0a\x00print(1)\n\n"},
-    "an endless header": {"mu.npy": b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535},
+    "a header that is code": {"mu.npy": header("print(1)")},
+    "an open bracket": {"mu.npy": header("(((")},
+    "an open string": {"mu.npy": header("'''")},
+    "a deep header": {"mu.npy": header("-" * 9000 + "1")},
+    "an endless header": {"mu.npy": header("(" * 65535)},
+    "a header of Python 2": {"mu.npy": header("{'descr': '<f8', 'fortran_order': False, 'shape': (2L,)}")},
+    "a shape of truth values": {"mu.npy": header("{'descr': '<f8', 'fortran_order': False, 'shape': (True,)}")},
     "single precision": {"mu.npy": saved(np.zeros(2, np.float32))},
     "a matrix for a mean": {"mu.npy": saved(np.zeros((2, 1)))},
     "sizes that differ": {"sigma.npy": saved(np.eye(3))},
     "NaN": {"mu.npy": saved([0.0, np.nan])},
     "no member": {"mu.npy": None},
-    "a further member": {"extra.npy": saved(np.zeros(2))},
-    "no JSON": {"description.json": "{"},
-    "deep JSON": {"description.json": "[" * 9000},
-    "a list": {"description.json": "[]"},
-    "no n": {"description.json": json.dumps({**DESCRIPTION, "n": None})},
-    "n that is no number": {"description.json": json.dumps({**DESCRIPTION, "n": True})},
-    "a name that is no text": {"description.json": json.dumps({**DESCRIPTION, "network": 1})},
-    "a missing field": {"description.json": json.dumps({"n": 9})},
-    "a long description": {"description.json": json.dumps({**DESCRIPTION, "data": "d" * 10_000})},
+    "no JSON": {"description.npy": described("{")},
+    "deep JSON": {"description.npy": described("[" * 9000)},
+    "a list": {"description.npy": described("[]")},
+    "no n": {"description.npy": described(json.dumps({**DESCRIPTION, "n": None}))},
+    "n that is no number": {"description.npy": described(json.dumps({**DESCRIPTION, "n": True}))},
+    "a name that is no text": {"description.npy": described(json.dumps({**DESCRIPTION, "network": 1}))},
+    "a missing field": {"description.npy": described(json.dumps({"n": 9}))},
+    "a long description": {"description.npy": described(json.dumps({**DESCRIPTION, "data": "d" * 10_000}))},
 }
 
 
@@ -155,7 +173,7 @@ def test_hostile_files(wrong, tmp_path):
 def test_compressed_files_are_not_expanded(tmp_path):
     bomb = {**MEMBERS, "sigma.npy": npy((1000, 1000), "<f8") + bytes(8_000_000)}
     path = write(tmp_path / "f.npz", bomb, zipfile.ZIP_DEFLATED)
-    with pytest.raises(DataError, check=mentions("compressed")) as raised:
+    with pytest.raises(DataError, check=mentions("too large")) as raised:
         Statistics.load(path)
     assert raised.value.path == path
 
