@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from evaluated_system import SIDE, Shapes, generating, load, network, pixel_distance
+from jax.sharding import AxisType
 
 import dalle2_jax as d2
 from dalle2_jax import data
@@ -161,6 +163,20 @@ def test_out_of_other_settings_is_rejected(system, monkeypatch, tmp_path, change
     with pytest.raises(ConfigError) as error:
         evaluate(system, "clip_score", out=tmp_path, **changed)
     assert error.value.field == field
+
+
+@pytest.mark.sharding
+def test_several_devices_generate_the_same_images(system, tmp_path):
+    axes, kinds = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+    meshes = [jax.make_mesh((size, 1, 1), axes, kinds, devices=jax.devices()[:size]) for size in (8, 1)]
+    folders = [tmp_path / str(mesh.size) for mesh in meshes]
+    found = [
+        evaluate(d2.load(system.path, mesh=mesh), "clip_score", num=6, out=folder)
+        for mesh, folder in zip(meshes, folders, strict=True)
+    ]
+    several, one = (np.load(folder / "samples/data/00000.npy").astype(int) for folder in folders)
+    assert several.shape == one.shape == (6, SIDE, SIDE, 3) and np.abs(several - one).max() <= 1
+    assert found[0]["clip_score/CLIP score"].value == pytest.approx(found[1]["clip_score/CLIP score"].value, abs=0.1)
 
 
 def test_without_a_batch_size_that_of_the_samples_is_kept(system, monkeypatch, tmp_path):
