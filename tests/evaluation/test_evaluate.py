@@ -15,7 +15,6 @@ from dalle2_jax.errors import ConfigError, DataError, UsageError, UserError
 from dalle2_jax.evaluation import context, references, registry, run
 from dalle2_jax.evaluation.distances import Statistics
 from dalle2_jax.evaluation.features import FeatureNetwork
-from dalle2_jax.evaluation.figures import Figure
 from dalle2_jax.evaluation.measures import images
 from dalle2_jax.evaluation.options import make_options
 from dalle2_jax.system.system import System
@@ -84,8 +83,7 @@ def test_every_figure_has_its_count_and_interval(measured, measure):
 def test_results_are_read_back_and_reported(measured, tmp_path):
     written = json.loads((measured.save(tmp_path) / "results.json").read_text())
     assert written["measures"].keys() == FIGURES.keys() and written["settings"]["seed"] == 1
-    for name, figure in measured.measures["clip_score"].items():
-        assert Figure.from_json(written["measures"]["clip_score"][name]) == figure
+    assert d2.Evaluation.load(tmp_path).figures == measured.figures
     assert (tmp_path / "grid.png").is_file()
     assert repr(measured).count("\n") == 1 and f"{len(measured)} figures" in repr(measured)
     assert measured["clip_score/CLIP score"].baseline.n == NUM
@@ -93,6 +91,14 @@ def test_results_are_read_back_and_reported(measured, tmp_path):
     assert len(lines) == 1 + len(measured) and "baseline" in lines[0] and "(shuffled captions)" in measured.table()
     d2.write_report([measured.system], tmp_path / "report.html", results=[tmp_path])
     assert "clip_score / CLIP score" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"measures": {"a": {"b": {"value": 1}}}}', '{"measures": [1]}'])
+def test_damaged_results_are_named(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(DataError) as error:
+        d2.Evaluation.load(tmp_path)
+    assert error.value.path == tmp_path / "results.json"
 
 
 def test_the_three_conditions_of_the_ablation_differ(system, measured):
