@@ -11,8 +11,13 @@ import numpy as np
 from jaxtyping import UInt8
 
 import dalle2_jax
+from dalle2_jax.errors import DataError, shown
 from dalle2_jax.evaluation import intervals
 from dalle2_jax.files import captioned_grid, write_atomically, write_png
+from dalle2_jax.reading import parse_json, read_bytes
+
+_MAX_RESULTS = 2**24
+"""Maximum bytes of a file of results."""
 
 RESULTS, GRID = "results.json", "grid.png"
 """Names of the files that `Evaluation.save` writes."""
@@ -146,6 +151,24 @@ class Evaluation(Mapping[str, Figure]):
         }
         versions = {"dalle2_jax": dalle2_jax.__version__}
         return {"system": self.system, "settings": dict(self.settings), "versions": versions, "measures": measures}
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Evaluation":
+        """Returns the evaluation that `save` wrote to a folder, without its images.
+
+        Raises:
+          DataError: the folder has no results, or they are damaged.
+        """
+        path = Path(folder).expanduser() / RESULTS
+        try:
+            written: Any = parse_json(read_bytes(path, _MAX_RESULTS))
+            measures = {
+                str(measure): {str(name): Figure.from_json(figure) for name, figure in found.items()}
+                for measure, found in written["measures"].items()
+            }
+            return cls(str(written["system"]), measures, dict(written["settings"]))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} holds no results of dalle2 evaluate ({shown(str(error))})", path) from error
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes ``results.json``, and ``grid.png`` of the first generated images; returns the folder."""

@@ -15,7 +15,7 @@ with replacement (Efron 1979; Efron & Tibshirani 1993, chapter 13).
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -88,11 +88,6 @@ def bootstrap(
         values.append(function(*(array[chosen] for array in arrays)))
     low, high = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
-
-
-def of_shares(shares: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, Interval]:
-    """Returns the interval of each fraction that has a count."""
-    return {name: wilson(share, counts[name]) for name, share in shares.items() if name in counts}
 
 
 def in_percent(share: float, interval: Interval) -> str:

@@ -68,7 +68,8 @@ def real(source, num):
 @pytest.mark.parametrize("lpips", [None, pixel_distance()], ids=["pixels", "lpips"])
 def test_real_images_are_found(folder, lpips):
     figures = measure(folder, real, lpips=lpips)
-    assert figures["top_1"].value == figures["top_10"].value == figures["style"].value == 1
+    assert {figures[name].value for name in ("top_1", "top_10", "style", "exact")} == {1.0}
+    assert figures["exact"].baseline.value == 0
     assert figures["top_1"].n == 3 and figures["top_1"].baseline.value == 0  # no caption is its own in the shuffle
 
 
@@ -77,7 +78,7 @@ def test_the_other_style_is_the_wrong_style(folder):
         return np.stack([image for concept, style, image in images() if style == STYLES[1]][:num])
 
     figures = measure(folder, swapped)
-    assert figures["style"].value == 0
+    assert figures["style"].value == figures["exact"].value == 0
     assert figures["wrong_style_top_1"].value == figures["top_1"].value and figures["wrong_style_top_1"].n == 3
 
 

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from evaluated_system import SIDE, Shapes, generating, load, network, pixel_distance
+from jax.sharding import AxisType
 from raised import mentions
 
 import dalle2_jax as d2
@@ -14,7 +16,6 @@ from dalle2_jax.errors import ConfigError, DataError, UsageError, UserError
 from dalle2_jax.evaluation import context, references, registry, run
 from dalle2_jax.evaluation.distances import Statistics
 from dalle2_jax.evaluation.features import FeatureNetwork
-from dalle2_jax.evaluation.figures import Figure
 from dalle2_jax.evaluation.measures import images
 from dalle2_jax.evaluation.options import make_options
 from dalle2_jax.system.system import System
@@ -83,8 +84,7 @@ def test_every_figure_has_its_count_and_interval(measured, measure):
 def test_results_are_read_back_and_reported(measured, tmp_path):
     written = json.loads((measured.save(tmp_path) / "results.json").read_text())
     assert written["measures"].keys() == FIGURES.keys() and written["settings"]["seed"] == 1
-    for name, figure in measured.measures["clip_score"].items():
-        assert Figure.from_json(written["measures"]["clip_score"][name]) == figure
+    assert d2.Evaluation.load(tmp_path).figures == measured.figures
     assert (tmp_path / "grid.png").is_file()
     assert repr(measured).count("\n") == 1 and f"{len(measured)} figures" in repr(measured)
     assert measured["clip_score/CLIP score"].baseline.n == NUM
@@ -92,6 +92,14 @@ def test_results_are_read_back_and_reported(measured, tmp_path):
     assert len(lines) == 1 + len(measured) and "baseline" in lines[0] and "(shuffled captions)" in measured.table()
     d2.write_report([measured.system], tmp_path / "report.html", results=[tmp_path])
     assert "clip_score / CLIP score" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"measures": {"a": {"b": {"value": 1}}}}', '{"measures": [1]}'])
+def test_damaged_results_are_named(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(DataError) as error:
+        d2.Evaluation.load(tmp_path)
+    assert error.value.path == tmp_path / "results.json"
 
 
 def test_the_three_conditions_of_the_ablation_differ(system, measured):
@@ -162,6 +170,20 @@ def test_out_of_other_settings_is_rejected(system, monkeypatch, tmp_path, change
     with pytest.raises(ConfigError) as error:
         evaluate(system, "clip_score", out=tmp_path, **changed)
     assert error.value.field == field
+
+
+@pytest.mark.sharding
+def test_several_devices_generate_the_same_images(system, tmp_path):
+    axes, kinds = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+    meshes = [jax.make_mesh((size, 1, 1), axes, kinds, devices=jax.devices()[:size]) for size in (8, 1)]
+    folders = [tmp_path / str(mesh.size) for mesh in meshes]
+    found = [
+        evaluate(d2.load(system.path, mesh=mesh), "clip_score", num=6, out=folder)
+        for mesh, folder in zip(meshes, folders, strict=True)
+    ]
+    several, one = (np.load(folder / "samples/data/00000.npy").astype(int) for folder in folders)
+    assert several.shape == one.shape == (6, SIDE, SIDE, 3) and np.abs(several - one).max() <= 1
+    assert found[0]["clip_score/CLIP score"].value == pytest.approx(found[1]["clip_score/CLIP score"].value, abs=0.1)
 
 
 def test_without_a_batch_size_that_of_the_samples_is_kept(system, monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from raised import mentions
 
-from dalle2_jax.evaluation.intervals import bootstrap, in_percent, normal, of_mean, of_shares, wilson
+from dalle2_jax.evaluation.intervals import bootstrap, in_percent, normal, of_mean, wilson
 
 Z = 1.959963984540054
 
@@ -54,9 +54,7 @@ def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
     assert of_mean([1.0]) is None
 
 
-def test_shares_by_name():
-    intervals = of_shares({"colour": 0.5, "chance": 0.1}, {"colour": 10})
-    assert intervals == {"colour": wilson(0.5, 10)}
+def test_a_share_is_shown_in_percent():
     assert in_percent(243 / 256, wilson(243 / 256, 256)) == "94.9% [91.5, 97.0]"
 
 

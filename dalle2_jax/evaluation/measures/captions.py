@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from dalle2_jax import data
 from dalle2_jax.data.synthetic import digits as digits_data
@@ -85,9 +86,10 @@ def emoji(context: Context, num: int) -> Figures:
     """Measures whether the real image nearest to a sample shows the concept of its caption, in its style.
 
     The distance is LPIPS, or that of pixels without it. Candidates are all images of the split and of split "train".
-    "top_1" and "top_10" are among the concepts of the caption's style, "style" among all candidates. Baselines:
-    shuffled captions; and "wrong_style", a real image of the concept in another style in place of the sample, which is
-    what a system reaches that ignores the style.
+    "top_1" and "top_10" are among the concepts of the caption's style, "style" among all candidates, and "exact" is the
+    share whose nearest candidate of all has both the concept and the style. Baselines: shuffled captions; and
+    "wrong_style", a real image of the concept in another style in place of the sample, which is what a system reaches
+    that ignores the style.
     """
     captioned = _concepts(context.source, context.indices(num))
     candidates, images = _candidates(context)
@@ -101,8 +103,20 @@ def emoji(context: Context, num: int) -> Figures:
         "top_1": share_of(ranks.top(1)).compared(share_of(shuffled.top(1)), SHUFFLED),
         "top_10": share_of(ranks.top(10)).compared(share_of(shuffled.top(10)), SHUFFLED),
         "style": share_of(ranks.same_style).compared(share_of(shuffled.same_style), SHUFFLED),
+        "exact": share_of(_exact(apart, captioned, candidates)).compared(
+            share_of(_exact(apart, (concepts, styles), candidates)), SHUFFLED
+        ),
     }
     return figures | _wrong_style(context, captioned, candidates, images)
+
+
+def _exact(
+    apart: Float[np.ndarray, "N M"], captioned: tuple[list[str], list[str]], candidates: tuple[list[str], list[str]]
+) -> Bool[np.ndarray, "N"]:
+    """Returns whether the nearest candidate of each image has the concept and the style of its caption."""
+    nearest = apart.argmin(axis=1)
+    known, wanted = list(zip(*candidates, strict=True)), zip(*captioned, strict=True)
+    return np.asarray([known[place] == pair for place, pair in zip(nearest, wanted, strict=True)])
 
 
 def _wrong_style(
