@@ -42,8 +42,8 @@ EMBED_DIM, WIDTH = 16, 32
 IMAGE_SIZE, LOW_SIZE = 16, 8
 """Side of the images of CLIP and the upsampler, and of those of the decoder."""
 
-_TEXT = TextConfig(VOCAB_SIZE, CONTEXT_LENGTH, WIDTH, layers=2, heads=2)
-_VIT = VisionConfig(IMAGE_SIZE, patch_size=8, width=WIDTH, layers=2, heads=2)
+_TEXT = TextConfig(VOCAB_SIZE, CONTEXT_LENGTH, WIDTH, layers=1, heads=2)
+_VIT = VisionConfig(IMAGE_SIZE, patch_size=8, width=WIDTH, layers=1, heads=2)
 _RESNET = ResNetConfig(layers=(1,), width=8, heads=4, image_size=IMAGE_SIZE)
 _UNET = UNetConfig(
     LOW_SIZE,

@@ -152,3 +152,11 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """Exempts the imported modules from garbage collection: they live until the end."""
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Exempts what a file leaves in JAX's caches, too: a full collection of it all takes seconds."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()

@@ -1,10 +1,9 @@
 """Detects training that diverges before it is saved, and reports it in one line with a remedy.
 
 A loss can be finite while a parameter is not (if the update after it overflowed), so that metrics are not enough. The
-state is checked before each checkpoint: one reduction on the devices per tree, and nothing in the train step.
+state is checked before each checkpoint: one reduction on the devices per array, and nothing in the train step.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,10 +26,14 @@ NAMES = {
 """Names of the trees of a state in messages."""
 
 
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return functools.reduce(jnp.logical_and, leaves, jnp.asarray(True))
+@jax.jit  # of one array: parameters, averages and moments of one shape share a program, which compiles quickly
+def _is_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
+
+
+def _finite_leaves(tree: Any) -> list[jax.Array]:
+    """Returns bool[] on the devices for each array of floats."""
+    return [_is_finite(leaf) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
 def not_finite(state: TrainState) -> str | None:
@@ -38,8 +41,8 @@ def not_finite(state: TrainState) -> str | None:
 
     A collective operation: in a run of several processes all of them must call it.
     """
-    finite = jax.device_get({name: _all_finite(tree) for name, tree in state.trees().items()})
-    return next((words for name, words in NAMES.items() if not finite[name]), None)
+    finite = jax.device_get({name: _finite_leaves(tree) for name, tree in state.trees().items()})
+    return next((words for name, words in NAMES.items() if not all(finite[name])), None)
 
 
 class FiniteCheckpoints:

@@ -129,9 +129,10 @@ def test_a_decoder_has_the_same_losses_on_images_with_embeddings(system, image_f
     on_images, on_embeddings = jobs
     assert on_images.frozen and not on_embeddings.frozen
     np.testing.assert_allclose(losses(on_embeddings), losses(on_images), rtol=2e-3 if reads == "states" else 1e-5)
-    on_embeddings.stream.set_state({"global_next_index": 0})
-    assert int(train(on_embeddings).step) == 3
-    assert StageFolder(tmp_path / "embeddings", "decoder").read_json("contract.json") is not None
+    if reads == "states":  # with text_emb and text_seq of the stored ones, too
+        on_embeddings.stream.set_state({"global_next_index": 0})
+        assert int(train(on_embeddings).step) == 3
+        assert StageFolder(tmp_path / "embeddings", "decoder").read_json("contract.json") is not None
 
 
 def test_every_stage_selects_its_inputs_from_images_with_embeddings(system, image_folder, embedded, tmp_path):

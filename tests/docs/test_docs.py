@@ -34,8 +34,10 @@ RUN_ELSEWHERE = ("python.md",)
 NOTEBOOKS = sorted(ROOT.glob("examples/*.ipynb"))
 
 SMALL = (
-    # text of a notebook: its size in tests
+    # text of Python code: its size in tests. Sizes are those of commands, whose programs are then compiled already.
     (r"STEPS = \d+", "STEPS = 3"),
+    (r"\b(num|frames)=([3-9]|\d\d+)\b", r"\1=2"),
+    (r'("steps": |\bsteps=)\d\d+\b', r"\g<1>8"),
     (r"(?m)^SAMPLES = \d+", "SAMPLES = 1000"),
     (r'"(clip|prior|decoder)": \d+', r'"\1": 2'),
 )
@@ -243,7 +245,9 @@ def execute(words):
 
 
 def execute_python(text, names, path, line=1):
-    """Runs Python code as users do, without strict promotion; tracebacks name the file and line that it comes from."""
+    """Runs Python code as users do, at `SMALL` sizes, without strict promotion; tracebacks name its file and line."""
+    for pattern, small in SMALL:
+        text = re.sub(pattern, small, text)
     code = compile("\n" * (line - 1) + text, str(path), "exec")
     with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         warnings.simplefilter("ignore", UserWarning)  # of unfinished stages and truncated captions
@@ -268,8 +272,6 @@ def test_notebook(page, folder):
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     names = {"__name__": "__main__"}
     for text in texts:
-        for pattern, small in SMALL:
-            text = re.sub(pattern, small, text)
         execute_python(text, names, page)
 
 
