@@ -5,12 +5,14 @@ docs/design.md has the packages and the reasons. `test_house.py` applies the rul
 
 import ast
 import io
+import re
 import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
 
 import glossary
+from raised import MAX_PLAIN_WORDS, plain_words
 
 ROOT = Path(__file__).parents[1]
 
@@ -358,3 +360,31 @@ def unused_words(file: File) -> Iterator[str]:
 
 
 _FSTRING_TEXT = (tokenize.FSTRING_MIDDLE,) if hasattr(tokenize, "FSTRING_MIDDLE") else ()
+
+
+def frozen_prose(file: File) -> Iterator[str]:
+    """A test that compares the sentence of an error or warning: `raised.mentions` compares its fields and facts."""
+    for node in file.nodes:
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".raises", ".warns")):
+            for keyword in node.keywords:
+                if keyword.arg == "match" and (text := _literal(keyword.value)) is None:
+                    yield f"{node.lineno}: match={ast.unparse(keyword.value)} is no literal"
+                elif keyword.arg == "match" and plain_words(text) > MAX_PLAIN_WORDS:
+                    yield f"{node.lineno}: match={text!r}"
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn | ast.Eq):
+            sides = (node.left, node.comparators[0])
+            if any(re.search(_MESSAGE, ast.unparse(side)) for side in sides):
+                texts = [text for side in sides if (text := _literal(side)) is not None]
+                yield from (f"{node.lineno}: {text!r}" for text in texts if plain_words(text) > MAX_PLAIN_WORDS)
+
+
+_MESSAGE = r"\bstr\((error|raised|caught)|\bmessage\b|\bstderr\b|\berr\b|\bcaplog\.text\b"
+"""What is the text of an error or warning in tests."""
+
+
+def _literal(node: ast.AST) -> str | None:
+    """Returns a string literal's text, with "{}" for what is formatted into it; None for anything else."""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    texts = [part.value if isinstance(part, ast.Constant) else "{}" for part in parts]
+    literal = isinstance(node, ast.JoinedStr) or isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return "".join(texts) if literal else None

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from raised import mentions
 
 from dalle2_jax import cli, compilation
 from dalle2_jax.cli import args, quiet, run_cli
@@ -108,20 +109,19 @@ def parser():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "facts"),
     [
-        ([], "the following arguments are required: command; see python x.py --help"),
-        (["og"], "invalid choice: 'og'"),
-        (["go", "--nun", "3"], "unrecognized arguments: --nun 3"),
-        (["go", "--num", "0"], "argument --num: 0 is not at least 1"),
-        (["go", "--num", "2.5"], "argument --num: invalid whole number value: '2.5'"),
+        ([], ["required", "command", "python x.py --help"]),
+        (["og"], ["command", "'og'", "'go'"]),
+        (["go", "--nun", "3"], ["--nun 3"]),
+        (["go", "--num", "0"], ["--num", 1, 0, "python x.py go --help"]),
+        (["go", "--num", "2.5"], ["--num", "whole number", "'2.5'"]),
     ],
 )
-def test_parser_raises_usage_errors(parser, words, message):
+def test_parser_raises_usage_errors(parser, words, facts):
     """In a sub-command too; the parser neither prints nor exits."""
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, check=mentions(*facts)):
         parser.parse_args(words)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_help_ends_with_an_example(parser, capsys):
@@ -177,13 +177,13 @@ def test_compilation_cache(given, tmp_path, monkeypatch, cache_settings):
     [
         ("not a program", "SyntaxError"),
         (b"\xff\xfe", "SyntaxError"),
-        ("x = 1", "no function get_config"),
+        ("x = 1", "function get_config"),
         ("import sys; sys.exit(0)", "SystemExit: 0"),
         ("def get_config(which):\n    return which.lower", ""),
-        ("def get_config(which):\n    return 1 / 0", "ZeroDivisionError: division by zero (line 2)"),
+        ("def get_config(which):\n    return 1 / 0", "ZeroDivisionError"),
         ("def get_config(which):\n    raise ValueError('one\\ntwo')", "ValueError: one"),
         ("def get_config():\n    return 1", "TypeError"),
-        ("def get_config(which):\n    while True:\n        yield which", "yields more than"),
+        ("def get_config(which):\n    while True:\n        yield which", "10000 items"),
         ("def get_config(which):\n    return get_config(which)", "RecursionError"),
     ],
 )
@@ -193,15 +193,14 @@ def test_a_config_file_that_fails_is_a_usage_error(program, reason, tmp_path):
     if not reason:
         assert pages.call_config_page(f"{file}:Clip")() == "clip"
         return
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, check=mentions(reason, file)):
         pages.call_config_page(f"{file}:clip")
-    assert reason in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["", "none.py", "."])
 def test_a_config_file_that_is_not_there_is_a_usage_error(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="no config file"):
+    with pytest.raises(UsageError, check=mentions(f"'{file}'", "FILE:STAGE", "shapes")):
         pages.call_config_page(f"{file}:clip")
 
 
@@ -219,9 +218,8 @@ def test_hosts_that_cannot_join_are_one_line(address, monkeypatch):
     else:
         monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    with pytest.raises(UserError, match="--multihost") as caught, hosts.joined(args.HEARTBEAT):
+    with pytest.raises(UserError, check=mentions("--multihost")), hosts.joined(args.HEARTBEAT):
         pass
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("home", ["none", "a file", "read-only"])
@@ -284,7 +282,7 @@ def test_every_command_has_a_module():
 
 def test_an_unknown_command_is_a_usage_error(capsys):
     assert cli.main(["trian"]) == 2
-    assert "did you mean 'train'" in capsys.readouterr().err
+    assert "'train'" in capsys.readouterr().err
 
 
 @pytest.fixture

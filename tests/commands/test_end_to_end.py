@@ -32,6 +32,7 @@ from command_line import (
     train_words,
 )
 from PIL import Image
+from raised import mentions
 from tiny_system import CHECKPOINT_EVERY, STEPS
 
 import dalle2_jax as d2
@@ -87,7 +88,7 @@ def test_killed_again_and_again(runner, in_process, system, tmp_path):
         assert "Traceback" not in out
     last = steps_in(tmp_path, "clip")[-1]
     assert last >= 16
-    assert f"clip: continues from step {last}" in in_process.train("clip", tmp_path).stdout
+    assert f"from step {last}" in in_process.train("clip", tmp_path).stdout
     assert_same_end(tmp_path, system, "clip")
     again = contents(tmp_path / "clip" / "checkpoints")
     assert f"clip: {STEPS} steps" in in_process.train("clip", tmp_path).stdout  # nothing left to train
@@ -113,11 +114,10 @@ def test_damaged_checkpoint(in_process, system, tmp_path):
     root, before = copy_of(system, tmp_path, "clip", "prior", "decoder"), STEPS - CHECKPOINT_EVERY
     damage(root, "decoder", STEPS)
     sampled = in_process.run_ok(*sample_words(root, tmp_path / "out", "--prompt", "red", "--num", "1"))
-    assert f"checkpoints/{STEPS} cannot be read" in sampled.stderr and f"step {before} is used" in sampled.stderr
+    assert f"checkpoints/{STEPS}" in sampled.stderr and f"step {before}" in sampled.stderr
     assert json.loads((tmp_path / "out" / "samples.json").read_text())["checkpoints"]["decoder"] == before
     trained = in_process.train("decoder", root)
-    assert f"checkpoints/{STEPS} cannot be read" in trained.stdout
-    assert f"decoder: continues from step {before}" in trained.stdout
+    assert f"checkpoints/{STEPS}" in trained.stdout and f"from step {before}" in trained.stdout
     assert "Traceback" not in sampled.stderr + trained.stderr
     assert_same_end(root, system, "decoder")
 
@@ -130,7 +130,7 @@ def test_no_space(runner, in_process, system, tmp_path):
     never = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "10000"}
     alone = dataclasses.replace(runner, environment={**runner.environment, **never})
     done = alone.run("-c", cramped, *train_words("upsampler_1", tmp_path))
-    assert_one_line(done, 1, "a checkpoint cannot be written to", "File too large")
+    assert_one_line(done, 1, tmp_path / "upsampler_1", "File too large")
     assert not steps_in(tmp_path, "upsampler_1")
     in_process.train("upsampler_1", tmp_path)
     assert_same_end(tmp_path, system, "upsampler_1")
@@ -243,12 +243,12 @@ def test_editing(in_process, system, outputs, tmp_path):
         "guidance": 1.0,
     }
     wrong = {
-        "large.png": (words("variations", "--image", tmp_path / "large.png"), 1, "large.png"),
-        "sampler": (words("reconstruct", "--decoder.sampler", "ddpm"), 2, "--decoder.sampler is ddim here"),
-        "jump": (words("inpaint", "--mask", mask, "--resample", "50,2"), 1, "resampling repeats 1 to 3 steps"),
+        "large.png": (words("variations", "--image", tmp_path / "large.png"), 1, ["large.png"]),
+        "sampler": (words("reconstruct", "--decoder.sampler", "ddpm"), 2, ["--decoder.sampler", "ddim"]),
+        "jump": (words("inpaint", "--mask", mask, "--resample", "50,2"), 1, ["1 to 3", 50, 2]),
     }
-    for name, (given, code, says) in wrong.items():
-        assert_one_line(in_process.run(*given, "--out", tmp_path / name), code, says)
+    for name, (given, code, facts) in wrong.items():
+        assert_one_line(in_process.run(*given, "--out", tmp_path / name), code, *facts)
 
 
 def test_ar_prior(runner, in_process, system, tmp_path):
@@ -310,8 +310,8 @@ def test_sweep(runner, in_process, tmp_path):
     words = ("-m", "dalle2_jax", "sweep", "--config", f"{CONFIG}:upsampler_1", "--out", tmp_path)
     done = runner.run(*words)
     failed, last = "01_lr=0.01_batch_size=0", "02_total_steps=6"
-    assert done.returncode == 1 and "config.batch_size must be from 1" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: 1 of 3 runs failed: {failed}")
+    assert done.returncode == 1 and "config.batch_size" in done.stderr
+    assert mentions("1 of 3 runs", failed)(done.stderr.splitlines()[-1])
     rows = json.loads((tmp_path / "sweep.json").read_text())
     assert [set(row) for row in rows] == [{"run", "varied", "loss"}, {"run", "varied"}, {"run", "varied", "loss"}]
     assert rows[2]["varied"] == {"total_steps": 6} and last in done.stdout
@@ -330,9 +330,9 @@ def test_invalid_commands(in_process, system, tmp_path):
     before = contents(tmp_path) | contents(system), {path.name for path in tmp_path.iterdir()}
     done = {name: in_process.run(*words) for name, (words, _, _) in cases.items()}
     wrong = []
-    for name, (_, parts, code) in cases.items():
+    for name, (_, facts, code) in cases.items():
         try:
-            assert_one_line(done[name], code, *parts)
+            assert_one_line(done[name], code, *facts)
         except AssertionError as error:
             wrong.append(f"{name}: {error}\n{done[name]}")
     assert not wrong, "\n\n".join(wrong)
@@ -346,7 +346,7 @@ def test_long_prompt_is_cut_with_a_warning(in_process, system, tmp_path):
     done = in_process.run_ok(*sample_words(system, tmp_path, "--prompt", "red", "--prompt", LONG, "--num", "1"))
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 2  # the prior's and the decoder's
-    assert all("prompt 1 is longer" in line and "32 tokens" in line for line in warnings)
+    assert all(mentions("prompt 1", "32 tokens")(line) for line in warnings)
     assert (tmp_path / "1_0.png").is_file()
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from command_line import CommandRunner, assert_one_line, environment, train_words
 from PIL import Image
+from raised import mentions
 
 VALID = 40
 STEPS = 14
@@ -128,11 +129,11 @@ def test_too_many_bad_records_end_a_run_that_a_higher_limit_continues(runner, tm
     """Both rejections at opening, before any step, and rejections during training, after which no step is lost."""
     path, counted = write_folder(tmp_path / "folder")
     done = runner.run(*train_args(tmp_path / "run", "folder", path, 0.01))
-    assert_one_line(done, 1, "4 of 51 records", "broken metadata (first metadata.jsonl:48", "max_rejected=0.01")
+    assert_one_line(done, 1, "4 of 51 records", "broken metadata", "metadata.jsonl:48", "max_rejected=0.01")
     assert not (tmp_path / "run" / "clip").exists()
     done = runner.run(*train_args(tmp_path / "run", "folder", path, 0.1))
-    assert done.returncode == 1 and "more than max_rejected=0.1" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: 11 of 51 records"), "the error is the last line"
+    assert done.returncode == 1 and "max_rejected=0.1" in done.stderr
+    assert mentions("error", "11 of 51 records")(done.stderr.splitlines()[-1])
     assert [*(tmp_path / "run" / "clip" / "checkpoints").iterdir()]
     resumed = runner.run_ok(*train_args(tmp_path / "run", "folder", path, 0.5))
-    assert "clip: continues from step" in resumed.stdout
+    assert "from step" in resumed.stdout

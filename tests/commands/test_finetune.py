@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import tiny_system
 from command_line import run_here
+from raised import mentions
 from written_system import write_system
 
 from dalle2_jax.config import inherit, sources
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.config.stored import stored_experiment
-from dalle2_jax.errors import DataError, UserError
+from dalle2_jax.errors import ContractError, DataError, UserError
 from dalle2_jax.run import build_job, record_contract
 from dalle2_jax.stages import LoraStage, Variables, fingerprint
 from dalle2_jax.stages.lora import merge
@@ -173,8 +174,9 @@ def test_a_tuned_clip_is_another_clip(base, mesh, tmp_path):
     assert not (root / "prior").exists()
     assert (root / "decoder" / "contract.json").read_bytes() == (root / "clip" / "contract.json").read_bytes()
     other_clip = write_contract(copy_of(base, tmp_path / "other_clip"), "deadbeef")
-    with pytest.raises(UserError, match="trained with other CLIP embeddings than those of .*clip 'deadbeef' against"):
+    with pytest.raises(ContractError, check=mentions("config.init_from", "'deadbeef'")) as caught:
         job_of("prior", other_clip, root)
+    assert caught.value.differences["clip"][0] == "deadbeef"
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -275,10 +277,10 @@ def test_a_lora_of_other_weights_is_rejected(tuned, mesh, tmp_path):
     root = tmp_path / "moved"
     shutil.copytree(tuned, root, symlinks=True)
     shutil.rmtree(root / "public")
-    with pytest.raises(UserError, match="is a LoRA of stage upsampler_1 of .*/public, which is not there: put it back"):
+    with pytest.raises(UserError, check=mentions("LoRA", "stage upsampler_1", root / "public", "init_from")):
         load.load_system(root / "mine", mesh, ("upsampler_1",))
     write_system(root / "public", seed=1)
-    with pytest.raises(UserError, match="is a LoRA of other weights .* than those now in .*/public/upsampler_1"):
+    with pytest.raises(UserError, check=mentions("LoRA", "other weights", root / "public/upsampler_1")):
         load.load_system(root / "mine", mesh, ("upsampler_1",))
 
 
@@ -296,7 +298,7 @@ def test_the_command(base, tmp_path):
     stored = json.loads((tmp_path / "mine" / "upsampler_1" / "experiment.json").read_text())
     assert stored["lora"] == {"alpha": 4.0, "rank": 2, "targets": ["conv_1/kernel"]}
     done = run_here(*command[:3], "--workdir", "x", "--config.lora.rank=2")
-    assert done.returncode == 2 and "the config has no section 'lora'" in done.stderr
+    assert done.returncode == 2 and "'lora'" in done.stderr
 
 
 # --- mistakes ---------------------------------------------------------------------------------
@@ -321,22 +323,22 @@ def unfinished(base, root):
 
 
 @pytest.mark.parametrize(
-    ("what", "lora", "message"),
+    ("what", "lora", "facts"),
     [
-        ("nowhere", None, "config.init_from: there is no system at .*nowhere"),
-        ("empty", None, "config.init_from: system .*empty has no stage upsampler_1, only none"),
-        ("clip alone", None, "config.init_from: system .*clip alone has no stage upsampler_1, only clip"),
-        ("unfinished", None, "stage upsampler_1 in .*unfinished is unfinished .0 of 9 steps.: train it with"),
-        ("mine", None, "config.init_from .*mine is the workdir itself: give another --workdir"),
-        ("true", None, "config.init_from must be the folder of a system, not True"),
-        ("no base", {}, "config.lora changes a trained stage: name its system, as in --config.init_from"),
-        ("base", {"rnk": 2}, "unknown field of config.lora 'rnk': did you mean 'rank'"),
-        ("base", {"rank": 0}, "config.lora.rank must be from 1"),
-        ("base", {"targets": "attn"}, "config.lora.targets must be tuple, not 'attn'"),
-        ("base", {}, "no kernel of stage upsampler_1 fits .*fits a U-Net's convolutions"),
+        ("nowhere", None, ["config.init_from", "no system", "nowhere"]),
+        ("empty", None, ["config.init_from", "empty", "stage upsampler_1", "none"]),
+        ("clip alone", None, ["config.init_from", "clip alone", "stage upsampler_1", "only clip"]),
+        ("unfinished", None, ["stage upsampler_1", "unfinished", "0 of 9 steps"]),
+        ("mine", None, ["config.init_from", "mine", "--workdir"]),
+        ("true", None, ["config.init_from", True]),
+        ("no base", {}, ["config.lora", "--config.init_from"]),
+        ("base", {"rnk": 2}, ["config.lora", "'rnk'", "'rank'"]),
+        ("base", {"rank": 0}, ["config.lora.rank", 1, 0]),
+        ("base", {"targets": "attn"}, ["config.lora.targets", "tuple", "'attn'"]),
+        ("base", {}, ["config.lora.targets", "stage upsampler_1", r"'/conv_\\d/kernel$'"]),
     ],
 )
-def test_mistakes_are_answered_and_leave_no_trace(what, lora, message, base, tmp_path):
+def test_mistakes_are_answered_and_leave_no_trace(what, lora, facts, base, tmp_path):
     places = {"base": base, "true": True, "no base": ""}
     place = places.get(what, tmp_path / what)
     if what == "empty":
@@ -348,19 +350,19 @@ def test_mistakes_are_answered_and_leave_no_trace(what, lora, message, base, tmp
     config = config_of("upsampler_1", base, lora)
     del config.init_from
     config.init_from = place if place is True else str(place)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, check=mentions(*facts)):
         build_job(Experiment.from_config(config), tmp_path / "mine", f"{CONFIG}:upsampler_1")
-    assert "\n" not in str(caught.value) and not (tmp_path / "mine").exists()
+    assert not (tmp_path / "mine").exists()
 
 
 def test_another_base_is_another_config(base, tmp_path):
     job = job_of("upsampler_1", base, tmp_path / "mine")
     (job.folder.path / "checkpoints" / "1").mkdir(parents=True)
     other = copy_of(base, tmp_path / "other")
-    with pytest.raises(UserError, match="made with another config .init_from: stored .*, requested .*other"):
+    with pytest.raises(UserError, check=mentions(tmp_path / "mine/upsampler_1", "init_from", '"../other"')):
         job_of("upsampler_1", other, tmp_path / "mine", total_steps=2)
 
 
 def test_an_imported_stage_names_no_data(base):
-    with pytest.raises(DataError, match="imported"):
+    with pytest.raises(DataError, check=mentions("imported", path=None)):
         sources.open_source(stored_experiment(StageFolder(base, "decoder")).data, "val")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from raised import mentions
 
 from dalle2_jax import testing
 from dalle2_jax.cli import sample
@@ -81,35 +82,34 @@ def test_measured_moments_allow_the_analytic_variance():
     prior, words = testing.tiny_stage("prior"), ("--prior.sampler", "ddpm", "--prior.variance", "analytic")
     measured = dataclasses.replace(prior, noise_statistics=NoiseStatistics((0.9,) * 100, 1.0))
     assert sampling_of(*words, prior=measured)["prior"].variance == "analytic"
-    with pytest.raises(UsageError, match="dalle2 evaluate noise_statistics"):
+    with pytest.raises(UsageError, check=mentions("--prior.*", "noise_statistics")):
         sampling_of(*words)
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "facts"),
     [
-        (("--decoder.threshold", "static_"), "--decoder.*: unknown threshold 'static_'"),
-        (("--prior.threshold", "dynamic"), "--prior.*: threshold 'dynamic' needs the range of the data"),
-        (("--decoder.quantile", "0"), "--decoder.quantile must be above 0"),
-        (("--decoder.variance", "analytic"), "sampler 'ddim' has no variance"),
-        (("--prior.variance", "learned_range"), "unknown variance 'learned_range'"),
-        (("--decoder.sampler", "unipc", "--decoder.eta", "1"), "sampler 'unipc' has no eta"),
-        (("--upsampler_1.text_guidance", "2"), "--upsampler_1.*: stage upsampler_1 was trained without dropping text"),
-        (("--upsampler_1.guidance", "2"), "has no guidance"),
-        (("--prior.image_guidance", "2"), "--prior.*: stage prior was trained without dropping image"),
-        (("--decoder.guidance_schedule", "linaer"), "did you mean 'linear'"),
-        (("--decoder.guidance_interval", "0.8,0.2"), "guidance_interval must be two ascending numbers"),
-        (("--decoder.guidance_interval", "0.8"), "argument --decoder.guidance_interval: invalid interval value: '0.8'"),
-        (("--decoder.guidance_rescale", "2"), "--decoder.guidance_rescale must be from 0 to 1"),
-        (("--decoder.text_guidance", "nan"), "--decoder.text_guidance must be from -1000 to 1000, got nan"),
-        (("--decoder.steps", "ddim80"), "'ddim80' does not divide 100 steps"),
-        (("--upsampler_2.steps", "3"), "no stage upsampler_2 is used here"),
+        (("--decoder.threshold", "static_"), ["--decoder.*", "threshold", "'static_'"]),
+        (("--prior.threshold", "dynamic"), ["--prior.*", "'dynamic'", "clip_sample"]),
+        (("--decoder.quantile", "0"), ["--decoder.quantile", "above 0"]),
+        (("--decoder.variance", "analytic"), ["--decoder.*", "'ddim'", "variance"]),
+        (("--prior.variance", "learned_range"), ["--prior.*", "variance", "'learned_range'"]),
+        (("--decoder.sampler", "unipc", "--decoder.eta", "1"), ["--decoder.*", "'unipc'", "eta"]),
+        (("--upsampler_1.text_guidance", "2"), ["--upsampler_1.*", "text_guidance"]),
+        (("--upsampler_1.guidance", "2"), ["--upsampler_1.*", "guidance"]),
+        (("--prior.image_guidance", "2"), ["--prior.*", "image_guidance"]),
+        (("--decoder.guidance_schedule", "linaer"), ["--decoder.*", "'linaer'", "'linear'"]),
+        (("--decoder.guidance_interval", "0.8,0.2"), ["guidance_interval", "(0.8, 0.2)"]),
+        (("--decoder.guidance_interval", "0.8"), ["--decoder.guidance_interval", "'0.8'"]),
+        (("--decoder.guidance_rescale", "2"), ["--decoder.guidance_rescale", 0, 1, 2.0]),
+        (("--decoder.text_guidance", "nan"), ["--decoder.text_guidance", "nan"]),
+        (("--decoder.steps", "ddim80"), ["--decoder.*", "'ddim80'", 100]),
+        (("--upsampler_2.steps", "3"), ["stage upsampler_2"]),
     ],
 )
-def test_wrong_words_are_usage_errors(words, says):
-    with pytest.raises(UsageError) as error:
+def test_wrong_words_are_usage_errors(words, facts):
+    with pytest.raises(UsageError, check=mentions(*facts)):
         sampling_of(*words)
-    assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def parsed(*words):
@@ -117,17 +117,17 @@ def parsed(*words):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "facts"),
     [
-        (("inpaint", "--image", "a.png"), "required: --mask"),
-        (("inpaint", "--image", "a", "--mask", "b", "--resample", "3"), "--resample: invalid int_pair value: '3'"),
-        (("inpaint", "--image", "a", "--mask", "b", "--resample", "0,2"), "0 is not from 1 to 1000"),
-        (("variations", "--image", "a", "--eta", "2"), "2 is not from 0 to 1"),
-        (("reconstruct",), "required: --image"),
-        (("interpolate", "--image", "a", "--image", "b", "--frames", "1"), "--frames: 1 is not from 2"),
-        (("text_diff", "--image", "a", "--from", "red"), "required: --to"),
+        (("inpaint", "--image", "a.png"), ["--mask"]),
+        (("inpaint", "--image", "a", "--mask", "b", "--resample", "3"), ["--resample", "'3'"]),
+        (("inpaint", "--image", "a", "--mask", "b", "--resample", "0,2"), ["--resample", 0, "1 to 1000"]),
+        (("variations", "--image", "a", "--eta", "2"), ["--eta", 2, "0 to 1"]),
+        (("reconstruct",), ["--image"]),
+        (("interpolate", "--image", "a", "--image", "b", "--frames", "1"), ["--frames", 1, 2]),
+        (("text_diff", "--image", "a", "--from", "red"), ["--to"]),
     ],
 )
-def test_wrong_words_of_editing(words, says):
-    with pytest.raises(UsageError, match=says):
+def test_wrong_words_of_editing(words, facts):
+    with pytest.raises(UsageError, check=mentions(*facts)):
         parsed(*words)

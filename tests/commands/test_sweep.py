@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from raised import mentions
 
 from dalle2_jax.cli.sweep import table
 from dalle2_jax.config import sweep
@@ -39,10 +40,15 @@ def test_labels_are_safe_folder_names():
 
 
 @pytest.mark.parametrize(
-    "config", ["tests/nothing.py:clip", "tests/support/tiny_system.py", "configs/paper.py:decoder"]
+    ("config", "fact"),
+    [
+        ("tests/nothing.py:clip", "FILE:STAGE"),
+        ("tests/support/tiny_system.py", "FILE:STAGE"),
+        ("configs/paper.py:decoder", "function sweep"),
+    ],
 )
-def test_a_config_without_a_sweep(config, tmp_path):
-    with pytest.raises(UsageError, match="FILE:STAGE|lists nothing to vary"):
+def test_a_config_without_a_sweep(config, fact, tmp_path):
+    with pytest.raises(UsageError, check=mentions(config.partition(":")[0], fact)):
         sweep.read_runs(config, tmp_path)
 
 
@@ -55,7 +61,7 @@ def test_the_other_stages_are_linked(tmp_path):
         sweep.link_stages(tmp_path / "system", run, "decoder")
     assert {path.name for path in run.system.iterdir()} == {"clip", "prior"}
     assert (run.system / "clip" / "config.json").read_text() == "clip"
-    with pytest.raises(UserError, match="there is no system at"):
+    with pytest.raises(UserError, check=mentions(tmp_path / "nowhere")):
         sweep.link_stages(tmp_path / "nowhere", run, "decoder")
 
 

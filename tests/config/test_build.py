@@ -4,11 +4,12 @@ import cv2
 import numpy as np
 import pytest
 import tiny_system
+from raised import mentions
 
 from dalle2_jax import rng, text
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.diffusion import GuidanceSchedule, make_schedule, shifted, with_zero_terminal_snr
-from dalle2_jax.errors import UsageError, UserError
+from dalle2_jax.errors import ConfigError, UserError
 from dalle2_jax.run import build_job
 from dalle2_jax.system import load
 from dalle2_jax.workdir.folder import StageFolder
@@ -59,7 +60,7 @@ def test_reading_clip_states(which, clip):
     overrides = {"model__text_input": "clip"} | ({"model__text": None} if which == "decoder" else {})
     stage = Experiment.from_config(config_of(which, **overrides)).build(VOCAB_SIZE, clip)
     assert stage.model.text_width == clip.model.text.width
-    with pytest.raises(UsageError, match="context_length must be clip's 32, not 14"):
+    with pytest.raises(ConfigError, check=mentions(32, 14, field="text.context_length")):
         Experiment.from_config(config_of(which, **overrides, text__context_length=14)).build(VOCAB_SIZE, clip)
 
 
@@ -88,65 +89,72 @@ def test_guidance_is_what_the_config_says(clip):
 
 
 @pytest.mark.parametrize(
-    ("which", "overrides", "message"),
+    ("which", "overrides", "field", "facts"),
     [
-        ("clip", {"stage": "clop"}, "unknown stage 'clop': did you mean 'clip'"),
-        ("clip", {"stage": None}, "unknown stage ''"),
-        ("clip", {"batchsize": 3}, "unknown field of stage clip's config 'batchsize': did you mean 'batch_size'"),
-        ("clip", {"diffusion": {}}, "unknown field of stage clip's config 'diffusion'"),
-        ("clip", {"model": None}, "config of stage clip needs a section model"),
-        ("clip", {"model": 3}, "config of stage clip needs a section model"),
-        ("clip", {"text": None}, "config of stage clip needs a section text"),
-        ("prior", {"diffusion": None}, "config of stage prior needs a section diffusion"),
-        ("decoder", {"sampling": None}, "config of stage decoder needs a section sampling"),
-        ("upsampler_1", {"conditioning": None}, "config.conditioning lacks low_size"),
-        ("clip", {"embedding__normalisation": "unity"}, "config.embedding: embedding.normalisation 'unity'"),
-        ("clip", {"model__text__vocab_size": 3}, "config.model.text.vocab_size follows"),
-        ("prior", {"model__embed_dim": 8}, "config.model.embed_dim follows"),
-        ("prior", {"model__text_input": "token"}, "config.model: "),
-        ("prior", {"conditioning__drop_txt": 0.1}, "'drop_txt': did you mean 'drop_text'"),
-        ("prior", {"sampling__name": "dpmm"}, "did you mean 'ddpm'"),
-        ("decoder", {"model__unet__channels": "8"}, "config.model.unet.channels must be int, not '8'"),
-        ("decoder", {"model__unet__dtype": "float16"}, "unknown config.model.unet.dtype 'float16'"),
-        ("upsampler_1", {"conditioning__low_size": 5}, "image_size 16 is not a multiple of low_size 5"),
-        ("prior", {"diffusion__num_step": 10}, "config.diffusion 'num_step': did you mean 'num_steps'"),
-        ("prior", {"diffusion__loss": "hybrid"}, "config.diffusion: loss 'hybrid' trains a learned variance"),
-        ("prior", {"diffusion__loss": "hybird"}, "unknown loss 'hybird': did you mean 'hybrid'"),
-        ("prior", {"diffusion__timesteps": "loss_moment"}, "did you mean 'loss_second_moment'"),
-        ("decoder", {"diffusion__loss": "mse"}, "use loss 'hybrid'"),
-        ("decoder", {"diffusion__variance": "fixed_small"}, "use variance 'learned_range', or loss 'mse'"),
-        ("decoder", {"model__unet__out_channels": 3}, "'learned_range' needs model.unet.out_channels 6, not 3"),
+        ("clip", {"stage": "clop"}, "stage", ["'clop'", "'clip'"]),
+        ("clip", {"stage": None}, "stage", ["''", "clip"]),
+        ("clip", {"batchsize": 3}, "batchsize", ["clip", "'batchsize'", "'batch_size'"]),
+        ("clip", {"diffusion": {}}, "diffusion", ["unknown field", "clip", "'diffusion'"]),
+        ("clip", {"model": None}, "model", ["section", "clip"]),
+        ("clip", {"model": 3}, "model", ["section", "clip"]),
+        ("clip", {"text": None}, "text", ["section", "clip"]),
+        ("prior", {"diffusion": None}, "diffusion", ["section", "prior"]),
+        ("decoder", {"sampling": None}, "sampling", ["section", "decoder"]),
+        ("upsampler_1", {"conditioning": None}, "conditioning.low_size", ["low_size"]),
+        ("clip", {"embedding__normalisation": "unity"}, "embedding", ["embedding.normalisation", "'unity'"]),
+        ("clip", {"model__text__vocab_size": 3}, "model.text.vocab_size", ["follows"]),
+        ("prior", {"model__embed_dim": 8}, "model.embed_dim", ["follows"]),
+        ("prior", {"model__text_input": "token"}, "model", ["text_input", "'token'", "'tokens'", "'clip'"]),
+        ("prior", {"conditioning__drop_txt": 0.1}, "conditioning.drop_txt", ["'drop_txt'", "'drop_text'"]),
+        ("prior", {"sampling__name": "dpmm"}, "sampling", ["'dpmm'", "'ddpm'"]),
+        ("decoder", {"model__unet__channels": "8"}, "model.unet.channels", ["int", "'8'"]),
+        ("decoder", {"model__unet__dtype": "float16"}, "model.unet.dtype", ["'float16'"]),
+        ("upsampler_1", {"conditioning__low_size": 5}, "conditioning", ["image_size 16", "low_size 5"]),
+        ("prior", {"diffusion__num_step": 10}, "diffusion.num_step", ["'num_step'", "'num_steps'"]),
+        ("prior", {"diffusion__loss": "hybrid"}, "diffusion", ["'hybrid'", "learned variance"]),
+        ("prior", {"diffusion__loss": "hybird"}, "diffusion", ["'hybird'", "'hybrid'"]),
+        ("prior", {"diffusion__timesteps": "loss_moment"}, "diffusion", ["'loss_second_moment'"]),
+        ("decoder", {"diffusion__loss": "mse"}, "diffusion", ["'mse'", "use loss 'hybrid'"]),
+        ("decoder", {"diffusion__variance": "fixed_small"}, "diffusion", ["'fixed_small'", "'learned_range'", "'mse'"]),
+        (
+            "decoder",
+            {"model__unet__out_channels": 3},
+            "conditioning",
+            ["'learned_range'", "model.unet.out_channels", 6, 3],
+        ),
         (
             "decoder",
             {"sampling__threshold": "dynamic", "sampling__clip_sample": 0.0},
-            "config.sampling.clip_sample must be above 0",
+            "sampling.clip_sample",
+            ["above 0"],
         ),
-        ("decoder", {"sampling__threshold": "dinamic"}, "unknown threshold 'dinamic': did you mean 'dynamic'"),
+        ("decoder", {"sampling__threshold": "dinamic"}, "sampling", ["threshold", "'dinamic'", "'dynamic'"]),
         (
             "decoder",
             {"conditioning__noise_statistics": 1},
-            "unknown field of config.conditioning 'noise_statistics'",
+            "conditioning.noise_statistics",
+            ["unknown field", "'noise_statistics'"],
         ),
-        ("decoder", {"sampling__guidance_interval": [0.9, 0.1]}, "config.sampling: guidance_interval"),
-        ("upsampler_1", {"model__out_channels": 6}, "with variance 'fixed_small' needs model.out_channels 3, not 6"),
+        ("decoder", {"sampling__guidance_interval": [0.9, 0.1]}, "sampling", ["guidance_interval"]),
+        ("upsampler_1", {"model__out_channels": 6}, "conditioning", ["'fixed_small'", "model.out_channels", 3, 6]),
         (
             "upsampler_1",
             {"diffusion__zero_terminal_snr": True, "diffusion__prediction": "eps"},
-            "config.diffusion: with zero terminal SNR no x_0 follows",
+            "diffusion",
+            ["zero terminal SNR", "'v'", "'x0'"],
         ),
     ],
 )
-def test_build_stage_rejects(which, overrides, message, clip):
-    with pytest.raises(UsageError) as caught:
+def test_build_stage_rejects(which, overrides, field, facts, clip):
+    with pytest.raises(ConfigError, check=mentions(*facts, field=field)):
         Experiment.from_config(config_of(which, **overrides)).build(VOCAB_SIZE, clip)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("field", ["total_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"])
 def test_build_job_rejects_counts_below_one(field, tmp_path):
     config = tiny_system.get_config("upsampler_1")
     config[field] = 0
-    with pytest.raises(UsageError, match=f"config.{field} must be (at least|from) 1"):
+    with pytest.raises(ConfigError, check=mentions(1, 0, field=field)):
         build_job(
             Experiment.from_config(config),
             tmp_path / "system",
@@ -162,7 +170,7 @@ def test_only_training_needs_them(section, tmp_path):
     del config[section]
     stage = Experiment.from_config(config.to_dict()).build(None, None)
     assert stage == Experiment.from_config(config_of("upsampler_1")).build(None, None)
-    with pytest.raises(UsageError, match=f"config of stage upsampler_1 needs a section {section}"):
+    with pytest.raises(ConfigError, check=mentions("section", "upsampler_1", field=section)):
         build_job(
             Experiment.from_config(config),
             tmp_path / "system",
@@ -182,7 +190,7 @@ def test_a_degraded_upsampler_is_fed_crops_and_their_small_images(tmp_path):
     x_0, condition = job.stage.example({}, rng.root(0), batch)
     assert x_0.shape == condition["low_res"].shape == (size, 8, 8, 3)
     config.data.resolution = 8
-    with pytest.raises(UserError, match="images of 16 pixels, and the data's have 8: set config.data.resolution=16"):
+    with pytest.raises(UserError, check=mentions("'bsr'", 16, 8, "config.data.resolution=16")):
         build_job(
             Experiment.from_config(config),
             tmp_path / "other",
@@ -282,7 +290,7 @@ def test_stages_without_clip_have_a_tokenizer_of_their_own(which, kind, tmp_path
 
 
 def test_a_decoder_that_reads_clip_needs_it(tmp_path):
-    with pytest.raises(UserError, match="has no trained stage clip"):
+    with pytest.raises(UserError, check=mentions(tmp_path, "tests/support/tiny_system.py:clip")):
         build_job(
             Experiment.from_config(tiny_system.get_config("decoder")),
             tmp_path,
@@ -295,15 +303,15 @@ def test_a_decoder_that_reads_clip_needs_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text_fields", "message"),
+    ("text_fields", "facts"),
     [
-        ({"kind": "glyde"}, "unknown config.text.kind 'glyde': did you mean 'glide'"),
-        ({"kind": "glide", "vocab_size": 200}, "vocab_size .* got 200"),
-        ({"kind": "labels", "vocab_size": 10}, "config.text.context_length must be 1, not 32: a class is one token"),
+        ({"kind": "glyde"}, ["config.text.kind", "'glyde'", "'glide'"]),
+        ({"kind": "glide", "vocab_size": 200}, ["vocab_size", 257, 50257, 200]),
+        ({"kind": "labels", "vocab_size": 10}, ["config.text.context_length", 1, 32]),
     ],
 )
-def test_tokenizers_that_cannot_be_are_rejected(text_fields, message, tmp_path):
-    with pytest.raises(UserError, match=message):
+def test_tokenizers_that_cannot_be_are_rejected(text_fields, facts, tmp_path):
+    with pytest.raises(UserError, check=mentions(*facts)):
         build_job(
             Experiment.from_config(glide_of("decoder", **text_fields)),
             tmp_path / "system",
@@ -316,5 +324,5 @@ def test_a_conditioned_upsampler_needs_a_text_input(clip):
     config = glide_of("upsampler_1").to_dict()
     assert Experiment.from_config(config).build(VOCAB_SIZE, clip).requires == ()
     del config["text"]
-    with pytest.raises(UsageError, match="config of stage upsampler_1 needs a section text"):
+    with pytest.raises(ConfigError, check=mentions("section", "upsampler_1", field="text")):
         Experiment.from_config(config).build(VOCAB_SIZE, None)

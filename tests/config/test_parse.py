@@ -3,9 +3,10 @@
 import dataclasses
 
 import pytest
+from raised import mentions
 
 from dalle2_jax.config.parse import expand, expand_kind
-from dalle2_jax.errors import UsageError, UserError
+from dalle2_jax.errors import ConfigError, UsageError, UserError
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.models.vit import VisionConfig
 
@@ -68,41 +69,40 @@ def test_expand_converts(field, given, taken):
 
 
 @pytest.mark.parametrize(
-    ("section", "message"),
+    ("section", "field", "facts"),
     [
-        ({"rat": 1.0}, "unknown field of config.outer 'rat': did you mean 'rate'"),
-        ({"inner": {"sizes": 3}}, "unknown field of config.outer.inner 'sizes': did you mean 'size'"),
-        ({"needed": 1.5}, "config.outer.needed must be int, not 1.5"),
-        ({"needed": True}, "config.outer.needed must be int, not True"),
-        ({"needed": None}, "config.outer.needed must be int, not None"),
-        ({"on": 1}, "config.outer.on must be bool, not 1"),
-        ({"rate": "1"}, "config.outer.rate must be float, not '1'"),
-        ({"bound": "1"}, "config.outer.bound must be float or None, not '1'"),
-        ({"name": 3}, "config.outer.name must be str, not 3"),
-        ({"sides": 3}, "config.outer.sides must be tuple, not 3"),
-        ({"inner": 3}, "config.outer.inner must be Inner, not 3"),
-        ({"inner": {"dtype": "bfloat61"}}, "unknown config.outer.inner.dtype 'bfloat61': did you mean 'bfloat16'"),
-        ({"tower": {"kind": "vitt"}}, "unknown config.outer.tower.kind 'vitt': did you mean 'vit'"),
-        ({"tower": {"width": 8}}, "unknown config.outer.tower.kind ''"),
-        ({"tower": {"kind": "vit", "widht": 8}}, "unknown field of config.outer.tower 'widht': did you mean 'width'"),
-        ({"name": "rejected"}, "config.outer: name 'rejected' is rejected"),
+        ({"rat": 1.0}, "rat", ["'rat'", "'rate'"]),
+        ({"inner": {"sizes": 3}}, "inner.sizes", ["'sizes'", "'size'"]),
+        ({"needed": 1.5}, "needed", ["int", 1.5]),
+        ({"needed": True}, "needed", ["int", True]),
+        ({"needed": None}, "needed", ["int", None]),
+        ({"on": 1}, "on", ["bool", 1]),
+        ({"rate": "1"}, "rate", ["float", "'1'"]),
+        ({"bound": "1"}, "bound", ["float", None, "'1'"]),
+        ({"name": 3}, "name", ["str", 3]),
+        ({"sides": 3}, "sides", ["tuple", 3]),
+        ({"inner": 3}, "inner", ["Inner", 3]),
+        ({"inner": {"dtype": "bfloat61"}}, "inner.dtype", ["'bfloat61'", "'bfloat16'"]),
+        ({"tower": {"kind": "vitt"}}, "tower.kind", ["'vitt'", "'vit'"]),
+        ({"tower": {"width": 8}}, "tower.kind", ["''", "vit", "resnet"]),
+        ({"tower": {"kind": "vit", "widht": 8}}, "tower.widht", ["'widht'", "'width'"]),
+        ({"name": "rejected"}, "", ["config.outer", "name", "'rejected'"]),
     ],
 )
-def test_expand_rejects(section, message):
-    with pytest.raises(UsageError) as caught:
+def test_expand_rejects(section, field, facts):
+    with pytest.raises(ConfigError, check=mentions(*facts, field=f"outer.{field}".rstrip("."))):
         expand(Outer, {**GOOD, **section}, "outer")
-    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_expand_names_what_is_missing():
-    with pytest.raises(UsageError, match="config.outer lacks inner, needed"):
+    with pytest.raises(ConfigError, check=mentions("config.outer", "inner", "needed", field="outer.inner")):
         expand(Outer, {}, "outer")
 
 
 def test_expand_derived_fields():
     """What follows from the rest of the system comes from there, and nowhere else."""
     assert expand(Inner, {"dtype": "bfloat16"}, "inner", size=7) == Inner(7, "bfloat16")
-    with pytest.raises(UsageError, match="config.inner.size follows from the rest of the system: leave it out"):
+    with pytest.raises(ConfigError, check=mentions("follows", field="inner.size")):
         expand(Inner, {"size": 7}, "inner", size=7)
     with pytest.raises(UsageError) as caught:
         expand(Inner, {"sizee": 7}, "inner", size=7)
@@ -110,9 +110,9 @@ def test_expand_derived_fields():
 
 
 def test_expand_at_the_top_of_a_config():
-    with pytest.raises(UsageError, match="unknown field of config 'siz': did you mean 'size'"):
+    with pytest.raises(ConfigError, check=mentions("'siz'", "'size'", field="siz")):
         expand(Inner, {"siz": 1}, "")
-    with pytest.raises(UsageError, match="config.size must be int"):
+    with pytest.raises(ConfigError, check=mentions("int", field="size")):
         expand(Inner, {"size": "1"}, "")
 
 

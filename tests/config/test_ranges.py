@@ -8,13 +8,14 @@ from typing import Annotated
 
 import pytest
 import tiny_system
+from raised import mentions
 
 from dalle2_jax import data, stages, text
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.config.parse import VISION, expand, expand_file
 from dalle2_jax.config.sections import TokenizerConfig
 from dalle2_jax.config.sources import PythonDataConfig
-from dalle2_jax.errors import UsageError, UserError
+from dalle2_jax.errors import ConfigError, UsageError, UserError
 from dalle2_jax.models import (
     ar_prior,
     clip,
@@ -122,42 +123,41 @@ def test_numbers_within_their_range_are_taken(field, value, taken):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("field", "value", "named", "facts"),
     [
-        ("count", 0, "config.here.count must be at least 1 and at most 2147483647, got 0"),
-        ("count", 2**31, "config.here.count must be"),
-        ("count", 10**5000, "config.here.count must be"),
-        ("rate", 1, "config.here.rate must be at least 0 and below 1, got 1"),
-        ("rate", -1e-9, "config.here.rate must be"),
-        ("rate", math.nan, "config.here.rate must be at least 0 and below 1, got nan"),
-        ("rate", 10**400, "config.here.rate must be"),
-        ("maybe", 0, "config.here.maybe must be"),
-        ("steps", 0, "config.here.steps must be"),
-        ("sides", [4, 0], "config.here.sides[1] must be"),
-        ("sides", [4, "8"], "config.here.sides[1] must be int, not '8'"),
-        ("sides", [True], "config.here.sides[0] must be int, not True"),
-        ("factors", [0.0], "config.here.factors[0] must be above 0, got 0.0"),
-        ("factors", [math.inf], "config.here.factors[0] must be above 0, got inf"),
-        ("pair", [0.0, math.nan], "config.here.pair[1] must be a finite number, got nan"),
-        ("pair", [0.0], "config.here.pair must have 2 values"),
-        ("weights", {"a": -1.0}, "config.here.weights.a must be at least 0, got -1.0"),
-        ("weights", {"a": "1"}, "config.here.weights.a must be float, not '1'"),
-        ("axis", 0, "config.here.axis must be from 1 to 8, or -1, got 0"),
-        ("axis", "x" * 10_000, "config.here.axis must be int, not 'xxx"),
+        ("count", 0, "count", [1, 2147483647, 0]),
+        ("count", 2**31, "count", [2147483647, 2**31]),
+        ("count", 10**5000, "count", [2147483647, "very large int"]),
+        ("rate", 1, "rate", [0, "below 1", 1.0]),
+        ("rate", -1e-9, "rate", ["below 1", -1e-9]),
+        ("rate", math.nan, "rate", [0, "below 1", "nan"]),
+        ("rate", 10**400, "rate", ["below 1", "inf"]),
+        ("maybe", 0, "maybe", [1, 0]),
+        ("steps", 0, "steps", [1, 0]),
+        ("sides", [4, 0], "sides[1]", [1, 0]),
+        ("sides", [4, "8"], "sides[1]", ["int", "'8'"]),
+        ("sides", [True], "sides[0]", ["int", True]),
+        ("factors", [0.0], "factors[0]", ["above 0", 0.0]),
+        ("factors", [math.inf], "factors[0]", ["above 0", "inf"]),
+        ("pair", [0.0, math.nan], "pair[1]", ["finite", "nan"]),
+        ("pair", [0.0], "pair", ["2 values"]),
+        ("weights", {"a": -1.0}, "weights.a", [0, -1.0]),
+        ("weights", {"a": "1"}, "weights.a", ["float", "'1'"]),
+        ("axis", 0, "axis", ["1 to 8", -1, 0]),
+        ("axis", "x" * 10_000, "axis", ["int"]),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
 )
-def test_expand_rejects_numbers_out_of_range(field, value, message):
-    with pytest.raises(UsageError) as caught:
+def test_expand_rejects_numbers_out_of_range(field, value, named, facts):
+    with pytest.raises(ConfigError, check=mentions(*facts, field=f"here.{named}")) as caught:
         expand(Numbers, {field: value}, "here")
-    error = str(caught.value)
-    assert error.startswith(message) and "\n" not in error and len(error) < 250
+    assert len(str(caught.value)) < 250
 
 
 def test_a_file_with_a_number_out_of_range_is_named(tmp_path):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, check=mentions(f"{tmp_path}/numbers.json.count", -1)) as caught:
         expand_file(Numbers, {"count": -1}, tmp_path / "numbers.json")
-    assert f"{tmp_path}/numbers.json.count must be" in str(caught.value) and not isinstance(caught.value, UsageError)
+    assert not isinstance(caught.value, UsageError)
 
 
 # --- every number of a whole stage ----------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_a_stage_that_cannot_be_built_is_a_usage_error(which, field, value, clip
     ],
 )
 def test_an_optimizer_out_of_range_is_a_usage_error(field, value):
-    with pytest.raises(UsageError, match=f"^config.optim.{field} must be"):
+    with pytest.raises(ConfigError, check=mentions(value, field=f"optim.{field}")):
         expand(OptimConfig, {field: value}, "optim")
     assert expand(OptimConfig, {"clip_norm": 0}, "optim").clip_norm == 0  # off
 
@@ -238,21 +238,21 @@ def test_an_optimizer_out_of_range_is_a_usage_error(field, value):
 def test_a_respacing_is_checked_before_training(steps):
     config = tiny_system.get_config("upsampler_1").to_dict()
     config["sampling"]["steps"] = steps
-    with pytest.raises(UsageError, match="config.sampling.steps"):
+    with pytest.raises(ConfigError, check=mentions(field="sampling.steps")):
         Experiment.from_config(config).check_trainable()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "facts"),
     [
-        ({"stage": "prior"}, "config of a stage prior"),
-        ({"stage": ["clip"]}, "unknown stage"),
-        ({"model": "clip"}, "needs a section model"),
-        ({"model": {"embed_dim": 10**9}}, "config.model.embed_dim must be"),
-        ({"total_steps": "all"}, "total_steps must be int"),
+        ({"stage": "prior"}, ["stage prior"]),
+        ({"stage": ["clip"]}, ["stage", "['clip']"]),
+        ({"model": "clip"}, ["section model"]),
+        ({"model": {"embed_dim": 10**9}}, ["config.model.embed_dim", 10**9]),
+        ({"total_steps": "all"}, ["config.total_steps", "int", "'all'"]),
     ],
 )
-def test_a_stored_config_that_is_damaged_is_named(change, message, tmp_path):
+def test_a_stored_config_that_is_damaged_is_named(change, facts, tmp_path):
     config = tiny_system.get_config("clip").to_dict()
     if change == {"stage": "prior"}:
         config = tiny_system.get_config("prior").to_dict()
@@ -261,6 +261,5 @@ def test_a_stored_config_that_is_damaged_is_named(change, message, tmp_path):
     folder.write_json("config.json", {**config, **change})
     folder.write_json("contract.json", {"clip": "a", "dim": 8})
     text.LabelTokenizer(300).save(folder.path / "tokenizer")
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, check=mentions(folder.path / "config.json", *facts)):
         load.load_stage(tmp_path, "clip", make_mesh(MeshConfig()))
-    assert str(folder.path / "config.json") in str(caught.value)

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image
+from raised import mentions
 from streams import sample, text_stream
 
 from dalle2_jax.data import ArraySource, FolderSource, ImageSource, Source, as_source, example
@@ -103,7 +104,7 @@ def test_a_path_opens_the_data_set_at_that_path(tmp_path):
         source = as_source(path, 8)
         assert isinstance(source, FolderSource)
         np.testing.assert_array_equal(example(source, 0)["image"], images()[0])
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(UserError, check=mentions(f"'{tmp_path}/nowhere'", "folder:PATH")):
         as_source(tmp_path / "nowhere", 8)
 
 
@@ -111,7 +112,7 @@ IMAGES = images(2)
 
 
 @pytest.mark.parametrize(
-    ("data", "parts"),
+    ("data", "facts"),
     [
         ({"image": IMAGES / np.float64(255), "caption": ["a", "b"]}, ["float64", "astype(np.uint8)"]),
         ({"image": [IMAGES[0].astype(np.float32)] * 2, "caption": ["a", "b"]}, ["['image'][0]", "float32"]),
@@ -121,42 +122,38 @@ IMAGES = images(2)
         ({"image": IMAGES[..., [0, 1, 2, 0]], "caption": ["a", "b"]}, ["uint8[8, 8, 4]", "RGBA"]),
         ({"image": IMAGES.transpose(0, 3, 1, 2), "caption": ["a", "b"]}, ["uint8[3, 8, 8]", "transpose(1, 2, 0)"]),
         ({"image": IMAGES[:, :0], "caption": ["a", "b"]}, ["uint8[0, 8, 3]"]),
-        ({"image": IMAGES, "caption": ["a"]}, ["2 images and 1 captions"]),
+        ({"image": IMAGES, "caption": ["a"]}, ["2 images", "1 captions"]),
         ({"image": IMAGES, "caption": "ab"}, ["data['caption']", "str"]),
-        ({"image": IMAGES, "caption": [1, 2]}, ["['caption'][0]", "got 1"]),
-        ({"image": IMAGES, "caption": [[], "b"]}, ["['caption'][0]", "got []"]),
+        ({"image": IMAGES, "caption": [1, 2]}, ["['caption'][0]", "1"]),
+        ({"image": IMAGES, "caption": [[], "b"]}, ["['caption'][0]", "[]"]),
         ({"image": IMAGES[:0], "caption": []}, ["no images"]),
-        ({"image": ["a.png", "b.png"], "caption": ["a", "b"]}, ["['image'][0]", "got str"]),
-        ({"image": 3, "caption": ["a"]}, ["data['image']", "got int"]),
+        ({"image": ["a.png", "b.png"], "caption": ["a", "b"]}, ["['image'][0]", "str"]),
+        ({"image": 3, "caption": ["a"]}, ["data['image']", "int"]),
         ({"photo": IMAGES, "caption": ["a", "b"]}, ["no image", "photo, caption"]),
-        ({"image": IMAGES}, ["no caption", "only image"]),
+        ({"image": IMAGES}, ["no caption", "image"]),
         ({}, ["no image", "nothing"]),
         ([], ["no examples"]),
         ([IMAGES[0]], ["data[0]", "mapping", "uint8[8, 8, 3]"]),
         ([{"image": IMAGES[0]}], ["no caption"]),
         (Dataset({"image": None, "caption": "a"}), ["data[0]['image']", "NoneType"]),
-        (IMAGES, ["data must be", "uint8[2, 8, 8, 3]"]),
-        (None, ["data must be", "NoneType"]),
-        (iter([]), ["data must be", "list_iterator"]),
-        (b"bytes", ["data must be", "bytes"]),
+        (IMAGES, ["path", "mapping", "uint8[2, 8, 8, 3]"]),
+        (None, ["path", "mapping", "NoneType"]),
+        (iter([]), ["path", "mapping", "list_iterator"]),
+        (b"bytes", ["path", "mapping", "bytes"]),
     ],
 )
-def test_invalid_data_raises_one_clear_error(data, parts):
-    with pytest.raises(DataError) as caught:
+def test_invalid_data_raises_one_clear_error(data, facts):
+    with pytest.raises(DataError, check=mentions(*facts, path=None)):
         as_source(data, 8)
-    message = str(caught.value)
-    assert all(part in message for part in parts) and "\n" not in message, message
-    assert caught.value.path is None
 
 
 def test_an_invalid_later_example_is_named_when_it_is_read():
     valid = {"image": IMAGES[0], "caption": "a"}
-    for wrong, part in (
-        ({"image": IMAGES[0] / 255.0, "caption": "a"}, "data[1]['image']"),
-        ({"image": IMAGES[0], "caption": None}, "data[1]['caption']"),
-        ({"caption": "a"}, "data[1] has no 'image'"),
+    for wrong, facts in (
+        ({"image": IMAGES[0] / 255.0, "caption": "a"}, ["data[1]['image']"]),
+        ({"image": IMAGES[0], "caption": None}, ["data[1]['caption']"]),
+        ({"caption": "a"}, ["data[1]", "'image'", "data[0]"]),
     ):
         source = as_source(Dataset(valid, wrong), 8)
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(DataError, check=mentions(*facts)):
             source.fetch([0, 1])
-        assert part in str(caught.value)

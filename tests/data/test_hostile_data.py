@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 from hostile_files import npy, pickled
+from raised import mentions
 from tar_files import members as records
 from tar_files import png, tar
 
@@ -27,7 +28,7 @@ from dalle2_jax.data.storage.arrays import (
     unpack_arrays,
     write_arrays,
 )
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import DataError, UserError
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -55,11 +56,11 @@ def test_arrays_have_the_expected_type_or_are_rejected(case, tmp_path):
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.npy", _ARRAYS[case])
     for content in (file.getvalue(), file.getvalue()[:-5], b""):
-        with pytest.raises(ValueError, match=".+"):
+        with pytest.raises(ValueError, check=str):
             unpack_arrays(content, {"a": NUMBERS}, 2**20)
     (tmp_path / "a").rename(tmp_path / "img_emb_0.npy")
     if case not in ("another type", "another shape", "by columns"):
-        with pytest.raises(UserError, match="img_emb_0"):
+        with pytest.raises(DataError, check=mentions(path=tmp_path / "img_emb_0.npy")):
             clip_retrieval._mapped(tmp_path / "img_emb_0.npy")
 
 
@@ -68,7 +69,7 @@ def test_a_small_archive_of_large_arrays_is_not_unpacked():
     np.savez_compressed(file, a=np.zeros(2**22, np.uint8))
     assert len(file.getvalue()) < 2**14
     assert len(unpack_arrays(file.getvalue(), {"a": BYTES}, 2**23)["a"]) == 2**22
-    with pytest.raises(ValueError, match="large"):
+    with pytest.raises(ValueError, check=mentions("large")):
         unpack_arrays(file.getvalue(), {"a": BYTES}, 2**20)
 
 
@@ -218,9 +219,16 @@ def test_a_shard_with_too_many_members_is_truncated(monkeypatch, tmp_path):
     assert len(source) == 4 and "shard damaged" in source.rejections.counts
 
 
-@pytest.mark.parametrize("pattern", ["{0..99999999999}", "{0..9999}" * 3, "{0..%s}" % ("9" * 5000)])
-def test_a_pattern_that_expands_to_too_many_names_is_rejected(pattern):
-    with pytest.raises(UserError, match="names|range of numbers"):
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("{0..99999999999}", "10,000,000"),
+        ("{0..9999}" * 3, "10,000,000"),
+        ("{0..%s}" % ("9" * 5000), "range of numbers"),
+    ],
+)
+def test_a_pattern_that_expands_to_too_many_names_is_rejected(pattern, reason):
+    with pytest.raises(UserError, check=mentions(reason)):
         files.expand_braces(pattern)
 
 
@@ -261,7 +269,7 @@ def test_metadata_lines_and_fields_have_a_maximum_length(image_folder, monkeypat
 def test_a_caption_file_has_a_maximum_length(image_folder, monkeypatch):
     monkeypatch.setattr(folder_module, "MAX_TEXT", 100)
     (image_folder / "a.txt").write_text("x" * 101)
-    with pytest.raises(Rejected, match="far too large"):
+    with pytest.raises(Rejected, check=mentions(cause="far too large")):
         FolderRecords(image_folder).read(0)
 
 
@@ -269,6 +277,6 @@ def test_a_caption_in_a_shard_has_a_maximum_length(tmp_path, monkeypatch):
     monkeypatch.setattr(webdataset, "MAX_TEXT", 100)
     path = tar(tmp_path / "a.tar", [("a.png", png(1)), ("a.txt", b"x" * 101), ("b.png", png(2)), ("b.txt", b"x")])
     source = WebdatasetRecords(str(path))
-    with pytest.raises(Rejected, match="far too large"):
+    with pytest.raises(Rejected, check=mentions(cause="far too large")):
         source.read(0)
     assert source.read(1).captions == ("x",)

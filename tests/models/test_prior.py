@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from raised import mentions
 from tiny import close, differ, jitted, normal, random_variables, same
 
 from dalle2_jax.errors import UserError
@@ -75,7 +76,7 @@ def test_without_learned_null():
     model, args = PriorNetwork(replace(CLIP, learned_null=False)), inputs(CLIP)
     params = random_variables(model, *args[:-1])
     assert not any(name.startswith("null") for name in params["params"])
-    with pytest.raises(UserError, match="no learned null"):
+    with pytest.raises(UserError, check=mentions("learned null", "empty caption")):
         jax.eval_shape(model.apply, params, *args)
 
 
@@ -87,14 +88,14 @@ def test_bfloat16_and_remat(prior):
 
 
 def test_bad_config():
-    with pytest.raises(UserError, match="needs vocab_size"):
+    with pytest.raises(UserError, check=mentions("'tokens'", "vocab_size")):
         PriorConfig(text_input="tokens")
-    with pytest.raises(UserError, match="needs text_width"):
+    with pytest.raises(UserError, check=mentions("'clip'", "text_width")):
         PriorConfig(text_input="clip")
-    with pytest.raises(UserError, match="unknown text_input"):
+    with pytest.raises(UserError, check=mentions("text_input", "'bytes'", "'tokens'")):
         PriorConfig(text_input="bytes")
-    with pytest.raises(UserError, match="heads"):
+    with pytest.raises(UserError, check=mentions("width 16", "3 heads")):
         replace(TOKENS, heads=3)
-    with pytest.raises(UserError, match="context_length is 5"):
+    with pytest.raises(UserError, check=mentions("3 tokens", "context_length", 5)):
         x_t, t, text_emb, text, mask, _ = inputs(TOKENS)
         random_variables(PriorNetwork(TOKENS), x_t, t, text_emb, text[:, :3], mask[:, :3])

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from raised import mentions
 from run_folders import HOSTILE, metrics, write_results, write_samples, write_stage, write_system
 
 import dalle2_jax
@@ -165,17 +166,17 @@ def test_no_link_is_followed_to_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "part"),
+    ("make", "fact"),
     [
-        (lambda root: None, "there is no folder"),
-        (lambda root: root.mkdir(), "is no system, and no system is in it"),
-        (lambda root: write_stage(root.parent, root.name), "is a stage: name the folder of its system"),
-        (lambda root: root.write_text("a file"), "there is no folder"),
+        (lambda root: None, "runs/demo"),
+        (lambda root: root.mkdir(), "experiment.json"),
+        (lambda root: write_stage(root.parent, root.name), "a stage"),
+        (lambda root: root.write_text("a file"), "runs/demo"),
     ],
 )
-def test_what_is_no_system_is_one_error(tmp_path, make, part, capsys):
+def test_what_is_no_system_is_one_error(tmp_path, make, fact, capsys):
     make(tmp_path / "demo")
-    with pytest.raises(UserError, match=part):
+    with pytest.raises(UserError, check=mentions(tmp_path / "demo", fact)):
         write_report([tmp_path / "demo"], tmp_path / "report.html")
     assert cli.main(["report", str(tmp_path / "demo"), "--out", str(tmp_path / "report.html")]) == 1
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "report.html").exists()
@@ -188,9 +189,9 @@ def test_results_elsewhere_are_added_and_must_exist(tmp_path):
     [evaluation] = system.evaluations
     [figure] = evaluation.figures
     assert (figure.name, figure.value, figure.n, figure.baseline.value) == ("all", 0.9, 64, 0.1)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, check=mentions(tmp_path / "nowhere", "results.json")):
         report(tmp_path, tmp_path / "demo", results=[tmp_path / "nowhere"])
-    with pytest.raises(UserError, match="is a folder: name the file"):
+    with pytest.raises(UserError, check=mentions(tmp_path, "a folder", tmp_path / "report.html")):
         write_report([tmp_path / "demo"], tmp_path)
 
 
@@ -208,7 +209,7 @@ def test_a_large_file_is_read_in_pieces_and_the_page_stays_small(tmp_path, monke
     assert (
         found.last_step == 10_000 and found.curves["loss"].steps[0] < 50 and not any("lines" in n for n in found.notes)
     )
-    assert any("of which 100,000 were read" in note for note in found.notes)
+    assert any("100,000" in note for note in found.notes)
     assert found.seconds == pytest.approx(1000, rel=0.01)  # of the steps between the pieces too
     assert (tmp_path / "report.html").stat().st_size < 200_000
 
@@ -229,9 +230,9 @@ def test_metrics_systems_and_images_are_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "IMAGE_BYTES", 2_000)
     elements, [system] = report(tmp_path, tmp_path / "demo")
     assert len(system.stages[0].metrics.curves) == 100 and any("more than 100" in text for text in elements.texts)
-    assert len(system.stages[0].samples) < 3 and any("images are omitted" in text for text in elements.texts)
+    assert len(system.stages[0].samples) < 3 and any("omitted" in text for text in elements.texts)
     monkeypatch.setattr(read, "MAX_SYSTEMS", 0)
-    with pytest.raises(UserError, match="1 systems are too many"):
+    with pytest.raises(UserError, check=mentions("1 systems", 0)):
         report(tmp_path, tmp_path / "demo")
 
 
@@ -240,7 +241,7 @@ def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
     folder = write_stage(tmp_path / "demo", "decoder")
     write_samples(folder, (1,))
     _, [system] = report(tmp_path, tmp_path / "demo")
-    assert not system.stages[0].samples and any("pixels are too many" in note for note in system.stages[0].notes)
+    assert not system.stages[0].samples and any("pixels" in note for note in system.stages[0].notes)
 
 
 # --- the command --------------------------------------------------------------------------------

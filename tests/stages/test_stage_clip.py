@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax import testing
 from dalle2_jax.errors import UserError
@@ -143,7 +144,7 @@ def test_embedding_config():
     np.testing.assert_allclose(EmbeddingConfig().apply(raw), 17.2 * np.array([[0.6, 0.8], [0, 0], [-1, 0]]), rtol=1e-6)
     gradient = jax.grad(lambda emb: EmbeddingConfig().apply(emb).sum())(raw)
     assert np.isfinite(gradient).all()
-    with pytest.raises(UserError, match="'l2' is unknown: use 'unit' or 'raw'"):
+    with pytest.raises(UserError, check=mentions("embedding.normalisation", "'l2'", "'unit'", "'raw'")):
         EmbeddingConfig("l2")
 
 

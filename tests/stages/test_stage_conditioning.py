@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax import rng, testing
 from dalle2_jax.diffusion.timesteps import HISTORY
@@ -170,9 +171,8 @@ def conditioning(count):
 @pytest.mark.parametrize("value", [2.0, np.nan])
 def test_embeddings_that_cannot_be_whitened_are_rejected(value):
     dull = ({**batch, "image_emb": batch["image_emb"].at[:, 3].set(value)} for batch in batches())
-    with pytest.raises(UserError, match="cannot be whitened: train clip again") as error:
+    with pytest.raises(UserError, check=mentions("not finite", "whitened", "conditioning.whiten False")):
         WHITE.calibrate(testing.tiny_frozen(WHITE), dull)
-    assert "\n" not in str(error.value)
 
 
 def test_a_whitened_prior_learns_and_samples_what_a_plain_one_does_in_its_space():
@@ -253,9 +253,9 @@ def test_a_decoder_without_an_image_embedding_requires_no_stage():
     plain, alone = generate(stage, batch), generate(stage, batch, (True,) * SIZE)
     assert guided.shape == (SIZE, 8, 8, 3) and abs(guided - plain).max() > 1e-3 and abs(alone - plain).max() > 1e-3
     for wrong in (model, dataclasses.replace(model, image_emb_dim=None, text=None, **STATES)):
-        with pytest.raises(UserError, match="it needs a clip"):
+        with pytest.raises(UserError, check=mentions("stage decoder", "needs a clip")):
             dataclasses.replace(stage, model=wrong)
-    with pytest.raises(UserError, match="it needs model.text_input 'clip'"):
+    with pytest.raises(UserError, check=mentions("empty_caption", "model.text_input 'clip'")):
         dataclasses.replace(stage, empty_caption=True)
 
 
@@ -283,6 +283,5 @@ def test_a_clip_of_captions_alone():
         lambda: stage.encode_image(variables, batch["image"]),
         lambda: stage.loss(*variables, {}, rng.root(0), batch),
     ):
-        with pytest.raises(UserError, match="no image tower.*import its image encoder too") as error:
+        with pytest.raises(UserError, check=mentions("no image tower", "image encoder")):
             call()
-        assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_stage_without_clip as without_clip
+from raised import mentions
 
 from dalle2_jax import rng, testing
 from dalle2_jax.errors import UserError
@@ -40,8 +41,7 @@ def test_given_pairs_are_taken_as_they_are(degradation):
 
 def test_pairs_of_other_sizes_are_rejected():
     for side, small in ((16, 4), (8, 8)):
-        wanted = f"upsampler_1 trains on crops of 8 pixels made of 4, not of {side} made of {small}"
-        with pytest.raises(UserError, match=wanted):
+        with pytest.raises(UserError, check=mentions("upsampler_1", "8 pixels", f"{side} made of {small}")):
             PLAIN.example({}, rng.root(0), pairs(side, small))
 
 
@@ -49,7 +49,7 @@ def test_the_stage_says_what_it_asks_of_the_data():
     assert PLAIN.degrading is None
     for name in DEGRADATIONS:
         assert dataclasses.replace(PLAIN, degradation=name).degrading == Degrading(name, 16, 8, 2)
-    with pytest.raises(UserError, match="unknown degradation 'bsr_lite': did you mean 'bsr_light'"):
+    with pytest.raises(UserError, check=mentions("degradation", "'bsr_lite'", "'bsr_light'")):
         dataclasses.replace(PLAIN, degradation="bsr_lite")
 
 
@@ -137,5 +137,5 @@ def test_conditioned_upsamplers_are_noised_too():
 @pytest.mark.parametrize("fields", [(0.2, 0.5), (1.5, 0.0), (0.5, -0.1), (-0.5, 0.0)])
 def test_levels_out_of_range_are_rejected(fields):
     largest, sampled = fields
-    with pytest.raises(UserError, match="sample_noise .* must be from 0 to noise_augmentation .*, and that at most 1"):
+    with pytest.raises(UserError, check=mentions(f"sample_noise {sampled}", f"noise_augmentation {largest}", 1)):
         dataclasses.replace(PLAIN, noise_augmentation=largest, sample_noise=sampled)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import probe
 import pytest
+from raised import mentions
 
 from dalle2_jax import diffusion, rng
 from dalle2_jax.diffusion import LossHistory
@@ -64,7 +65,7 @@ def test_samples_of_given_noise():
     )
     np.testing.assert_allclose(generate(0, **given), direct, rtol=1e-6)
     assert not np.allclose(generate(0, **given), generate(0, x_T=x_T, noise=noise + 1))
-    with pytest.raises(UserError, match="noise must be of shape"):
+    with pytest.raises(UserError, check=mentions("noise", (4, 3, 4), (4, 2, 4))):
         generate(0, x_T=x_T, noise=noise[:, :2])
 
 
@@ -87,7 +88,7 @@ def test_table_dtype_is_that_of_the_schedule(dtype):
 
 def test_default_tables_are_exact():
     assert DiffusionConfig() == DiffusionConfig(table_dtype="float64")
-    with pytest.raises(UserError, match="unknown table_dtype 'float16'"):
+    with pytest.raises(UserError, check=mentions("table_dtype", "'float16'", "float64", "float32")):
         DiffusionConfig(table_dtype="float16")
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from probe import Probe, condition, keys, params
+from raised import mentions
 
 from dalle2_jax import diffusion, testing
 from dalle2_jax.errors import UserError
@@ -146,22 +147,21 @@ def test_only_image_stages_clip_by_default():
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "says"),
+    ("kind", "fields", "facts"),
     [
-        ("upsampler", {"text_guidance": 2.0}, "upsampler_1 was trained without dropping text: it has no text_g"),
-        ("upsampler", {"image_guidance": 1.0}, "upsampler_1 was trained without dropping image"),
-        ("upsampler", {"guidance": 2.0}, "upsampler_1 was trained without dropping its condition"),
-        ("prior", {"image_guidance": 2.0}, "stage prior was trained without dropping image: it has no image_guidance"),
-        ("prior", {"steps": 101}, "ask for at most 100"),
-        ("prior", {"name": "ddpm", "variance": "analytic"}, "dalle2 evaluate noise_statistics"),
+        ("upsampler", {"text_guidance": 2.0}, ["upsampler_1", "dropping text", "text_guidance"]),
+        ("upsampler", {"image_guidance": 1.0}, ["upsampler_1", "dropping image", "image_guidance"]),
+        ("upsampler", {"guidance": 2.0}, ["upsampler_1", "its condition", "guidance"]),
+        ("prior", {"image_guidance": 2.0}, ["stage prior", "dropping image", "image_guidance"]),
+        ("prior", {"steps": 101}, [101, "at most 100"]),
+        ("prior", {"name": "ddpm", "variance": "analytic"}, ["'analytic'", "noise_statistics"]),
     ],
 )
-def test_impossible_samplings_of_a_stage_say_what_to_do(kind, fields, says):
+def test_impossible_samplings_of_a_stage_say_what_to_do(kind, fields, facts):
     stage = testing.tiny_stage(kind)
     stage.check_sampling(stage.sampling)
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, check=mentions(*facts)):
         stage.check_sampling(dataclasses.replace(stage.sampling, **fields))
-    assert "\n" not in str(error.value)
 
 
 def test_a_decoder_without_a_caption_has_no_scale_for_it():
@@ -170,5 +170,5 @@ def test_a_decoder_without_a_caption_has_no_scale_for_it():
     decoder.check_sampling(guided)
     deaf = dataclasses.replace(decoder, model=dataclasses.replace(decoder.model, text_input=None, text=None))
     deaf.check_sampling(dataclasses.replace(guided, text_guidance=None))
-    with pytest.raises(UserError, match="decoder was trained without dropping text"):
+    with pytest.raises(UserError, check=mentions("stage decoder", "dropping text", "text_guidance")):
         deaf.check_sampling(guided)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax import rng, testing
 from dalle2_jax.errors import UserError
@@ -59,9 +60,9 @@ def test_what_may_be_absent_is_the_networks_to_say(nulls, parts):
 
 
 def test_a_network_that_was_never_without_text_has_no_guidance():
-    with pytest.raises(UserError, match="stage prior was trained without dropping its condition: .* no guidance"):
+    with pytest.raises(UserError, check=mentions("stage prior", "its condition", "guidance")):
         stage_of("padding").check_sampling(PAPER.sampling)
-    with pytest.raises(UserError, match="no image_guidance"):
+    with pytest.raises(UserError, check=mentions("stage prior", "image_guidance")):
         stage_of("hidden").check_sampling(dataclasses.replace(PAPER.sampling, image_guidance=2.0))
 
 
@@ -151,7 +152,8 @@ def test_unit_embeddings_are_diffused_at_sqrt_of_their_width(scale, monkeypatch)
 
 def test_raw_embeddings_lose_their_length():
     raw = dataclasses.replace(PAPER.clip, embedding=EmbeddingConfig("raw", 1.0))
-    with pytest.raises(UserError, match="raw ones: it needs a clip with embedding.normalisation 'unit', scale 4, or"):
+    needs = ("embedding.normalisation 'unit'", "scale 4", "conditioning.whiten True")
+    with pytest.raises(UserError, check=mentions("stage prior", *needs)):
         stage_of(clip=raw)
     stage, emb = stage_of(clip=raw, whiten=True), batch()["image_emb"]
     stats = {"mean": jnp.full(DIM, 0.5), "std": jnp.full(DIM, 2.0)}
@@ -177,7 +179,7 @@ def test_token_zero_is_hidden():
 
 def test_a_table_of_timesteps_is_as_long_as_the_schedule():
     long = dataclasses.replace(PAPER.diffusion, num_steps=101)
-    with pytest.raises(UserError, match="a table of 100 timesteps .*, so diffusion.num_steps may not be 101"):
+    with pytest.raises(UserError, check=mentions(100, "model.timesteps", "diffusion.num_steps", 101)):
         stage_of(diffusion=long)
     any_time = dataclasses.replace(TINY, timesteps=None)
     assert dataclasses.replace(stage_of(), model=any_time, diffusion=long).schedule

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from probe import DIM, Probe, batch, condition, keys, params
+from raised import mentions
 
 from dalle2_jax import diffusion, rng, testing
 from dalle2_jax.diffusion import NoiseStatistics
@@ -46,20 +47,19 @@ def test_a_stage_samples_from_pure_noise(prediction):
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "facts"),
     [
-        ({"prediction": "eps", "zero_terminal_snr": True}, "zero terminal SNR .*'v' or 'x0'"),
-        ({"resolution_shift": 0.0}, "resolution_shift"),
-        ({"num_steps": 0}, "at least 1 step"),
-        ({"timesteps": "importance"}, "unknown timesteps 'importance'"),
-        ({"variance": "learned_range"}, "would never train variance 'learned_range': use loss 'hybrid'"),
-        ({"loss": "hybrid"}, "'fixed_small' is not: use variance 'learned_range', or loss 'mse'"),
+        ({"prediction": "eps", "zero_terminal_snr": True}, ["zero terminal SNR", "'v'", "'x0'"]),
+        ({"resolution_shift": 0.0}, ["resolution_shift", 0.0]),
+        ({"num_steps": 0}, ["noise schedule", 1, 0]),
+        ({"timesteps": "importance"}, ["timesteps", "'importance'", "uniform"]),
+        ({"variance": "learned_range"}, ["'mse'", "'learned_range'", "use loss 'hybrid'"]),
+        ({"loss": "hybrid"}, ["'hybrid'", "'fixed_small'", "'learned_range'", "'mse'"]),
     ],
 )
-def test_impossible_configs_say_what_to_do(fields, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_impossible_configs_say_what_to_do(fields, facts):
+    with pytest.raises(UserError, check=mentions(*facts)):
         DiffusionConfig(**fields)
-    assert "\n" not in str(error.value)
 
 
 # --- a learned variance ---------------------------------------------------------------------
@@ -102,15 +102,15 @@ def test_channels_that_do_not_fit_are_rejected(kind):
     stage = learning(kind)
     field = "model.unet.out_channels" if kind == "decoder" else "model.out_channels"
     plain = testing.tiny_stage(kind)
-    with pytest.raises(UserError, match=f"with variance 'learned_range' needs {field} 6, not 3"):
+    with pytest.raises(UserError, check=mentions(f"stage {plain.name}", "'learned_range'", field, 6, 3)):
         dataclasses.replace(plain, diffusion=stage.diffusion)
-    with pytest.raises(UserError, match=f"with variance 'fixed_small' needs {field} 3, not 6"):
+    with pytest.raises(UserError, check=mentions(f"stage {plain.name}", "'fixed_small'", field, 3, 6)):
         dataclasses.replace(stage, diffusion=plain.diffusion)
 
 
 def test_the_prior_learns_no_variance():
     prior = testing.tiny_stage("prior")
-    with pytest.raises(UserError, match="the prior samples embeddings: use loss 'mse'"):
+    with pytest.raises(UserError, check=mentions("'hybrid'", "prior", "'mse'", "'fixed_small'")):
         dataclasses.replace(prior, diffusion=dataclasses.replace(prior.diffusion, **LEARNED))
 
 
@@ -143,7 +143,7 @@ def test_analytic_samples_take_the_moments_of_the_stage():
     np.testing.assert_array_equal(samples(analytic, NoiseStatistics((1.0,) * 100, 1.0)), samples(config))
     assert np.abs(samples(analytic, NoiseStatistics((0.2,) * 100, 1.0)) - samples(config)).max() > 1e-2
     Probe(noise_statistics=NoiseStatistics((1.0,) * 100, 1.0)).check_sampling(analytic)
-    with pytest.raises(UserError, match="measure them again"):
+    with pytest.raises(UserError, check=mentions("50 timesteps", "noise_statistics")):
         Probe(noise_statistics=NoiseStatistics((1.0,) * 50, 1.0)).check_sampling(analytic)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax import rng, testing
 from dalle2_jax.errors import UserError
@@ -276,10 +277,10 @@ def test_training_leaves_the_last_network_as_it_is(timesteps):
 
 def test_what_does_not_fit_is_rejected():
     clip_like = DecoderConfig(dataclasses.replace(PLAIN.model, context_dim=8), image_emb_dim=16)
-    for change, message in (
-        ({"upscale": "cubik"}, "unknown upscale 'cubik': did you mean 'cubic'"),
-        ({"model": clip_like}, "upsampler_1: .*tokens or a label, not .*CLIP"),
-        ({"inpaint": True}, "in_channels 6 is not 3 images of the same channels and a mask"),
+    for change, facts in (
+        ({"upscale": "cubik"}, ["upscale", "'cubik'", "'cubic'"]),
+        ({"model": clip_like}, ["upsampler_1", "tokens", "label", "CLIP"]),
+        ({"inpaint": True}, ["in_channels 6", "3 images", "mask"]),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, check=mentions(*facts)):
             dataclasses.replace(PLAIN, **change)

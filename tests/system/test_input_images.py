@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from raised import mentions
 
 from dalle2_jax.errors import DataError, UsageError
 from dalle2_jax.system.inputs import InputImage, read_captions, read_image, read_images, read_mask, square
@@ -77,9 +78,8 @@ def test_several(file):
 def test_other_arrays_are_rejected_with_the_conversion(array, advice):
     """A float image would give a wrong embedding without any sign of it."""
     for images in (array, [array], array[None]):
-        with pytest.raises(DataError) as error:
+        with pytest.raises(DataError, check=mentions(advice)):
             read_images(images)
-        assert advice in str(error.value) and "\n" not in str(error.value)
     np.testing.assert_array_equal(eval(advice, {"np": np, "x": np.asarray(array)}), RGB)
 
 
@@ -104,18 +104,16 @@ def test_other_arrays_are_rejected_with_the_conversion(array, advice):
     + ["None", "number", "numbers", "no images"],
 )
 def test_what_is_no_image(image):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, check=mentions()):
         read_images(image)
-    assert "\n" not in str(error.value)
 
 
 def test_errors_name_the_file(file):
     damaged = file.with_name("damaged.png")
     damaged.write_bytes(file.read_bytes()[:40])
     for path in (file.with_name("none.png"), file.parent, damaged):
-        with pytest.raises(DataError) as error:
+        with pytest.raises(DataError, check=mentions(path, path=path)):
             read_image(path)
-        assert error.value.path == path and str(path) in str(error.value)
 
 
 def test_masks():

@@ -33,5 +33,5 @@ def test_every_name_is_there(name):
 
 
 def test_unknown_name():
-    with pytest.raises(AttributeError, match="'dalle2_jax' has no attribute 'lod'"):
+    with pytest.raises(AttributeError, match="'dalle2_jax' .*'lod'"):
         _ = d2.lod

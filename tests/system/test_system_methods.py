@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.diffusion import NoiseStatistics
 from dalle2_jax.errors import ConfigError, DataError, SystemWarning, UsageError, UserError
@@ -168,7 +169,7 @@ def test_slerp():
 
 
 def test_long_captions_warn(system):
-    with pytest.warns(SystemWarning, match="prompt 1 is longer than") as warned:
+    with pytest.warns(SystemWarning, match="prompt 1 .* 8 tokens") as warned:
         system.text2image(["red", "word " * 100], num=1, **STEPS)
     assert len(warned) == 2  # the prior's and the decoder's
 
@@ -197,13 +198,12 @@ def test_repr_is_short(system):
     ],
 )
 def test_options_that_are_rejected(system, options, field):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, check=mentions(field=field)):
         system.text2image(PROMPT, **options)
-    assert error.value.field == field and "\n" not in str(error.value)
 
 
 def test_unknown_settings_offer_the_nearest(system):
-    with pytest.raises(ConfigError, match="did you mean 'steps'"):
+    with pytest.raises(ConfigError, check=mentions("'steps'", field="decoder.stps")):
         system.text2image(PROMPT, decoder={"stps": 3})
 
 
@@ -240,8 +240,12 @@ def test_calls_that_are_rejected(system, image):
 def test_a_stage_that_is_not_there(system, image):
     alone = dataclasses.replace(system, stages={"clip": system.stages["clip"]})
     assert alone.embed_text("red").shape == (1, 16)
-    for call in (lambda: alone.text2image(PROMPT), lambda: alone.prior(PROMPT), lambda: alone.variations(image)):
-        with pytest.raises(UserError, match="has no trained stage"):
+    for missing, call in (
+        ("decoder", lambda: alone.text2image(PROMPT)),
+        ("prior", lambda: alone.prior(PROMPT)),
+        ("decoder", lambda: alone.variations(image)),
+    ):
+        with pytest.raises(UserError, check=mentions(f"stage {missing}", f"configs/shapes.py:{missing}")):
             call()
 
 

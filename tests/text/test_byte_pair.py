@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.text import (
@@ -104,7 +105,7 @@ def test_a_long_clip_caption_is_truncated_before_its_end_token(clip):
     assert tokens[:, 0].tolist() == [49_406] * 3 and mask.sum(1).tolist() == [4, 7, 7]
     assert tokens[1].tolist() == [49_406, *[clip.ids("word")[0]] * 5, 49_407]
     assert clip.truncated(captions, 7) == [1] and clip.truncated(captions, 6) == [1, 2]
-    with pytest.raises(UserError, match="context_length.* got 1$"):
+    with pytest.raises(UserError, check=mentions("context_length", 2, 1)):
         clip.encode(["a"], 1)
 
 
@@ -113,7 +114,7 @@ def test_a_long_glide_caption_is_truncated_without_an_end_token(glide):
     tokens, mask = glide.encode(captions, 5)
     assert tokens[0].tolist() == glide.ids(captions[0]) and mask.all() and 50_256 not in tokens
     assert glide.truncated(captions, 5) == [1] and glide.truncated(captions, 4) == [0, 1]
-    with pytest.raises(UserError, match="context_length.* got 0$"):
+    with pytest.raises(UserError, check=mentions("context_length", 1, 0)):
         glide.encode(["a"], 0)
 
 
@@ -125,7 +126,7 @@ def test_smaller_vocabularies_are_the_first_merges(clip):
     assert glide_tokenizer(257).ids("a b") == [64, 220, 65]
     for make, sizes in ((clip_tokenizer, (513, 49_409)), (glide_tokenizer, (100, 50_258))):
         for size in sizes:
-            with pytest.raises(UserError, match=f"vocab_size .* got {size}$"):
+            with pytest.raises(UserError, check=mentions("vocab_size", size)):
                 make(size)
 
 
@@ -155,9 +156,8 @@ def test_reading_damaged_saved_tokenizers(tmp_path):
             gzip.compress(b'{"merges": [1]}'),
         ):
             (tmp_path / file).write_bytes(content)
-            with pytest.raises(UserError, match=file) as caught:
+            with pytest.raises(UserError, check=mentions(tmp_path / file)):
                 load_tokenizer(tmp_path)
-            assert "\n" not in str(caught.value)
 
 
 def test_merges_are_applied_in_the_order_learned():
@@ -189,7 +189,7 @@ def test_merges_are_written_and_read_back():
     assert read_merges(write_merges(merges)) == merges == read_merges(b"a b\r\n\xc4\xa0 ab\r\n")
     assert ClipTokenizer.from_merges(merges[:1]).vocab_size == 515
     assert GlideTokenizer.from_bytes(write_merges(merges)) == GlideTokenizer(merges)
-    with pytest.raises(UserError, match="lacks the token 'xy' of merge 1"):
+    with pytest.raises(UserError, check=mentions("'xy'", "merge 1", "'z'")):
         GlideTokenizer([("xy", "z")])
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.text import clip_tokenizer, read_clip_tokenizer, write_clip_tokenizer
@@ -106,7 +107,7 @@ def test_bytes_without_a_token_are_the_unknown_token(folder):
     assert tokenizer._pairs._inner[0] == tokenizer.end == 576
     (folder / "special_tokens_map.json").unlink()
     (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="lacks the byte 'Ā'"):
+    with pytest.raises(UserError, check=mentions(folder, "byte 'Ā'", "'</w>'")):
         read_clip_tokenizer(folder)
 
 
@@ -169,25 +170,24 @@ def cut_list(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "facts"),
     [
-        (cut_vocabulary, "vocab.json is damaged: it is not JSON"),
-        (renumber, "ids are not 0, 1, 2"),
-        (other_token, "lacks the token 'ing</w>' of merge 4, 'in' and 'g</w>'"),
-        (odd_line, "merges.txt: line 5 .*'ing</w>'"),
-        (cut_merges, r"merges are cut short.* \(3 such\)"),
-        (latin_merges, "merges.txt: the list of merges is not UTF-8 text"),
-        (other_end, "lacks '</s>', the end token"),
-        (a_list_of_names, "special_tokens_map.json is damaged"),
-        (another_family, "not a CLIP tokenizer"),
-        (no_merges, "no CLIP tokenizer"),
-        (another_model, "tokenizer.json .*byte-pair vocabulary"),
-        (cut_list, "bpe_simple_vocab_16e6.txt.gz: the gzipped file is damaged or cut short"),
+        (cut_vocabulary, ["vocab.json", "damaged", "JSON"]),
+        (renumber, ["ids", "0, 1, 2"]),
+        (other_token, ["'ing</w>'", "merge 4", "'in'", "'g</w>'"]),
+        (odd_line, ["merges.txt", "line 5", "'ing</w>'"]),
+        (cut_merges, ["merges", "'ightho'", 3]),
+        (latin_merges, ["merges.txt", "UTF-8"]),
+        (other_end, ["'</s>'", "end token"]),
+        (a_list_of_names, ["special_tokens_map.json", "damaged"]),
+        (another_family, ["</w>", "CLIP tokenizer"]),
+        (no_merges, ["vocab.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz", "tokenizer.json"]),
+        (another_model, ["tokenizer.json", "byte-pair vocabulary"]),
+        (cut_list, ["bpe_simple_vocab_16e6.txt.gz", "gzipped file"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_errors_of_damaged_folders(folder, damage, message):
+def test_errors_of_damaged_folders(folder, damage, facts):
     damage(folder)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, check=mentions(folder, *facts)):
         read_clip_tokenizer(folder)
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)

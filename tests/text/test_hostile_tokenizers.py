@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.text import (
@@ -38,9 +39,9 @@ def test_a_small_gzip_file_that_expands_to_much_text_is_rejected(monkeypatch):
 )
 def test_a_damaged_clip_tokenizer_raises_one_error(change):
     fields = json.loads(gzip.decompress(clip_tokenizer(514 + 50).to_bytes()))
-    with pytest.raises(UserError, match="damaged|tokenizer"):
+    with pytest.raises(UserError, check=mentions("CLIP tokenizer", "damaged")):
         ClipTokenizer.from_bytes(json.dumps({**fields, **change}).encode())
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, check=mentions("CLIP tokenizer", "damaged")):
         ClipTokenizer.from_bytes(b"[" * 100_000)
 
 
@@ -55,8 +56,8 @@ def test_a_tokenizer_file_has_a_maximum_size(tmp_path, monkeypatch):
     (tmp_path / "large.model").write_bytes(bytes(101))
     os.mkfifo(tmp_path / "pipe.model")
     (tmp_path / "folder.model").mkdir()
-    for name in ("large", "pipe", "folder"):
-        with pytest.raises(UserError, match=f"{name}.model.*(more than 100 bytes|cannot be read)"):
+    for name, reason in (("large", "100 bytes"), ("pipe", "regular file"), ("folder", "directory")):
+        with pytest.raises(UserError, check=mentions(tmp_path / f"{name}.model", reason)):
             load_tokenizer(tmp_path / f"{name}.model")
 
 

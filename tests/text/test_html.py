@@ -5,6 +5,7 @@ import json
 import pickle
 
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.text import (
@@ -59,7 +60,7 @@ def test_the_default_is_stored_as_by_earlier_versions(clip):
 def test_an_invalid_value_of_the_option_is_named(without_unescaping):
     fields = json.loads(gzip.decompress(without_unescaping.to_bytes()))
     assert fields["html_unescape"] is False
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, check=mentions("CLIP tokenizer", "damaged")):
         ClipTokenizer.from_bytes(gzip.compress(json.dumps(fields | {"html_unescape": "no"}).encode()))
 
 

@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.text import LabelTokenizer, Tokenizer, load_tokenizer
@@ -28,12 +29,12 @@ def test_pickled_and_saved_copies_are_equal(tmp_path):
 
 
 def test_invalid_files_raise_user_errors(tmp_path):
-    with pytest.raises(UserError, match="at least 1, got 0"):
+    with pytest.raises(UserError, check=mentions("number of classes", 1, 0)):
         LabelTokenizer(0)
-    with pytest.raises(UserError, match="context_length must be 1 .* got 77"):
+    with pytest.raises(UserError, check=mentions("context_length", 1, 77)):
         LabelTokenizer(3).encode(["1"], 77)
     LabelTokenizer(3).save(tmp_path)
     for content in ("", "[]", '{"count": "3"}', '{"count": 0}', '{"count": 2.5}', "\x00"):
         (tmp_path / "labels.json").write_text(content)
-        with pytest.raises(UserError, match="labels.json: "):
+        with pytest.raises(UserError, check=mentions(tmp_path / "labels.json", "classes")):
             load_tokenizer(tmp_path)

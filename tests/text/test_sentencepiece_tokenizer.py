@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import sentencepiece
+from raised import mentions
 
 from dalle2_jax.cli import main
 from dalle2_jax.errors import UserError
@@ -45,7 +46,7 @@ def test_a_long_caption_is_truncated_before_its_end_token(tokenizer):
     exact = int(tokenizer.encode(["a small red star"], 99)[1].sum())
     assert tokenizer.truncated(["a small red star"], exact) == []
     assert tokenizer.truncated(["a small red star"], exact - 1) == [0]
-    with pytest.raises(UserError, match="context_length.* got 1$"):
+    with pytest.raises(UserError, check=mentions("context_length", 2, 1)):
         tokenizer.encode(["a"], 1)
 
 
@@ -80,26 +81,26 @@ def test_pickled_and_saved_copies_are_equal(tokenizer, tmp_path):
 
 
 def test_invalid_arguments_raise_user_errors(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="tokenizer.json is missing"):
+    with pytest.raises(UserError, check=mentions(tmp_path, "tokenizer.json", "missing")):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="no tokenizer at"):
+    with pytest.raises(UserError, check=mentions(tmp_path / "none.model")):
         load_tokenizer(tmp_path / "none.model")
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.to_bytes()[:500])
-    with pytest.raises(UserError, match="tokenizer.model: this is not a sentencepiece model"):
+    with pytest.raises(UserError, check=mentions(tmp_path / "tokenizer.model", "sentencepiece model")):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "morse", "file": "x"}))
-    with pytest.raises(UserError, match="unknown kind 'morse'"):
+    with pytest.raises(UserError, check=mentions(tmp_path, "'morse'", "sentencepiece")):
         load_tokenizer(tmp_path)
     for damaged in (b'{"kind": "sente', b'{"kind": "sentence\xe9iece", "file": "x"}'):
         (tmp_path / "tokenizer.json").write_bytes(damaged)
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, check=mentions(tmp_path / "tokenizer.json", "damaged")):
             load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="no captions"):
+    with pytest.raises(UserError, check=mentions("no captions")):
         train_sentencepiece(["", "  "], 300)
-    with pytest.raises(UserError, match="greater than 260"):
+    with pytest.raises(UserError, check=mentions("vocab_size", "greater than 260")):
         train_sentencepiece(CAPTIONS, 260)
-    with pytest.raises(UserError, match="smaller than required_chars"):
+    with pytest.raises(UserError, check=mentions("vocab_size 265", "required_chars")):
         train_sentencepiece(CAPTIONS, 265)
 
 
@@ -108,7 +109,7 @@ def test_a_model_with_other_control_tokens_is_rejected():
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CAPTIONS), model_writer=output, vocab_size=40, hard_vocab_limit=False, minloglevel=2
     )
-    with pytest.raises(UserError, match="dalle2 text train"):
+    with pytest.raises(UserError, check=mentions((0, 1, 2, 3), (-1, 1, 2, 0), "dalle2 text train")):
         SentencePieceTokenizer(output.getvalue())
 
 
@@ -136,14 +137,14 @@ def test_command_line_trains_from_text_and_from_shapes(tmp_path, capsys):
 def test_the_command_reports_invalid_arguments_in_one_line(tmp_path, capsys):
     out = ("--out", tmp_path / "x.model")
     code, captured = _run(capsys, "train", "--data", "shopes", "--vocab_size", 300, *out)
-    assert code == 1 and "unknown data set 'shopes'" in captured.err
+    assert code == 1 and "'shopes'" in captured.err
     code, captured = _run(capsys, "train", "--data", f"folder:{tmp_path / 'none'}", "--vocab_size", 300, *out)
-    assert code == 1 and "there is no folder" in captured.err
+    assert code == 1 and f"{tmp_path / 'none'}" in captured.err
     code, captured = _run(capsys, "train", "--data", tmp_path / "none.txt", "--vocab_size", 300, *out)
-    assert code == 1 and "name a text file" in captured.err
+    assert code == 1 and f"{tmp_path / 'none.txt'}" in captured.err
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     code, captured = _run(capsys, "train", "--data", tmp_path / "latin.txt", "--vocab_size", 300, *out)
-    assert code == 1 and "not UTF-8" in captured.err
+    assert code == 1 and f"{tmp_path / 'latin.txt'}" in captured.err and "UTF-8" in captured.err
     (tmp_path / "file").write_text("")
     code, captured = _run(
         capsys, "train", "--data", "shapes", "--limit", 50, "--vocab_size", 300, "--out", tmp_path / "file" / "x.model"

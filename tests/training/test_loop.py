@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from line_stage import STEPS, Numbers, lines, make_job, same, saved
+from raised import mentions
 
 from dalle2_jax.errors import Interrupted, UserError
 from dalle2_jax.training import feed, sharding
@@ -48,7 +49,7 @@ def test_a_longer_run_continues_a_shorter_one(tmp_path, straight, capsys):
     train(make_job(tmp_path, total_steps=3))
     job = make_job(tmp_path)
     assert_equals_straight(job, train(job), straight)
-    assert "line: continues from step 3" in capsys.readouterr().out
+    assert "from step 3" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_left_alone(tmp_path, straight):
@@ -60,10 +61,12 @@ def test_a_finished_run_is_left_alone(tmp_path, straight):
 
 @pytest.mark.parametrize("at", [4, 7])
 def test_a_crash_loses_at_most_one_checkpoint_interval(tmp_path, straight, at):
-    def crash():
-        raise RuntimeError("the disk went away")
+    error = RuntimeError("the disk went away")
 
-    with pytest.raises(RuntimeError, match="the disk went away"):
+    def crash():
+        raise error
+
+    with pytest.raises(RuntimeError, check=lambda raised: raised is error):
         train(make_job(tmp_path, Numbers({at: crash})))  # two batches are read ahead of the step
     with (tmp_path / "line/metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')
@@ -78,7 +81,7 @@ def test_bad_data_lose_no_finished_step(tmp_path, straight, at):
     def fail():
         raise UserError("11 of 41 records are bad")
 
-    with pytest.raises(UserError, match="records are bad"):
+    with pytest.raises(UserError, check=mentions("11 of 41 records")):
         train(make_job(tmp_path, Numbers({at: fail}), checkpoint_every=100))
     job = make_job(tmp_path)
     assert job.folder.latest_step() == (at - feed.PREFETCH if at > feed.PREFETCH else None)
@@ -90,7 +93,7 @@ def test_a_nan_before_bad_data_is_not_saved(tmp_path):
         raise UserError("11 of 41 records are bad")
 
     job = make_job(tmp_path, Numbers({2: float("nan"), 5: fail}), checkpoint_every=100, log_every=100)
-    with pytest.raises(UserError, match="loss became nan at step 3; the last good checkpoint is none"):
+    with pytest.raises(UserError, check=mentions("loss", "nan", "step 3", "none")):
         train(job)
     assert job.folder.latest_step() is None
 
@@ -104,7 +107,7 @@ def test_a_damaged_checkpoint_costs_one_interval_more(tmp_path, straight, capsys
     again = make_job(tmp_path, checkpoint_every=2)
     assert_equals_straight(again, train(again), straight)
     out = capsys.readouterr().out
-    assert "checkpoints/6 cannot be read (" in out and "line: continues from step 4" in out
+    assert "checkpoints/6" in out and "from step 4" in out
 
 
 @pytest.mark.sharding
@@ -132,7 +135,7 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path, straight, signa
         os.kill(os.getpid(), signal_number)
         return 4.0
 
-    with pytest.raises(UserError, match="interrupted at step 2, which is saved"):
+    with pytest.raises(Interrupted, check=mentions("step 2", number=signal_number)):
         train(make_job(tmp_path, Numbers({4: interrupt}), checkpoint_every=100))
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     job = make_job(tmp_path)
@@ -159,9 +162,8 @@ def test_a_signal_while_waiting_for_a_batch(tmp_path, straight, index, saved):
 
 def test_a_signal_between_saving_and_the_end_of_a_step_is_not_lost(tmp_path):
     job = make_job(tmp_path, preview=lambda *_: terminate(), sample_every=2, checkpoint_every=100)
-    with pytest.raises(UserError, match=r"interrupted at step (\d), which is saved") as error:
+    with pytest.raises(Interrupted, check=lambda error: mentions(f"step {job.folder.latest_step()}")(error)):
         train(job)
-    assert f"step {job.folder.latest_step()}," in str(error.value)
 
 
 def test_a_signal_in_the_last_step_is_too_late(tmp_path, straight):
@@ -174,9 +176,8 @@ def test_a_signal_in_the_last_step_is_too_late(tmp_path, straight):
 
 def test_nan_stops_with_step_metric_and_last_good_checkpoint(tmp_path, straight):
     job = make_job(tmp_path, Numbers({4: float("nan")}), log_every=3)
-    with pytest.raises(UserError, match="loss became nan at step 5; the last good checkpoint is step 3") as error:
+    with pytest.raises(UserError, check=mentions("loss", "nan", "step 5", "step 3")):
         train(job)
-    assert "\n" not in str(error.value)
     assert job.folder.latest_step() == 3
     assert all(np.isfinite(line["loss"]) and line["step"] < 5 for line in lines(job))
     again = make_job(tmp_path)
@@ -185,6 +186,6 @@ def test_nan_stops_with_step_metric_and_last_good_checkpoint(tmp_path, straight)
 
 def test_nan_at_the_first_step_leaves_no_checkpoint(tmp_path):
     job = make_job(tmp_path, Numbers({0: float("inf")}))
-    with pytest.raises(UserError, match="at step 1; the last good checkpoint is none"):
+    with pytest.raises(UserError, check=mentions("loss", "inf", "step 1", "none")):
         train(job)
     assert job.folder.latest_step() is None and lines(job) == []

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from line_stage import ROWS, STEPS, Numbers, lines, make_job, same
+from raised import mentions
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.stages.base import Variables
@@ -28,7 +29,7 @@ def test_a_banner_says_what_is_trained(tmp_path, capsys):
     banner, compiling, compiled = [line for line in out.splitlines() if line.startswith("line: ") and "|" not in line]
     facts = ("1 cpu device", "64 parameters", "12,345 training images", "6 steps of 8", "configs/shapes.py:line")
     assert all(fact in banner for fact in facts) and str(job.folder.path) in banner
-    assert "compiling the first step" in compiling and "compiled in" in compiled
+    assert "compiling" in compiling and "compiled" in compiled
     assert "6/6" in out and "img/s" in out and "loss " in out
 
 
@@ -73,7 +74,7 @@ def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path):
         raise FloatingPointError("val/loss became nan at step 2")
 
     job = dataclasses.replace(make_job(tmp_path, eval_every=2), hooks=Hooks(evaluate=evaluate))
-    with pytest.raises(UserError, match="val/loss became nan at step 2; the last good checkpoint is none"):
+    with pytest.raises(UserError, check=mentions("val/loss", "nan", "step 2", "none")):
         train(job)
 
 

@@ -1,12 +1,15 @@
 """Metrics: averaged, checked to be finite, written to disk and never twice, and shown on the bar."""
 
+import errno
 import json
+import os
 import resource
 import signal
 import threading
 
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import SystemWarning, UserError
 from dalle2_jax.training.console import Console
@@ -38,18 +41,18 @@ def test_a_weighted_mean_is_over_the_examples_and_omitted_without_any():
     ]
     assert mean_of_finite(steps) == {"a": 3.0}
     steps[1][1]["b"] = WeightedMean(np.float32("nan"), np.float32(1))
-    with pytest.raises(FloatingPointError, match="b became nan at step 1"):
+    with pytest.raises(FloatingPointError, check=mentions("b", "nan", "step 1")):
         mean_of_finite(steps)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_metric_that_is_not_finite_is_named(bad):
-    with pytest.raises(FloatingPointError, match=f"grad_norm became {bad} at step 12"):
+    with pytest.raises(FloatingPointError, check=mentions("grad_norm", bad, "step 12")):
         mean_of_finite(history(loss=[1, 2, 3, bad], grad_norm=[0, 0, bad, bad]))
 
 
 def test_the_loss_is_named_first():
-    with pytest.raises(FloatingPointError, match="loss became nan at step 10"):
+    with pytest.raises(FloatingPointError, check=mentions("loss", "nan", "step 10")):
         mean_of_finite(history(grad_norm=[float("nan")], loss=[float("nan")]))
 
 
@@ -119,7 +122,7 @@ def test_a_full_disk_is_one_error_and_leaves_no_thread(tmp_path, capfd, small_di
     if file == "metrics.jsonl":
         (tmp_path / file).write_text(json.dumps({"step": 0, "note": "x" * 19_900}) + "\n")
     before = threading.active_count()
-    with pytest.raises(UserError, match=f"{tmp_path} .File too large.: "):
+    with pytest.raises(UserError, check=mentions(tmp_path, os.strerror(errno.EFBIG))):
         with MetricWriter(tmp_path, 0) as writer:
             for step in range(1, 1_000):
                 writer.write(step, METRICS if file == "metrics.jsonl" else {**METRICS, "n" * 2_000: 1.0})

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax import testing
 from dalle2_jax.errors import ConfigError, SystemWarning
@@ -45,9 +46,8 @@ def test_the_rate_falls_by_half_a_cosine(warmup):
 
 
 def test_an_unknown_schedule_is_a_config_error():
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, check=mentions("'linear'", "'cosine'", field="optim.schedule")):
         learning_rate(OptimConfig(schedule="linear"), 10)
-    assert caught.value.field == "optim.schedule" and "cosine" in str(caught.value)
 
 
 @pytest.mark.parametrize(("total", "steps"), [(10, 1), (40, 4), (3, 0), (100, 10)])
@@ -145,7 +145,7 @@ def test_an_optimizer_decays_by_a_stages_rules():
 
 
 def test_a_parameter_that_no_rule_covers_is_an_error():
-    with pytest.raises(ValueError, match="no weight-decay rule covers parameter a/gate"):
+    with pytest.raises(ValueError, check=mentions("a/gate")):
         decay_mask({"a": {"gate": jnp.zeros(1)}})
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from line_stage import lines, make_job
+from raised import mentions
 
 from dalle2_jax.config.parse import expand
 from dalle2_jax.errors import ConfigError, SystemWarning
@@ -92,7 +93,7 @@ def test_a_tracker_that_fails_is_one_warning(tmp_path, call, monkeypatch):
             return act
 
     job = dataclasses.replace(make_job(tmp_path), tracker=Failing(), show_progress=False)
-    with pytest.warns(SystemWarning, match=r"Failing failed .* no route\); training continues") as warned:
+    with pytest.warns(SystemWarning, match=r"Failing .*ConnectionError: no route") as warned:
         train(job)
     assert len(lines(job)) == 6 and len(warned) == 1
     assert calls.count(call) == 1 and calls[-1] == call
@@ -100,9 +101,8 @@ def test_a_tracker_that_fails_is_one_warning(tmp_path, call, monkeypatch):
 
 def test_a_missing_package_and_an_unknown_tracker_name_the_field(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="pip install wandb") as error:
+    with pytest.raises(ConfigError, check=mentions("pip install wandb", field="tracker")):
         make_tracker("wandb")
-    assert error.value.field == "tracker"
-    with pytest.raises(ConfigError, match="did you mean 'wandb'"):
+    with pytest.raises(ConfigError, check=mentions("'wanb'", "'wandb'")):
         expand(RunConfig, {"tracker": "wanb"}, "")
     assert make_tracker("") is None

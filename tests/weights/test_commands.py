@@ -213,10 +213,10 @@ def test_other_priors_work_with_karlos_decoder(name, steps, request, tmp_path):
 def test_systems_that_embed_no_image_give_an_error(glide, five, folders, given, tmp_path):
     words = ("--out", tmp_path / "out", *given[0])
     done = run(sample, "variations", "--system", glide[1], *words)
-    assert_error(done, "embedding", "text2image or inpaint")
+    assert_error(done, "embedding", "text2image", "inpaint")
     decoder = [path for path in five[0].iterdir() if path.name.startswith("decoder")]
     blind = import_into(tmp_path / "blind", folders[0] / "text_encoder", *decoder)
-    assert_error(run(sample, "variations", "--system", blind, *words), "no image tower", "import its image encoder")
+    assert_error(run(sample, "variations", "--system", blind, *words), "no image tower", "image encoder")
     assert not (tmp_path / "out").exists()
 
 
@@ -305,7 +305,7 @@ def test_import_in_bfloat16(five, tmp_path):
 def test_a_clip_without_a_tokenizer_causes_a_warning(tmp_path):
     source = FIXTURES / "weights" / "clip_torchscript.pt"
     done = run_ok(weights, "import", "auto", source, tmp_path / "system")
-    assert f"warning: {source} has no tokenizer" in done.stderr
+    assert f"warning: {source}" in done.stderr and "tokenizer" in done.stderr
     assert loaded(tmp_path / "system")["clip"].tokenizer is None
 
 

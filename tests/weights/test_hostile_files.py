@@ -9,6 +9,7 @@ import zipfile
 
 import hostile
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import WeightsError
 from dalle2_jax.weights.config_files import MAX_BYTES, read_json
@@ -22,9 +23,8 @@ def test_a_file_of_a_gigabyte_is_not_read(tmp_path):
     path.write_text("{}")
     os.truncate(path, 2**30)
     start = time.process_time()
-    with pytest.raises(WeightsError, match="1,073,741,824 bytes") as caught:
+    with pytest.raises(WeightsError, check=mentions("1,073,741,824 bytes", path=path)):
         read_json(path)
-    assert caught.value.path == path
     assert time.process_time() - start < 0.1
     path.write_text(json.dumps({"x": "y" * (MAX_BYTES // 2)}))
     assert read_json(path)["x"].startswith("y")
@@ -49,9 +49,8 @@ INDEXES = {
 def test_an_index_may_only_name_files_in_its_folder(tmp_path, wrong):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": INDEXES[wrong]}))
-    with pytest.raises(WeightsError, match="weight_map") as caught:
+    with pytest.raises(WeightsError, check=mentions(path, "weight_map", path=path)):
         open_tensors(path)
-    assert caught.value.path == path and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 NO_INDEX = ("[]", "3", "{", hostile.DEEP, '{"weight_map": NaN}', "")
@@ -61,14 +60,14 @@ NO_INDEX = ("[]", "3", "{", hostile.DEEP, '{"weight_map": NaN}', "")
 def test_an_invalid_index(tmp_path, content):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(content)
-    with pytest.raises(WeightsError, match=str(path)):
+    with pytest.raises(WeightsError, check=mentions(path, path=path)):
         open_tensors(path)
 
 
 def test_a_part_that_is_missing_is_named(tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-    with pytest.raises(WeightsError, match=r"model-1\.safetensors"):
+    with pytest.raises(WeightsError, check=mentions(path=tmp_path / "model-1.safetensors")):
         open_tensors(path)
 
 
@@ -98,9 +97,8 @@ HEADERS = {
 def test_an_invalid_safetensors_header(tmp_path, wrong):
     path = tmp_path / "model.safetensors"
     path.write_bytes(HEADERS[wrong])
-    with pytest.raises(WeightsError, match=rf"{path} is damaged or cut short") as caught:
+    with pytest.raises(WeightsError, check=mentions(path, "damaged", path=path)):
         open_tensors(path)
-    assert caught.value.path == path and "\n" not in str(caught.value)
 
 
 # --- archives -------------------------------------------------------------------------------
@@ -148,7 +146,7 @@ def pickled(path, value):
 def test_an_archive_that_unpacks_to_a_thousand_times_its_size(tmp_path):
     path = archive(tmp_path / "bomb.pt", bytes(2**24), zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 2**16
-    with pytest.raises(WeightsError, match=rf"{path}.*unpack to 16,777,216 bytes"):
+    with pytest.raises(WeightsError, check=mentions("16,777,216 bytes", path=path)):
         open_tensors(path)
 
 
@@ -157,7 +155,7 @@ def test_a_memo_that_claims_gigabytes(tmp_path):
     start = time.process_time()
     assert open_tensors(archive(tmp_path / "memo.pt", description)) == {}
     long = b"\x80\x04" + pickle.BINBYTES8 + struct.pack("<Q", 2**40) + b"."
-    with pytest.raises(WeightsError, match="long.pt is damaged"):
+    with pytest.raises(WeightsError, check=mentions("damaged", path=tmp_path / "long.pt")):
         open_tensors(archive(tmp_path / "long.pt", long))
     assert time.process_time() - start < 1
 
@@ -168,7 +166,7 @@ def test_an_exponential_number_of_modules(tmp_path):
     for _ in range(40):
         module = Reduced("__torch__", "M", (), {"one": module, "other": module})
     start = time.process_time()
-    with pytest.raises(WeightsError, match=r"shared.pt .*more than 200,000 modules"):
+    with pytest.raises(WeightsError, check=mentions("200,000 modules", path=tmp_path / "shared.pt")):
         open_tensors(archive(tmp_path / "shared.pt", pickled(tmp_path / "pickle", module)))
     assert time.process_time() - start < 3
 
@@ -180,5 +178,5 @@ def test_a_tensor_that_repeats_one_element(tmp_path):
     tensor += b"X\x07\x00\x00\x00storage" + pickle.GLOBAL + b"torch\nFloatStorage\n" + b"X\x01\x00\x00\x000tQ"
     tensor += b"K\x00(J\xff\xff\xff\x7fJ\xff\xff\xff\x7ft(K\x00K\x00ttR"
     path = archive(tmp_path / "wide.pt", b"\x80\x02" + rest + tensor + b"sb.", **{"0": bytes(4)})
-    with pytest.raises(WeightsError, match=r"wide.pt: tensor a claims"):
+    with pytest.raises(WeightsError, check=mentions("tensor a", "444 bytes", path=path)):
         open_tensors(path)

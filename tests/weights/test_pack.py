@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_system
 from command_line import run_here
+from raised import mentions
 from written_system import write_system
 
 from dalle2_jax import testing, weights
@@ -176,9 +177,8 @@ def test_fine_tuning_starts_from_it(rounded, loaded, tmp_path):
 
 def test_training_does_not_continue_in_its_folder(rounded):
     checkpoints = Checkpoints(StageFolder(rounded.path, "clip"))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, check=mentions(rounded.path / "clip/checkpoints/0", "--config.init_from")):
         checkpoints.restore({"params": {"kernel": jax.ShapeDtypeStruct((2,), np.float32)}})
-    assert "init_from" in str(error.value)
 
 
 def test_its_rounded_clip_is_another_than_the_original(system, rounded, mesh, tmp_path):
@@ -222,13 +222,15 @@ def cut_short(path):
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short])
 def test_damage_is_found(copy, mesh, damage):
     damage(weights_of(copy, "upsampler_1"))
-    with pytest.raises(UserError, match="can be read"):
+    with pytest.raises(
+        UserError, check=mentions("stage upsampler_1", copy / "upsampler_1/checkpoints/0", "weights.safetensors")
+    ):
         load.load_system(copy, mesh, ("upsampler_1",))
 
 
 def test_a_file_of_another_network(copy, rounded, mesh):
     shutil.copytree(weights_of(copy, "upsampler_1").parent, weights_of(copy, "clip").parent, dirs_exist_ok=True)
-    with pytest.raises(UserError, match="missing or unexpected"):
+    with pytest.raises(UserError, check=mentions(copy / "clip/checkpoints/0", "102 tensors", "ema/conv_in/bias")):
         load.load_system(copy, mesh, ("clip",))
 
 
@@ -237,7 +239,7 @@ def test_another_shape(tmp_path):
     assert digests.check(tmp_path / "0")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     leaf = jax.ShapeDtypeStruct((3, 2), np.float32, sharding=sharding)
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, check=mentions("ema/kernel", (2, 3), (3, 2))):
         packed.load(tmp_path / "0", {"ema": {"kernel": leaf}})
 
 
@@ -264,9 +266,8 @@ def test_mistakes(system, tmp_path, options, error):
 
 
 def test_the_target_exists(system, tmp_path):
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(WeightsError, check=mentions(path=tmp_path)):
         weights.pack(system, tmp_path, stages=("clip",))
-    assert error.value.path == tmp_path
 
 
 def test_the_command(system, tmp_path):

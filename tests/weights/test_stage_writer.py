@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import listing
+from raised import mentions
 
 from dalle2_jax import lock
 from dalle2_jax.config.stored import stored_experiment
@@ -79,15 +80,16 @@ def test_an_error_leaves_the_system_unchanged(tmp_path):
 
 
 def test_a_full_disk_is_reported(tmp_path):
-    with pytest.raises(WeightsError, match="No space left on device") as caught:
+    with pytest.raises(WeightsError, check=mentions(os.strerror(errno.ENOSPC), path=tmp_path / "new")):
         with staging(tmp_path / "new", ["prior"]):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert caught.value.path == tmp_path / "new" and not listing(tmp_path)
+    assert not listing(tmp_path)
 
 
 def test_if_one_stage_cannot_be_moved_none_is(tmp_path):
     """Another process creates the second stage during the import."""
-    with pytest.raises(WeightsError, match="cannot be written"), staging(tmp_path, ["clip", "prior"]) as folder:
+    fails = pytest.raises(WeightsError, check=mentions(os.strerror(errno.ENOTEMPTY), path=tmp_path))
+    with fails, staging(tmp_path, ["clip", "prior"]) as folder:
         make_stages(folder, "clip", "prior")
         make_stages(tmp_path, "prior")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prior"]
@@ -99,10 +101,9 @@ def test_an_existing_stage_is_not_touched(tmp_path, link):
         (tmp_path / "prior").symlink_to("nowhere")
     else:
         make_stages(tmp_path, "prior")
-    with pytest.raises(WeightsError, match="exists") as caught:
+    with pytest.raises(WeightsError, check=mentions("exists", path=tmp_path / "prior")):
         with staging(tmp_path, ["clip", "prior"]):
             raise AssertionError
-    assert caught.value.path == tmp_path / "prior"
     assert [path.name for path in tmp_path.iterdir()] == ["prior"]
 
 
@@ -134,9 +135,8 @@ def test_an_export_appears_complete_and_readable(tmp_path):
     target = tmp_path / "more" / "out"
     write_folder(target, lambda folder: (folder / "a").write_text("b"))
     assert (target / "a").read_text() == "b" and stat.S_IMODE(target.stat().st_mode) == 0o755
-    with pytest.raises(WeightsError, match="exists") as caught:
+    with pytest.raises(WeightsError, check=mentions("exists", path=target)):
         write_folder(target, None)
-    assert caught.value.path == target
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
@@ -158,10 +158,10 @@ def test_damage_to_an_export_is_found_by_import(tmp_path):
     write_folder(out, lambda folder: write_json(folder / "part/config.json", {"hidden_size": 8}))
     (out / "part/config.json").write_text((out / "part/config.json").read_text().replace("8", "9"))
     for path in (out, out / "part", out / "part/config.json"):
-        with pytest.raises(WeightsError, match="is damaged") as caught:
+        with pytest.raises(WeightsError, check=mentions("part/config.json", "digests.json", path=out)):
             detect.detect(path)
-        assert caught.value.path == out
-        unknown = pytest.raises(WeightsError, match="known family|not a weights file")
+        fact = "known family" if path.is_dir() else ".safetensors"
+        unknown = pytest.raises(WeightsError, check=mentions(fact, path=path))
         with digests.unverified(skip=True), unknown:
             detect.detect(path)
 
@@ -207,7 +207,7 @@ def test_the_first_of_two_priors_is_used_and_two_clips_are_rejected():
     assert merge_parts([first, second])["prior"] is first and merge_parts([second, first])["prior"] is second
     first, second = (component("clip", where=each.where, params=each.params) for each in (first, second))
     assert merge_parts([second, first])["clip"] is second
-    with pytest.raises(WeightsError, match="file and other both hold stage clip"):
+    with pytest.raises(WeightsError, check=mentions("file", "stage clip", "params/a", path="other")):
         merge_parts([first, second])
 
 
@@ -216,5 +216,5 @@ def test_parts_with_different_configs_are_rejected():
         component(config={"model": {"width": width, "own": None}}, where=str(width), params=leaf(str(width), "x"))
         for width in (1, 2)
     )
-    with pytest.raises(WeightsError, match="1 and 2 .* model.width is 1 in one, 2 in the other"):
+    with pytest.raises(WeightsError, check=mentions("model.width", 1, 2)):
         merge_parts([one, other])

@@ -3,6 +3,7 @@
 import builtins
 import importlib.util
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from clips import FIXTURES
+from raised import mentions
 from safetensors.numpy import load_file, save_file
 
 from dalle2_jax.errors import WeightsError
@@ -20,14 +22,11 @@ TORCHSCRIPT = FIXTURES / "weights" / "clip_torchscript.pt"
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
 
-def assert_error(path, message="", named=None):
-    """Asserts that reading a file raises a WeightsError of one line for the file, or for ``named``; returns it."""
-    with pytest.raises(WeightsError, match=message) as caught:
+def assert_error(path, *facts):
+    """Asserts that reading a file raises a WeightsError for the file, of one line that mentions facts."""
+    with pytest.raises(WeightsError, check=mentions(path, *facts, path=path)):
         for tensor in open_tensors(path).values():
             tensor.read()
-    assert caught.value.path == (named or path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    return caught.value
 
 
 # --- safetensors ----------------------------------------------------------------------------
@@ -65,8 +64,8 @@ def test_what_others_write_is_read(tmp_path):
 
 
 def test_written_tensors_must_match_the_given_shapes(tmp_path):
-    for shapes, message in (({"b": (3, 2)}, r"b is \(2, 3\), not \(3, 2\)"), ({"b": (2, 3), "c": (1,)}, "for c")):
-        with pytest.raises(ValueError, match=message):
+    for shapes, facts in (({"b": (3, 2)}, ["b", (2, 3), (3, 2)]), ({"b": (2, 3), "c": (1,)}, ["c"])):
+        with pytest.raises(ValueError, check=mentions(*facts)):
             write_safetensors(tmp_path / "x.safetensors", shapes, [("b", ARRAYS["b"])])
 
 
@@ -74,12 +73,12 @@ def test_written_tensors_must_match_the_given_shapes(tmp_path):
 def test_a_safetensors_file_cut_short(tmp_path, size):
     path = written(tmp_path / "x.safetensors", ARRAYS)
     path.write_bytes(path.read_bytes()[:size])
-    assert_error(path, "damaged or cut short")
+    assert_error(path, "damaged")
 
 
 def test_a_safetensors_file_of_another_kind(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", 12) + b"not json at all")
-    assert_error(tmp_path / "x.safetensors", "damaged or cut short")
+    assert_error(tmp_path / "x.safetensors", "damaged")
 
 
 def index(folder, content):
@@ -95,23 +94,21 @@ def test_an_index_joins_its_files(tmp_path):
     assert {*tensors} == {"a", "b"}
     np.testing.assert_array_equal(tensors["b"].read(), ARRAYS["b"])
     index(tmp_path, {"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}})
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(WeightsError, check=mentions(path=tmp_path / "1.safetensors", missing=("b",))):
         open_tensors(path)
-    assert caught.value.path == tmp_path / "1.safetensors" and caught.value.missing == ("b",)
     (tmp_path / "1.safetensors").unlink()
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(WeightsError, check=mentions(path=tmp_path / "1.safetensors", missing=())):
         open_tensors(path)
-    assert caught.value.path == tmp_path / "1.safetensors" and not caught.value.missing
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", {"weight_map": "no"}, {"weight_map": ["one"]}])
 def test_an_invalid_index(tmp_path, content):
-    assert_error(index(tmp_path, content), "not an index|not valid JSON|JSON object")
+    assert_error(index(tmp_path, content), "weight_map" if "weight_map" in content or content == "{}" else "JSON")
 
 
 def test_a_file_name_of_another_kind(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    assert_error(tmp_path / "x.gguf", r"\.safetensors, \.pt")
+    assert_error(tmp_path / "x.gguf", ".safetensors", ".pt")
     assert_error(tmp_path / "none.pt", "no file")
 
 
@@ -203,18 +200,18 @@ def test_a_tensor_outside_its_storage(tmp_path, case):
 
 @pytest.mark.parametrize("description", [b"", b"(", b"}b", module(w=b"h\x05"), b"q\x00" + module()[:-2] + b"X"])
 def test_a_description_cut_short(tmp_path, description):
-    assert_error(archived(tmp_path / "x.pt", description), "damaged or cut short")
+    assert_error(archived(tmp_path / "x.pt", description), "damaged")
 
 
 def test_a_module_that_contains_itself(tmp_path):
     itself = b"c__torch__\nModule\n)\x81q\x00}(" + text("inner") + b"h\x00ub"
-    assert_error(archived(tmp_path / "x.pt", itself), "damaged or cut short")
+    assert_error(archived(tmp_path / "x.pt", itself), "damaged")
 
 
 @pytest.mark.parametrize("size", [2000, 40_000, -100])
 def test_an_archive_cut_short(tmp_path, size):
     (tmp_path / "x.pt").write_bytes(TORCHSCRIPT.read_bytes()[:size])
-    assert_error(tmp_path / "x.pt", "damaged or cut short")
+    assert_error(tmp_path / "x.pt", "damaged")
 
 
 def test_an_archive_with_a_flipped_bit_in_a_tensor(tmp_path):
@@ -224,7 +221,7 @@ def test_an_archive_with_a_flipped_bit_in_a_tensor(tmp_path):
     name, extra = struct.unpack("<HH", raw[largest.header_offset + 26 :][:4])
     raw[largest.header_offset + 30 + name + extra + 7] ^= 1
     (tmp_path / "x.pt").write_bytes(raw)
-    assert_error(tmp_path / "x.pt", "damaged or cut short .*CRC")
+    assert_error(tmp_path / "x.pt", "damaged", "CRC")
 
 
 CALLS = {
@@ -239,7 +236,7 @@ CALLS = {
 def test_an_archive_that_would_run_code(tmp_path, name):
     mark = tmp_path / "mark"
     call = pickle_of_call(name, mark)
-    assert_error(archived(tmp_path / "x.pt", module(w=call)), rf"run code \({name}\)")
+    assert_error(archived(tmp_path / "x.pt", module(w=call)), "run code", name)
     assert not mark.exists()
 
 
@@ -277,7 +274,7 @@ def test_torch_files_require_torch(tmp_path, monkeypatch):
     forbid_torch(monkeypatch)
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("x/data.pkl", b"cargparse\nNamespace\n)R.")
-    assert_error(tmp_path / "x.pt", r"pip install 'dalle2_jax\[torch\]'")
+    assert_error(tmp_path / "x.pt", "dalle2_jax[torch]")
 
 
 @needs_torch
@@ -319,8 +316,6 @@ class Call:
         self.command = command
 
     def __reduce__(self):
-        import os
-
         return os.system, (self.command,)
 
 
@@ -329,9 +324,9 @@ def test_a_torch_file_that_would_run_code(tmp_path):
     import torch
 
     torch.save({"w": torch.zeros(2), "x": Call(f"touch {tmp_path / 'mark'}")}, tmp_path / "x.pt")
-    assert_error(tmp_path / "x.pt", r"run code \((posix|nt)\.system\)")
+    assert_error(tmp_path / "x.pt", "run code", f"{os.name}.system")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pt")
-    assert_error(tmp_path / "x.pt", r"run code \(torch\.nn\.modules\.linear\.Linear\)")
+    assert_error(tmp_path / "x.pt", "run code", "torch.nn.modules.linear.Linear")
     assert not (tmp_path / "mark").exists()
 
 
@@ -344,4 +339,4 @@ def test_a_torch_file_cut_short(tmp_path, zipped):
     raw = (tmp_path / "x.pt").read_bytes()
     for content in (raw[: len(raw) // 2], b"", b"no pickle, no archive" * 9):
         (tmp_path / "x.pt").write_bytes(content)
-        assert_error(tmp_path / "x.pt", "damaged or cut short")
+        assert_error(tmp_path / "x.pt", "damaged")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_system
+from raised import mentions
 from tiny_checkpoints import abstract, save, trees
 
 from dalle2_jax.config.experiment import Experiment
@@ -89,7 +90,7 @@ def test_a_checkpoint_written_as_an_import_has_digests(tmp_path):
     wanted = {"ema": {"w": jax.ShapeDtypeStruct((2**17,), jnp.float32, sharding=jnp.zeros(1).sharding)}}
     assert Checkpoints(folder).restore(wanted).step == 0
     flip(largest(folder, 0, "ema"), 2**18)
-    with pytest.raises(UserError, match="no checkpoint of stage prior can be read"):
+    with pytest.raises(UserError, check=mentions("stage prior", folder.path / "checkpoints/0", "ema/ocdbt.process_0")):
         Checkpoints(folder).restore(wanted)
     with digests.unverified(skip=True):
         read = Checkpoints(folder).restore(wanted).trees["ema"]["w"]
@@ -132,7 +133,7 @@ def test_a_checkpoint_appears_with_its_digests_or_not_at_all(folder, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(digests, "write", fail)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, check=mentions(folder.path, os.strerror(errno.ENOSPC))):
         save(folder, 3)
     assert folder.latest_step() == 2
     monkeypatch.undo()
@@ -192,10 +193,9 @@ def test_an_error_that_may_pass_is_one_line_and_touches_nothing(folder, monkeypa
             (folder.path / f"checkpoints/{step}" / digests.NAME).unlink()
     before = contents(folder)
     monkeypatch.setattr(orbax_io.ocp, "load_checkpointables", raising(error))
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(UserError, check=mentions(folder.path / "checkpoints/2")) as raised:
         Checkpoints(folder).restore(abstract())
-    message = str(raised.value)
-    assert "checkpoints/2" in message and "checkpoints/1" not in message and "\n" not in message
+    assert "checkpoints/1" not in str(raised.value)
     assert contents(folder) == before
 
 
@@ -203,7 +203,7 @@ def test_an_error_that_may_pass_is_one_line_and_touches_nothing(folder, monkeypa
 def test_an_error_while_digests_are_compared_touches_nothing(folder, monkeypatch, error):
     before = contents(folder)
     monkeypatch.setattr(os, "preadv", raising(error))
-    with pytest.raises(UserError, match="checkpoints/2"):
+    with pytest.raises(UserError, check=mentions(folder.path / "checkpoints/2")):
         Checkpoints(folder).restore(abstract())
     assert contents(folder) == before
 
@@ -211,7 +211,7 @@ def test_an_error_while_digests_are_compared_touches_nothing(folder, monkeypatch
 def test_a_sound_checkpoint_that_cannot_be_loaded_is_not_damaged(folder):
     """One of other shapes, say."""
     wanted = {"params": {"other": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=jnp.zeros(1).sharding)}}
-    with pytest.raises(UserError, match="checkpoints/2") as raised:
+    with pytest.raises(UserError, check=mentions(folder.path / "checkpoints/2")) as raised:
         Checkpoints(folder).restore(wanted)
     assert "checkpoints/1" not in str(raised.value)
 
@@ -221,7 +221,7 @@ def test_a_file_of_an_earlier_version_that_cannot_be_read_is_not_damaged(tmp_pat
     monkeypatch.setattr(orbax_io.ocp, "load_checkpointables", raising(ValueError("it does not decode")))
     monkeypatch.setattr(os, "preadv", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
     shutil.copytree(tmp_path / "prior/checkpoints/3", tmp_path / "prior/checkpoints/2")
-    with pytest.raises(UserError, match="checkpoints/3") as raised:
+    with pytest.raises(UserError, check=mentions("checkpoints/3", os.strerror(errno.EIO))) as raised:
         Checkpoints(StageFolder(tmp_path, "prior")).restore(abstract())
     assert "checkpoints/2" not in str(raised.value)
 
@@ -250,7 +250,7 @@ def test_links_in_a_stage_folder_are_rejected(folder, tmp_path, name, dangling):
     path.parent.mkdir(exist_ok=True)
     path.symlink_to(tmp_path / "nowhere" if dangling else outside)
     for action in (folder.reject_links, lambda: Checkpoints(folder).restore(abstract()), lambda: save(folder, 8)):
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, check=mentions(path, "symbolic link")):
             action()
     assert (outside / "7" / "file").read_text() == "kept" and os.listdir(outside) == ["7"]
 
@@ -269,7 +269,7 @@ def test_a_run_and_a_load_reject_links_before_anything_else(tmp_path):
         lambda: load.load_stage(tmp_path, "clip", mesh),
         lambda: load.describe_clip(StageFolder(tmp_path, "clip")),
     ):
-        with pytest.raises(UserError, match="clip/tokenizer is a symbolic link"):
+        with pytest.raises(UserError, check=mentions(tmp_path / "clip/tokenizer", "symbolic link")):
             action()
     assert os.listdir(tmp_path) == ["clip"] and os.listdir(tmp_path / "clip") == ["tokenizer"]
 
@@ -301,7 +301,7 @@ def test_changed_small_files_are_reported(folder):
     folder.warn_if_changed()  # a warning would be an error
     for name in ("config.json", "tokenizer/merges"):
         flip(folder.path / name, 0)
-        with pytest.warns(SystemWarning, match=name):
+        with pytest.warns(SystemWarning, match=f"{folder.path} .*{name}"):
             folder.warn_if_changed()
         flip(folder.path / name, 0)
     (folder.path / "config.json").write_text(json.dumps({"seed": 1}))

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.workdir import digests
 
@@ -32,9 +33,8 @@ def flip(path, place, bit=0):
 
 
 def assert_found(folder):
-    with pytest.raises(digests.Damaged) as error:
+    with pytest.raises(digests.Damaged, check=mentions()):
         digests.check(folder)
-    assert "\n" not in str(error.value)
 
 
 def test_what_is_unchanged_is_sound(folder):
@@ -113,10 +113,10 @@ def test_hostile_digests_are_damage(folder, content):
 def test_parts_are_checked_alone(folder):
     flip(folder / "a/b/small", 3)
     assert digests.check(folder, ["elsewhere"])
-    with pytest.raises(digests.Damaged, match="a/b/small"):
+    with pytest.raises(digests.Damaged, check=mentions("a/b/small")):
         digests.check(folder, ["a"])
     flip(folder / "top", 3)
-    with pytest.raises(digests.Damaged, match="top"):
+    with pytest.raises(digests.Damaged, check=mentions("top")):
         digests.check(folder, [])
 
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_read_is_no_damage(folder, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(OSError, check=lambda error: error.errno == errno.EIO):
         digests.check(folder)
 
 

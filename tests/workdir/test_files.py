@@ -10,6 +10,7 @@ import stat
 import numpy as np
 import pytest
 from PIL import Image
+from raised import mentions
 
 from dalle2_jax import files, lock, reading
 from dalle2_jax.errors import UserError
@@ -35,10 +36,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     files.write_atomically(path, "old")
 
     def fail(*_):
-        raise OSError("no space left on device")
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, check=lambda error: error.errno == errno.EROFS):
         files.write_atomically(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
@@ -59,9 +60,8 @@ def test_an_error_of_a_full_disk_names_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     for write, content in ((files.write_atomically, b"new"), (files.write_array, np.zeros(3))):
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(OSError, check=mentions(tmp_path / "file", os.strerror(errno.ENOSPC))):
             write(tmp_path / "file", content)
-        assert str(caught.value) == f"{tmp_path / 'file'} cannot be written (No space left on device)"
     assert os.listdir(tmp_path) == []
 
 
@@ -70,7 +70,7 @@ def test_an_array_that_the_system_cuts_says_why(tmp_path):
     limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
-        with pytest.raises(OSError, match=r"a.npy cannot be written \(File too large\)"):
+        with pytest.raises(OSError, check=mentions(tmp_path / "a.npy", os.strerror(errno.EFBIG))):
             files.write_array(tmp_path / "a.npy", np.zeros(20_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -137,7 +137,7 @@ def test_text_may_begin_with_a_byte_order_mark(start, tmp_path):
 )
 def test_text_of_another_encoding_is_rejected(encoding, line, tmp_path):
     (tmp_path / "a.txt").write_text("red\ncafé\n", encoding=encoding)
-    with pytest.raises(UserError, match=f"a.txt is not UTF-8 text .* in line {line}"):
+    with pytest.raises(UserError, check=mentions(tmp_path / "a.txt", "UTF-8", f"line {line}")):
         read_users_text(tmp_path / "a.txt")
 
 
@@ -146,5 +146,5 @@ def test_text_without_end_is_rejected(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("abcd")
     assert read_users_text(tmp_path / "a.txt") == "abcd"
     (tmp_path / "a.txt").write_text("abcde")
-    with pytest.raises(UserError, match="more than 4 bytes"):
+    with pytest.raises(UserError, check=mentions(tmp_path / "a.txt", "4 bytes")):
         read_users_text(tmp_path / "a.txt")

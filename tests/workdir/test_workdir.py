@@ -1,6 +1,7 @@
 """A system on disk: whose folder it is, and checkpoints that survive damage, kills and another mesh."""
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from raised import mentions
 from tiny_checkpoints import abstract, save, shape_of, trees
 
 from dalle2_jax.errors import UserError
@@ -53,11 +55,10 @@ def test_another_config_is_rejected_with_the_difference(folder):
     save(folder, 1)
     claim_again(folder, CONFIG)
     other = CONFIG | {"model": {"width": 16, "mult": (1, 2), "heads": 2}, "total_steps": 20}
-    with pytest.raises(UserError, match="another config") as error:
+    facts = ("model.width", 8, 16, "model.heads", "null", 2)
+    with pytest.raises(UserError, check=mentions(folder.path, *facts)) as error:
         claim_again(folder, other)
-    message = str(error.value)
-    assert "model.width: stored 8, requested 16" in message and "model.heads: stored null, requested 2" in message
-    assert "total_steps" not in message and "mult" not in message and "\n" not in message
+    assert "total_steps" not in str(error.value) and "mult" not in str(error.value)
     assert folder.read_json(EXPERIMENT)["model"]["width"] == 8
 
 
@@ -80,7 +81,7 @@ def test_a_folder_without_checkpoints_is_free(folder):
 @pytest.mark.parametrize("content", [b'{"seed": ', b"\xff\xfe"])
 def test_damaged_json_is_named(folder, content):
     (folder.path / EXPERIMENT).write_bytes(content)
-    with pytest.raises(UserError, match=r"prior/experiment.json is not valid JSON"):
+    with pytest.raises(UserError, check=mentions(folder.path / EXPERIMENT, "JSON")):
         claim_again(folder, CONFIG)
 
 
@@ -153,14 +154,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder, how):
     assert restored.step == 1 and restored.data_state == {"position": 8}
     same(restored.trees, trees(1))
     (message,) = restored.skipped
-    assert "checkpoints/2 cannot be read (" in message and "\n" not in message
+    assert mentions(folder.path / "checkpoints/2")(message)
 
 
 def test_nothing_readable_is_the_users_error(folder):
     save(folder, 1, 2)
     for step in (1, 2):
         damage(folder.path / f"checkpoints/{step}", "truncated")
-    with pytest.raises(UserError, match="no checkpoint of stage prior can be read: .*/2 cannot.*/1 cannot"):
+    with pytest.raises(UserError, check=mentions("stage prior", "checkpoints/2", "checkpoints/1")):
         Checkpoints(folder).restore(abstract())
 
 
@@ -218,11 +219,11 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(folder, capfd):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
     try:
         checkpoints.save(2, {"params": {"w": noise}}, {})
-        with pytest.raises(UserError, match="checkpoint cannot be written to .*prior .*File too large") as error:
+        with pytest.raises(UserError, check=mentions(folder.path, os.strerror(errno.EFBIG))):
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
     assert folder.latest_step() == 1
     checkpoints.wait()  # there is nothing left to wait for
     save(folder, 2)
@@ -232,7 +233,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(folder, capfd):
 def test_a_place_that_cannot_be_written_is_named(folder):
     (folder.path / "checkpoints").write_text("")
     checkpoints = Checkpoints(dataclasses.replace(folder))
-    with pytest.raises(UserError, match="cannot be written to .*Not a directory"):
+    with pytest.raises(UserError, check=mentions(folder.path, os.strerror(errno.ENOTDIR))):
         checkpoints.save(1, trees(1), {})
         checkpoints.wait()
 
@@ -274,7 +275,7 @@ Other()
 def test_arrays_that_end_after_the_first_failed_say_nothing():
     done = subprocess.run([sys.executable, "-c", ENDS_LATE], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "Event loop is closed" not in done.stderr and "another mistake" in done.stderr
+    assert "loop is closed" not in done.stderr and "another mistake" in done.stderr
 
 
 # --- files and folders in each other's place ----------------------------------------------------
@@ -291,13 +292,12 @@ def test_a_file_where_a_folder_belongs_is_named(name, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
     read = folder.latest_step if name == "checkpoints" else lambda: claim_again(folder, CONFIG)
-    with pytest.raises(UserError, match="move it away") as caught:
+    with pytest.raises(UserError, check=mentions(path, "a folder" if name == EXPERIMENT else "a file")):
         read()
-    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{", "", "[" * 200_000, b"\xff"])
 def test_json_that_is_no_object_is_rejected(content, folder):
     (folder.path / "contract.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=r"contract\.json .*restore it or remove"):
+    with pytest.raises(UserError, check=mentions(folder.path / "contract.json", "JSON")):
         folder.read_json("contract.json")

@@ -7,10 +7,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from hostile_files import npy, pickled
+from raised import mentions
 
 from dalle2_jax.data import EmbeddingSource, example
 from dalle2_jax.data.embeddings import clip_retrieval
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -26,14 +27,14 @@ def test_a_small_parquet_that_expands_to_long_texts_is_rejected(tmp_path, monkey
             if valid:
                 assert len(clip_retrieval._columns(path)[1]) == rows
             else:
-                with pytest.raises(UserError, match="far more memory"):
+                with pytest.raises(DataError, check=mentions("caption", "memory", path=path)):
                     clip_retrieval._columns(path)
 
 
 def test_metadata_columns_that_are_not_text_are_rejected(tmp_path):
     nested = pyarrow.array([[[["x"]]]])
     pyarrow.parquet.write_table(pyarrow.table({"key": ["k"], "caption": nested}), tmp_path / "metadata_0.parquet")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(DataError, check=mentions("cannot be read", path=tmp_path / "metadata_0.parquet")):
         clip_retrieval._columns(tmp_path / "metadata_0.parquet")
 
 
@@ -104,7 +105,7 @@ def test_damaged_embeddings_are_one_error(name, content, tmp_path):
     path = root / "train" / "00000" / (name if "." in name else f"{name}.npy")
     path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
     reindexed(root)
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(DataError, check=mentions("damaged", path=root / "train" / "00000")):
         read_all(root)
 
 
@@ -124,5 +125,5 @@ def test_damaged_embeddings_are_one_error(name, content, tmp_path):
 def test_a_damaged_index_of_embeddings_is_one_error(file, change, tmp_path):
     root = write_embeddings(tmp_path)
     (root / "train" / file).write_text(json.dumps(change))
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(DataError, check=mentions("damaged", path=root / "train" / file)):
         read_all(root)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from raised import mentions
 
 from dalle2_jax.data import ShapesSource, TfdsRecords
 from dalle2_jax.data.formats.tfds_metadata import (
@@ -78,14 +79,14 @@ _HOSTILE = {
 @pytest.mark.parametrize("case", _HOSTILE)
 def test_classes_named_in_features_json_are_not_imported(folder, case):
     _changed(folder, FEATURES, _HOSTILE[case])
-    with pytest.raises(UserError, match=f"{EVIL}.Feature"):
+    with pytest.raises(UserError, check=mentions(FEATURES, f"{EVIL}.Feature")):
         TfdsRecords(folder)
     assert not (folder.parent / "imported").exists()
 
 
 def test_classes_named_in_dataset_info_are_not_imported(folder):
     _changed(folder, INFO, lambda content: content.update(features=_NAMED))
-    with pytest.raises(UserError, match=INFO):
+    with pytest.raises(UserError, check=mentions(INFO, "feature class")):
         TfdsRecords(folder)
     assert not (folder.parent / "imported").exists()
 
@@ -117,9 +118,8 @@ _NAMES_FILE = {
 )  # fmt: skip
 def test_paths_outside_the_folder_and_huge_sizes_are_rejected(folder, file, change, found):
     _changed(folder, file, change)
-    with pytest.raises(UserError, match=found) as caught:
+    with pytest.raises(UserError, check=mentions(found)):
         TfdsRecords(folder)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a":' * 200 + "1" + "}" * 200, '"' + "x" * 2**26 + '"'])
@@ -128,7 +128,7 @@ def test_damaged_deeply_nested_or_large_json_is_rejected(folder, file, text):
     if file == INFO and text.startswith('{"a"'):
         text = f'{{"features": {text}}}'
     (folder / file).write_text(text)
-    with pytest.raises(UserError, match=file):
+    with pytest.raises(UserError, check=mentions(folder / file)):
         check_metadata(folder)
 
 
@@ -177,5 +177,5 @@ def test_features_that_are_not_read_are_not_decoded(tmp_path, monkeypatch):
     assert record.captions == ("a caption",) and record.fields == {"score": 0.5} and record.image[:4] == b"\x89PNG"
     assert TfdsRecords(builder.data_dir, text="boxes/text").read(0).captions == ("a box", "a box")
     for field in ("packed", "other"):
-        with pytest.raises(UserError, match=field):
+        with pytest.raises(UserError, check=mentions(f"'{field}'", "neither text")):
             TfdsRecords(builder.data_dir, text=field)

@@ -1,5 +1,6 @@
 """TFDS without TensorFlow, and conversion to other formats: the same images and captions are read back."""
 
+import errno
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from raised import mentions
 from streams import sample, text_stream
 
 from dalle2_jax.cli import main
@@ -110,7 +112,7 @@ def test_texts_in_nested_features_are_found(flowers):
     assert [*records.captions(3)] == ["Blüte 2 0", "Blüte 2 1", "Blüte 5 0", "Blüte 5 1"]
     again = pickle.loads(pickle.dumps(records))
     assert again.read(2) == record
-    with pytest.raises(Rejected, match="unreadable"):
+    with pytest.raises(Rejected, check=mentions(cause="unreadable")):
         records.read(6)
 
 
@@ -143,20 +145,19 @@ def test_a_source_has_slices_filters_and_substitutes(flowers):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "facts"),
     [
-        ({"image": "pixels"}, "has no feature 'pixels' to be the image, only .*photo"),
-        ({"text": "caption"}, "has no feature 'caption' to be the text, only .*captions/text"),
-        ({"label": "klass"}, "has no feature 'klass' to be the label"),
-        ({"label": "id"}, "feature 'id' of .* is no class with a name"),
-        ({"label": "label", "templates": ("a flower",)}, "a template needs exactly one {} .* got 'a flower'"),
-        ({"split": "test"}, "cannot be read as 'test' .*; its splits: train"),
+        ({"image": "pixels"}, ["'pixels'", "the image", "photo"]),
+        ({"text": "caption"}, ["'caption'", "the text", "captions/text"]),
+        ({"label": "klass"}, ["'klass'", "the label"]),
+        ({"label": "id"}, ["feature 'id'", "class"]),
+        ({"label": "label", "templates": ("a flower",)}, ["template", "{}", "'a flower'"]),
+        ({"split": "test"}, ["flowers", "'test'", "train"]),
     ],
 )
-def test_missing_features_are_named(flowers, fields, message):
-    with pytest.raises(UserError, match=message) as caught:
+def test_missing_features_are_named(flowers, fields, facts):
+    with pytest.raises(UserError, check=mentions(*facts)):
         TfdsRecords(flowers, **fields)
-    assert "\n" not in str(caught.value)
 
 
 class Plain(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -205,7 +206,7 @@ def test_records_without_keys_are_named_by_split_and_row(plain, split, keys):
 
 def test_records_of_a_damaged_file_are_skipped(plain, tmp_path):
     """Records of the other files are read; if there are none, a one-line error names the reason."""
-    for number, (harm, reason) in enumerate([("cut", "should be at least"), ("absent", "No such file")]):
+    for number, (harm, reason) in enumerate([("cut", "64KB"), ("absent", os.strerror(errno.ENOENT))]):
         copy = Path(shutil.copytree(plain, tmp_path / str(number)))
         [file] = copy.glob("*-train.array_record*")
         if harm == "cut":
@@ -213,24 +214,22 @@ def test_records_of_a_damaged_file_are_skipped(plain, tmp_path):
         else:
             file.unlink()
         records = TfdsRecords(copy, "train+test")
-        with pytest.raises(Rejected, match="unreadable"):
+        with pytest.raises(Rejected, check=mentions(cause="unreadable")):
             records.read(0)
         assert [*records.captions(25)] == [str(level) for level in range(100, 105)]
-        with pytest.raises(UserError, match=f"no record of .* can be read .*{reason}") as caught:
+        with pytest.raises(UserError, check=mentions("no record", copy, reason)):
             [*TfdsRecords(copy).captions(20)]
-        assert "\n" not in str(caught.value)
 
 
 def test_folders_that_are_not_prepared_data_sets_raise_one_line_errors(flowers, tmp_path):
-    with pytest.raises(UserError, match="is not the folder of a prepared data set.*as in ~/tensorflow_datasets"):
+    with pytest.raises(UserError, check=mentions(tmp_path / "none", "features.json", "~/tensorflow_datasets")):
         TfdsRecords(tmp_path / "none")
-    with pytest.raises(UserError, match=f"perhaps {flowers}"):
+    with pytest.raises(UserError, check=mentions("features.json", flowers)):
         TfdsRecords(flowers.rpartition("/")[0])
     for name in ("features.json", "dataset_info.json"):
         (tmp_path / name).write_text("{")
-    with pytest.raises(UserError, match="is damaged") as caught:
+    with pytest.raises(UserError, check=mentions(tmp_path / "features.json", "JSON")):
         TfdsRecords(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_validation_and_val_name_the_same_tfds_split(tmp_path):
@@ -281,7 +280,7 @@ def test_array_records_give_the_same_images_and_captions(folder, tmp_path, capsy
             one, other = sample(source, row, 3), sample(plain, index, 3)
             np.testing.assert_array_equal(one["image"], other["image"])
             assert one["caption"] == other["caption"]
-    with pytest.raises(UserError, match="is not an empty folder"):
+    with pytest.raises(UserError, check=mentions(tmp_path / "out", "empty folder")):
         convert({}, tmp_path / "out", "arrayrecord")
 
 
@@ -319,7 +318,7 @@ def test_a_failed_conversion_leaves_no_files(folder, tmp_path):
     (folder / "val" / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "a"}))
     (folder / "val" / "0.png").write_bytes(b"")
     for form in convert_module.FORMATS:
-        with pytest.raises(UserError, match="no image of .* can be written"):
+        with pytest.raises(UserError, check=mentions("no image", folder, "1 empty")):
             convert({"val": FolderSource(folder, "val", 8)}, tmp_path / "new" / "out", form)
         assert not [*(tmp_path / "new").iterdir()]
 

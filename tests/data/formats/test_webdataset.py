@@ -5,7 +5,7 @@ import tarfile
 import cv2
 import numpy as np
 import pytest
-from raised import names_path
+from raised import mentions
 from streams import sample, text_stream
 from tar_files import levels, members, png, tar
 from web_server import served
@@ -52,7 +52,7 @@ def test_braces_are_expanded():
     assert files.expand_braces("{split}.tar") == ["{split}.tar"]
     assert len(files.expand_braces("{000000..009999}.tar")) == 10_000
     for wrong in ("{b..a}", "{3..1}", "{..3}"):
-        with pytest.raises(UserError, match="not a range"):
+        with pytest.raises(UserError, check=mentions(f"'{wrong}'", "range of numbers")):
             files.expand_braces(wrong)
 
 
@@ -61,9 +61,9 @@ def test_splits_are_folders_of_shards(tmp_path):
     tar(tmp_path / "val" / "0.tar", members(range(2)))
     assert [len(WebdatasetRecords(tmp_path, split)) for split in ("train", "val")] == [3, 2]
     assert [len(WebdatasetRecords(f"{tmp_path}/{{split}}/*.tar", split)) for split in ("train", "val")] == [3, 2]
-    with pytest.raises(DataError, match="{split}"):
+    with pytest.raises(DataError, check=mentions("'val'", "{split}")):
         WebdatasetRecords(f"{tmp_path}/train/0.tar", "val")
-    with pytest.raises(DataError, check=names_path(tmp_path)):
+    with pytest.raises(DataError, check=mentions("'test'", path=tmp_path)):
         WebdatasetRecords(tmp_path, "test")
 
 
@@ -74,7 +74,7 @@ def test_a_folder_named_like_a_pattern_is_opened_literally(tmp_path, name):
         for pattern in ("", "/{split}", "/{split}/*.tar", "/{split}/{0,}0[[]1].tar"):
             assert len(WebdatasetRecords(f"{tmp_path}/{name}{pattern}", split)) == count
         assert len(WebdatasetRecords(f"{tmp_path}/{name}/{split}/0[1].tar")) == count
-    with pytest.raises(DataError, check=names_path(tmp_path / name), match="train, val"):
+    with pytest.raises(DataError, check=mentions("'test'", "train", "val", path=tmp_path / name)):
         WebdatasetRecords(tmp_path / name, "test")
 
 
@@ -131,7 +131,7 @@ def test_a_truncated_shard_yields_the_complete_records_before_the_cut(tmp_path):
         try:
             records = WebdatasetRecords(tmp_path / "0.tar")
         except UserError as error:
-            assert "there are no records" in str(error) and size < ends[2]
+            assert mentions("no records", path=tmp_path / "0.tar")(error) and size < ends[2]
             continue
         intact = sum(size >= ends[3 * number + 2] for number in range(3))
         headless = len(records) - intact  # image and text are complete, so the missing JSON cannot be noticed
@@ -228,7 +228,7 @@ def test_filters_on_json_fields_are_applied_once_and_cached(tmp_path, monkeypatc
     again = pickle.loads(pickle.dumps(WebdatasetRecords(tmp_path, filters=english)))
     assert [again.read(index).fields["number"] for index in range(4)] == [11, 12, 13, 14]
     monkeypatch.undo()
-    with pytest.raises(DataError, check=names_path(tmp_path), match="20"):
+    with pytest.raises(DataError, check=mentions("filters", 20, path=tmp_path)):
         WebdatasetRecords(tmp_path, filters=Filters(equals={"language": "en"}))
 
 
@@ -258,9 +258,8 @@ def test_rejections_name_the_shard_and_the_record(tmp_path):
     path = tar(tmp_path / "0.tar", [("a.png", png(0)), ("a.json", b"{"), ("b.png", png(1)), ("b.json", b"{}")])
     records = WebdatasetRecords(path)
     for index, cause in ((0, "broken JSON"), (1, "no caption")):
-        with pytest.raises(Rejected, match=cause) as caught:
+        with pytest.raises(Rejected, check=mentions(cause=cause, notes=(f"{path}: {'ab'[index]}",))):
             records.read(index)
-        assert caught.value.notes == (f"{path}: {'ab'[index]}",)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -311,13 +310,13 @@ def test_shards_at_a_url_are_read(shards):
             assert len(records) == 12 and records.read(11).image == png(11)
             assert records.rejections.counts["shard lost"] == (4 if "3}" in pattern else 0)
         system.rm_file("/data/00001.tar")
-        with pytest.raises(Rejected, match="shard lost"):
+        with pytest.raises(Rejected, check=mentions(cause="shard lost")):
             records.read(6)
-        with pytest.raises(UserError, match="there are no .tar files at memory://data/9"):
+        with pytest.raises(UserError, check=mentions(".tar", "memory://data/9.tar")):
             WebdatasetRecords("memory://data/9.tar")
     finally:
         system.rm("/data", recursive=True)
-    with pytest.raises(UserError, match="install the extra"):
+    with pytest.raises(UserError, check=mentions("nosuch://data/9.tar", "[remote]")):
         WebdatasetRecords("nosuch://data/9.tar")
 
 
@@ -328,20 +327,20 @@ def test_a_url_without_a_prefix_is_read_as_shards(shards):
         assert len(source_named(f"{site.url}/0.tar?sig={{ab}}", "train", 8)) == 3
         requested = {name for _, name, _ in site.requests}
         assert "0.tar.index.npz?sig={ab}" in requested and not any("?" in name.rpartition("=")[2] for name in requested)
-        with pytest.raises(UserError, match="there are no .tar files at http://"):
+        with pytest.raises(UserError, check=mentions(".tar", f"{site.url}/")):
             source_named(f"{site.url}/", "train", 8)
     with served(shards) as site:
         assert len(source_named(f"{site.url}/", "train", 8)) == 12
 
 
 def test_invalid_paths_raise_user_errors(tmp_path):
-    with pytest.raises(DataError, match="config.data.path"):
+    with pytest.raises(DataError, check=mentions("webdataset", "config.data.path", path=None)):
         make_source(WebdatasetConfig(), "train")
-    with pytest.raises(UserError, match="there are no .tar files at"):
+    with pytest.raises(UserError, check=mentions(".tar", tmp_path)):
         WebdatasetRecords(tmp_path)
-    with pytest.raises(UserError, match="there are no .tar files at"):
+    with pytest.raises(UserError, check=mentions(".tar", tmp_path / "{0..3}.tar")):
         WebdatasetRecords(tmp_path / "{0..3}.tar")
-    with pytest.raises(DataError, check=names_path(tmp_path / "0.tar")):
+    with pytest.raises(DataError, check=mentions(path=tmp_path / "0.tar")):
         WebdatasetRecords(tar(tmp_path / "0.tar", []))
-    with pytest.raises(UserError, match="crop must be one of .*'left'"):
+    with pytest.raises(UserError, check=mentions("crop", "center", "'left'")):
         make_source(WebdatasetConfig(str(tmp_path), crop="left"), "train")

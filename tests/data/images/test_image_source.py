@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from raised import mentions
 from streams import sample
 
 from dalle2_jax.data import Filters, ImageSource, Record, Records, Rejected, Source, example
@@ -102,7 +103,7 @@ def test_exif_rotation_is_undone_before_the_size_is_checked():
     records = Listed(Record("x", _jpeg(20, 40, exif=exif.tobytes()), ("a",), {}), _record(9))
     assert example(ImageSource(records, 8, filters=Filters(min_height=30)), 0)["image"][0, 0, 0] == 200
     assert ImageSource(records, 8, filters=Filters(min_width=30, min_height=9))._filtered == set()
-    with pytest.raises(UserError, match="2 excluded by the filters"):
+    with pytest.raises(UserError, check=mentions("no image", "2 excluded")):
         ImageSource(records, 8, filters=Filters(min_width=30)).fetch([0])
 
 
@@ -135,18 +136,18 @@ def _partly(count, *torn):
 
 def test_a_run_ends_when_too_many_records_are_rejected():
     source = ImageSource(_partly(400, *range(0, 400, 4)), 8)
-    with pytest.raises(UserError, match="26 of the last 101 records of Listed are bad .found so far: 26 torn., more"):
+    with pytest.raises(UserError, check=mentions(26, "101 records", "Listed", "26 torn", "max_rejected=0.1")):
         for index in range(400):
             source.fetch([index])
     tolerant = ImageSource(_partly(400, *range(0, 400, 4)), 8, max_rejected=0.3)
     for index in range(400):
         tolerant.fetch([index])
     assert tolerant.rejections.counts == {"torn": 100}
-    with pytest.raises(UserError, match="30 of 130 records of Listed are bad .found so far: 30 lost .first b.tar.."):
+    with pytest.raises(UserError, check=mentions("30 of 130 records", "Listed", "30 lost", "b.tar")):
         ImageSource(Listed(*[_record(1)] * 100, rejected={"lost": 30}), 8)
     both = ImageSource(Listed("torn", *[_record(1)] * 269, rejected={"lost": 30}), 8)
     assert both.rejections.counts == {"lost": 30}
-    with pytest.raises(UserError, match="31 of 300 records of Listed are bad"):
+    with pytest.raises(UserError, check=mentions("31 of 300 records", "30 lost", "1 torn")):
         both.fetch([0])
 
 
@@ -160,14 +161,14 @@ def test_the_decision_to_end_a_run_does_not_depend_on_the_order(seed):
         for index in order[subset].tolist() * 3:
             source.fetch([index])
     source = ImageSource(_partly(1000, *bad[:101]), 8)
-    with pytest.raises(UserError, match="101 of 1000 records"):
+    with pytest.raises(UserError, check=mentions("101 of 1000 records", "101 torn")):
         for index in order.tolist():
             source.fetch([index])
 
 
 def test_a_large_bad_data_set_is_rejected_after_few_reads():
     source = ImageSource(_partly(100_000, *range(0, 100_000, 2)), 8)
-    with pytest.raises(UserError, match=r"\d\d of the last 1\d\d records of Listed are bad"):
+    with pytest.raises(UserError, match=r"\d\d of .* 1\d\d records of Listed"):
         for index in np.random.default_rng(0).permutation(100_000).tolist():
             source.fetch([index])
     assert source.records.reads < 500
@@ -178,7 +179,7 @@ def test_images_that_vanish_during_a_long_run_end_it():
     for index in [*range(200)] * 34:
         source.fetch([index])
     source.records = _partly(200, *range(170))
-    with pytest.raises(UserError, match="21 of 200 records"):
+    with pytest.raises(UserError, check=mentions("21 of 200 records", "21 torn")):
         for index in range(200):
             source.fetch([index])
 
@@ -187,12 +188,13 @@ def test_images_that_vanish_during_a_long_run_end_it():
 def test_a_small_data_set_tolerates_a_few_rejections(count, allowed):
     for bad in (allowed, allowed + 1):
         source = ImageSource(_partly(count, *range(bad)), 8)
-        ends = pytest.raises(UserError, match=f"{bad} of {count}") if bad > allowed else contextlib.nullcontext()
+        rejected = pytest.raises(UserError, check=mentions(f"{bad} of {count} records", f"{bad} torn"))
+        ends = rejected if bad > allowed else contextlib.nullcontext()
         with ends:
             for index in [*range(count)] * 3:
                 source.fetch([index])
         strict = ImageSource(_partly(count, 0), 8, max_rejected=0)
-        with pytest.raises(UserError, match=f"1 of {count}"):
+        with pytest.raises(UserError, check=mentions(f"1 of {count} records", "max_rejected=0")):
             strict.fetch([0])
 
 
@@ -257,20 +259,20 @@ def test_a_shifted_image_keeps_its_scale_and_repeats_its_edge():
 
 
 def test_invalid_arguments_raise_user_errors():
-    for arguments, message in (
-        ({"crop": "left"}, "crop must be one of .*'left'"),
-        ({"resolution": 0}, "resolution must be"),
-        ({"max_rejected": 10}, "max_rejected must be from 0 to 1"),
+    for arguments, facts in (
+        ({"crop": "left"}, ["crop", "center", "'left'"]),
+        ({"resolution": 0}, ["resolution", 1, 0]),
+        ({"max_rejected": 10}, ["max_rejected", 0, 1, 10]),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, check=mentions(*facts)):
             ImageSource(Listed(_record(1)), **arguments)
-    for arguments, message in (
-        ({"max_aspect": 0.5}, "max_aspect is the longer side"),
-        ({"ranges": {"a": 3}}, "ranges: a must be a pair"),
-        ({"ranges": {"a": (1, "2")}}, "ranges: a must be a pair"),
-        ({"ranges": {"a": (1, 2, 3)}}, "ranges: a must be a pair"),
+    for arguments, facts in (
+        ({"max_aspect": 0.5}, ["max_aspect", 1, 0.5]),
+        ({"ranges": {"a": 3}}, ["ranges", "a", "pair", 3]),
+        ({"ranges": {"a": (1, "2")}}, ["ranges", "a", "pair", (1, "2")]),
+        ({"ranges": {"a": (1, 2, 3)}}, ["ranges", "a", "pair", (1, 2, 3)]),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, check=mentions(*facts)):
             Filters(**arguments)
     with pytest.raises(IndexError):
         ImageSource(Listed(_record(1))).fetch([1])
@@ -285,7 +287,7 @@ def test_captions_in_unusual_encodings_are_decoded():
             captions_in(wrong)
     assert json_object(b'{"a": 1}') == {"a": 1}
     for wrong in (b"", b"{", b"[" * 100_000, b'{"a": \xff}', b'{"a": ' + b"9" * 5000 + b"}"):
-        with pytest.raises(ValueError, match="not JSON"):
+        with pytest.raises(ValueError, check=mentions("JSON")):
             json_object(wrong)
     with pytest.raises(TypeError):
         json_object(b"[1]")

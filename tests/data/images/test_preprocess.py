@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from raised import mentions
 from streams import sample
 
 from dalle2_jax import data
@@ -78,7 +79,7 @@ def test_a_larger_size_is_cropped_and_an_exact_one_is_squashed():
     ],
 )
 def test_an_unknown_preprocessing_is_rejected(fields, named):
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, check=mentions(named, *fields.values())):
         Preprocessing(**fields)
 
 

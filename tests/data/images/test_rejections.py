@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 import pytest
+from raised import mentions
 from streams import text_stream
 
 from dalle2_jax.data import FolderSource, MixtureSource
@@ -115,8 +116,7 @@ def test_rejections_in_workers_are_counted(folder, workers):
 def test_too_many_rejections_in_a_worker_end_the_run(folder):
     source = FolderSource(folder, resolution=8, max_rejected=0.02)
     stream = text_stream(source, None, 8, 6, seed=0, num_workers=1)
-    with pytest.raises(UserError, match="are bad .found so far: .* more than max_rejected=0.02") as caught:
+    with pytest.raises(UserError, check=mentions("14 records", "1 broken metadata", "1 missing", "max_rejected=0.02")):
         for _ in range(40):
             next(stream)
-    assert "\n" not in str(caught.value)
     stream.close()

@@ -4,6 +4,7 @@ import pickle
 import threading
 
 import pytest
+from raised import mentions
 from streams import text_stream
 from tar_files import members, png, tar
 from web_server import served
@@ -113,7 +114,7 @@ def test_a_hanging_download_is_skipped_within_the_time_limit(site, monkeypatch):
     monkeypatch.setattr(files, "TIMEOUT", 0.3)
     records = all_of(site)
     site.fails["00001.tar"] = "hang"
-    with pytest.raises(Rejected, match="shard lost"):
+    with pytest.raises(Rejected, check=mentions(cause="shard lost")):
         records.read(6)
     assert records.read(2).captions == ("caption 2",) and records.read(9).image == png(9)
     source = ImageSource(records, 8)
@@ -138,22 +139,20 @@ def test_an_empty_remote_shard_is_not_a_tar(site, shards):
 
 def test_a_server_without_range_support_is_reported_in_one_line(site):
     site.fails.update(dict.fromkeys(("00000.tar", "00001.tar", "00002.tar"), "ignore range"))
-    with pytest.raises(UserError, match="does not support range requests") as caught:
+    with pytest.raises(UserError, check=mentions(f"{site.url}/00000.tar", "range requests")):
         all_of(site)
-    assert "\n" not in str(caught.value)
 
 
 def test_an_unreachable_server_is_reported_in_one_line(site, monkeypatch):
-    with pytest.raises(UserError, match="there are no .tar files at .*/9.tar"):
+    with pytest.raises(UserError, check=mentions(f"{site.url}/9.tar")):
         WebdatasetRecords(f"{site.url}/9.tar")
     port = site.url.split(":")[2].split("/")[0]
     unreachable = site.url.replace(port, "1")
-    with pytest.raises(UserError, match="http:// gives no answer .*connect") as caught:
+    with pytest.raises(UserError, check=mentions("http://", "127.0.0.1:1")):
         WebdatasetRecords(f"{unreachable}/{{00000..00002}}.tar")
-    assert "\n" not in str(caught.value)
     monkeypatch.setattr(remote, "LIST_TIMEOUT", 0.2)
     site.fails[""] = "hang"
-    with pytest.raises(UserError, match="http:// gives no answer .no answer within 0.2 s"):
+    with pytest.raises(UserError, check=mentions("http://", "0.2 s")):
         WebdatasetRecords(site.url)
 
 

@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from raised import mentions
 
 from dalle2_jax.cli import main
 from dalle2_jax.data import FolderRecords, ImageSource, Record, RejectionCounts, ShapesSource
@@ -190,7 +191,7 @@ def test_rejected_records_are_reported_by_cause(tmp_path, capsys, recwarn):
         words = ["convert", f"folder:{folder}", str(tmp_path / form), "--to", form]
         assert main(["data", *words, "--max_rejected", "1"]) == 0
         output = capsys.readouterr().out
-        assert output.startswith(f"{tmp_path / form}: 1 images of train; rejected: 2 far too large (first record ")
+        assert output.startswith(f"{tmp_path / form}: 1 images of train") and "2 far too large" in output
         assert "1 empty" in output and "1 not an image" in output and "1 far too long" in output
     assert not [*recwarn], "not even Pillow's warning about large images"
 
@@ -198,7 +199,7 @@ def test_rejected_records_are_reported_by_cause(tmp_path, capsys, recwarn):
 def test_too_many_rejected_records_end_the_conversion(tmp_path, capsys):
     contents = [image_file()] * 90 + [b"bad"] * 11
     source = ImageSource(InMemoryRecords(*contents))
-    with pytest.raises(UserError, match=r"11 of 101 records of .* are bad \(11 not an image .*max_rejected=0.1:"):
+    with pytest.raises(UserError, check=mentions("11 of 101 records", "11 not an image", "max_rejected=0.1")):
         convert({"train": source}, tmp_path / "out", "webdataset")
     assert not [*tmp_path.iterdir()]
     found = convert(
@@ -206,7 +207,7 @@ def test_too_many_rejected_records_end_the_conversion(tmp_path, capsys):
     )
     assert found.counts == {"train": 90} and found.rejections.counts == {"not an image": 11}
     assert main(["data", "convert", "shapes", "out", "--to", "webdataset", "--max_rejected", "2"]) == 2
-    assert "2 is not from 0 to 1" in capsys.readouterr().err
+    assert "--max_rejected" in capsys.readouterr().err
 
 
 def test_multi_frame_camera_files_are_converted(tmp_path):
@@ -241,9 +242,8 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch, form):
                 raise RuntimeError(f"write() failed: {os.strerror(errno.ENOSPC)}; writing x; at byte 307200")
 
         monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Writer)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, check=mentions(tmp_path / "out", os.strerror(errno.ENOSPC))):
         convert({"train": ShapesSource("train", 8, num_examples=3)}, tmp_path / "out", form)
-    assert str(caught.value) == f"{tmp_path / 'out'} cannot be written (No space left on device)"
     assert not [*tmp_path.iterdir()]
 
 

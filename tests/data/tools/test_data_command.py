@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from raised import mentions
 from tiny_data import write_images
 
 from dalle2_jax.cli import main
@@ -26,11 +27,11 @@ def test_embed_rejects_folders_with_other_content(tmp_path, capsys):
     before = sorted(write_images(image_folder, 3).iterdir())
     args = ["embed", "--system", tmp_path / "none", "--data", f"folder:{image_folder}", "--out"]
     code, error = fail(capsys, *args, image_folder)
-    assert code == 1 and error.startswith(f"error: {image_folder} is not empty and holds no embeddings")
+    assert code == 1 and mentions(image_folder, "no embeddings")(error)
     assert sorted(image_folder.iterdir()) == before
     (tmp_path / "system" / "clip").mkdir(parents=True)
     (tmp_path / "system" / "prior").mkdir()
-    assert "holds no embeddings" in fail(capsys, *args, tmp_path / "system")[1]
+    assert mentions(tmp_path / "system", "no embeddings")(fail(capsys, *args, tmp_path / "system")[1])
 
 
 @pytest.mark.parametrize("left", ["nothing", "hidden", "a part of clip", "the contract", "a split"])
@@ -49,30 +50,29 @@ def test_embed_accepts_the_folder_of_a_killed_run(tmp_path, capsys, left):
         (out / "train").mkdir()
         _write_empty(out / "empty.npz", {"a": np.zeros(1)})
     code, error = fail(capsys, "embed", "--system", tmp_path / "none", "--out", out)
-    assert code == 1 and "there is no system" in error
+    assert code == 1 and mentions(tmp_path / "none")(error)
 
 
 @pytest.mark.parametrize(
-    ("program", "reason"),
+    ("program", "error"),
     [
-        ("what is no Python", "SyntaxError: invalid syntax"),
-        ("import sys; sys.exit(0)", "SystemExit: 0"),
-        ("def get_config(which):\n    return 1 / 0", r"ZeroDivisionError: division by zero \(line 2\)"),
-        ("def get_config(which):\n    return get_config(which)", "RecursionError: maximum recursion depth"),
-        ("def get_config(which):\n    raise ValueError('line one\\nline two')", "ValueError: line one"),
-        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("what is no Python", ["SyntaxError", "line 1"]),
+        ("import sys; sys.exit(0)", ["SystemExit: 0", "line 1"]),
+        ("def get_config(which):\n    return 1 / 0", ["ZeroDivisionError", "line 2"]),
+        ("def get_config(which):\n    return get_config(which)", ["RecursionError", "line 2"]),
+        ("def get_config(which):\n    raise ValueError('line one\\nline two')", ["ValueError: line one", "line 2"]),
+        ("import no_such_module", ["ModuleNotFoundError", "'no_such_module'", "line 1"]),
     ],
 )
-def test_an_exception_in_a_config_file_is_reported_in_one_line(tmp_path, program, reason):
+def test_an_exception_in_a_config_file_is_reported_in_one_line(tmp_path, program, error):
     (tmp_path / "config.py").write_text(program)
-    with pytest.raises(UsageError, match=f"^the config file cannot be read: .*config.py ends in {reason}") as caught:
+    with pytest.raises(UsageError, check=mentions(tmp_path / "config.py", *error, "FILE:STAGE")):
         experiment(f"{tmp_path}/config.py:clip")
-    assert "\n" not in str(caught.value)
 
 
 def test_the_config_file_rejects_unknown_stages():
     assert isinstance(experiment("tests/support/tiny_system.py:clip").data, ShapesConfig)
-    with pytest.raises(UsageError, match="^unknown config of tests/support/tiny_system.py 'klip'"):
+    with pytest.raises(UsageError, check=mentions("tests/support/tiny_system.py", "'klip'", "'clip'")):
         experiment("tests/support/tiny_system.py:klip")
 
 
@@ -85,7 +85,7 @@ def test_a_path_is_rejected_as_split(tmp_path, capsys, split):
         ["embed", "--system", tmp_path, "--out", tmp_path / "out", "--split", split],
     ):
         code, error = fail(capsys, *args)
-        assert code == 2 and f"{split!r} is not the name of a split" in error
+        assert code == 2 and mentions(repr(split))(error)
 
 
 @pytest.mark.parametrize("split", ["val", "train[10%:]+test", "train[:2.5%]", "train[-3:]", "my-split_2"])

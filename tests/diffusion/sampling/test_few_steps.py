@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from raised import mentions
 from stepping import SCHEDULES
 
 from dalle2_jax.diffusion import (
@@ -87,7 +88,6 @@ def test_a_plain_number_is_even_in_log_snr_for_heun_alone():
 
 @pytest.mark.parametrize("spec", [2, 3, "5,5", "t:0,500,999"])
 def test_steps_that_are_too_far_apart_for_heun_are_rejected(spec):
-    with pytest.raises(UserError, match="too far apart for sampler 'heun'") as error:
+    with pytest.raises(UserError, check=mentions(f"'{spec}'", "'heun'", "'logsnr10'", "'dpmpp_2m'")):
         steps_of(SCHEDULES["cosine"], SamplerConfig("heun", spec))
-    assert "\n" not in str(error.value)
     steps_of(SCHEDULES["cosine"], SamplerConfig("euler", spec))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from analytic_denoisers import gaussian, normals
+from raised import mentions
 
 from dalle2_jax.diffusion import GuidanceSchedule, branches, guided, make_schedule, to_x0_eps
 from dalle2_jax.errors import UserError
@@ -190,17 +191,16 @@ def test_traced_scales_compile_once_for_all(guidance_schedule):
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "facts"),
     [
-        ({"kind": "linar"}, "unknown guidance schedule 'linar': did you mean 'linear'"),
-        ({"interval": (0.8, 0.2)}, "guidance_interval"),
-        ({"interval": (0.2, 1.5)}, "guidance_interval"),
-        ({"interval": (0.2,)}, "guidance_interval"),
-        ({"rescale": 1.5}, "guidance_rescale must be from 0 to 1, not 1.5"),
-        ({"rescale": -0.5}, "guidance_rescale"),
+        ({"kind": "linar"}, ["guidance schedule", "'linar'", "'linear'"]),
+        ({"interval": (0.8, 0.2)}, ["guidance_interval", "(0.8, 0.2)"]),
+        ({"interval": (0.2, 1.5)}, ["guidance_interval", "(0.2, 1.5)"]),
+        ({"interval": (0.2,)}, ["guidance_interval", "(0.2,)"]),
+        ({"rescale": 1.5}, ["guidance_rescale", 0, 1, 1.5]),
+        ({"rescale": -0.5}, ["guidance_rescale", -0.5]),
     ],
 )
-def test_impossible_courses_say_what_to_do(fields, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_impossible_courses_say_what_to_do(fields, facts):
+    with pytest.raises(UserError, check=mentions(*facts)):
         GuidanceSchedule(**fields)
-    assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from analytic_denoisers import denoiser_of, gaussian_law, keys, mixture_law, normals
+from raised import mentions
 
 from dalle2_jax.diffusion import (
     SAMPLERS,
@@ -68,9 +69,8 @@ def test_without_renoising_the_plan_visits_every_step_once():
 
 @pytest.mark.parametrize(("jump", "times"), [(0, 2), (10, 2), (11, 2), (-1, 2), (3, 0)])
 def test_impossible_resamplings_say_what_to_do(jump, times):
-    with pytest.raises(UserError, match="1 to 9 steps at least once") as error:
+    with pytest.raises(UserError, check=mentions("resampling", "1 to 9", jump, times)):
         resampling(10, jump, times)
-    assert "\n" not in str(error.value)
 
 
 def test_renoising_is_the_forward_process():

@@ -17,6 +17,7 @@ from analytic_denoisers import (
     whitened,
 )
 from public_recordings import RECORDED, recorded_network
+from raised import mentions
 from stepping import SCHEDULES, STEPPERS, combinations, walk
 
 from dalle2_jax import rng
@@ -344,45 +345,43 @@ def test_clipping_x_0_moves_eps_so_that_x_t_stays():
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "facts"),
     [
-        ({"name": "dimd"}, "did you mean 'ddim'"),
-        ({"name": "dpmpp2m"}, "did you mean 'dpmpp_2m'"),
-        *(({"name": name, "eta": 0.5}, f"'{name}' has no eta") for name in SAMPLERS if name != "ddim"),
-        *(({"name": n, "variance": "analytic"}, f"'{n}' has no variance") for n in SAMPLERS if n != "ddpm"),
-        ({"eta": 1.5}, "from 0 to 1"),
-        ({"eta": -0.1}, "from 0 to 1"),
-        ({"name": "ddpm", "variance": "fixed_tiny"}, "unknown variance"),
-        ({"clip_sample": 0.0}, "positive"),
-        ({"clip_sample": None, "threshold": "dynamic"}, "needs the range of the data: set clip_sample"),
+        ({"name": "dimd"}, ["'dimd'", "'ddim'"]),
+        ({"name": "dpmpp2m"}, ["'dpmpp2m'", "'dpmpp_2m'"]),
+        *(({"name": name, "eta": 0.5}, [f"'{name}'", "eta", "'ddim'"]) for name in SAMPLERS if name != "ddim"),
+        *(({"name": n, "variance": "analytic"}, [f"'{n}'", "variance", "'ddpm'"]) for n in SAMPLERS if n != "ddpm"),
+        ({"eta": 1.5}, ["eta", 0, 1, 1.5]),
+        ({"eta": -0.1}, ["eta", 0, 1, -0.1]),
+        ({"name": "ddpm", "variance": "fixed_tiny"}, ["variance", "'fixed_tiny'"]),
+        ({"clip_sample": 0.0}, ["clip_sample", 0.0]),
+        ({"clip_sample": None, "threshold": "dynamic"}, ["'dynamic'", "clip_sample"]),
     ],
 )
-def test_impossible_samplers_say_what_to_do(fields, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_impossible_samplers_say_what_to_do(fields, facts):
+    with pytest.raises(UserError, check=mentions(*facts)):
         SamplerConfig(**fields)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("config", "schedule", "arguments", "says"),
+    ("config", "schedule", "arguments", "facts"),
     [
-        (SamplerConfig(steps=1001), "cosine", {}, "at most 1000"),
-        (SamplerConfig(steps="logsnr1001"), "cosine", {}, "at most 1000"),
-        (SamplerConfig("ddpm", variance="analytic"), "cosine", {}, "needs the network's noise statistics"),
-        (SamplerConfig("euler"), "zero_terminal_snr", {}, "use sampler 'ddim' or 'dpmpp_2m'"),
-        (SamplerConfig("heun", "t:0,500,999"), "zero_terminal_snr", {}, "use sampler 'ddim' or 'dpmpp_2m'"),
-        (SamplerConfig("heun", 2), "cosine", {}, "steps '2' are too far apart for sampler 'heun'"),
-        (SamplerConfig("heun", "5,5"), "cosine", {}, "'logsnr10' or more, or sampler 'dpmpp_2m'"),
-        (SamplerConfig(steps=5), "cosine", {"noise": np.zeros((3, 1, 3))}, r"\(5, 1, 3\), .* not \(3, 1, 3\)"),
-        (SamplerConfig(steps=5), "cosine", {"noise": np.zeros((5, 1, 2))}, r"\(5, 1, 3\), .* not \(5, 1, 2\)"),
-        *((SamplerConfig(n), "cosine", {"eta": np.float32(0.5)}, f"'{n}' has no eta") for n in SAMPLERS if n != "ddim"),
-        (SamplerConfig(), "cosine", {"variance_type": "learned"}, "an even number of output channels, not 3"),
+        (SamplerConfig(steps=1001), "cosine", {}, [1001, "at most 1000"]),
+        (SamplerConfig(steps="logsnr1001"), "cosine", {}, [1001, "at most 1000"]),
+        (SamplerConfig("ddpm", variance="analytic"), "cosine", {}, ["'analytic'", "noise_statistics"]),
+        (SamplerConfig("euler"), "zero_terminal_snr", {}, ["'euler'", "'heun'", "'ddim'", "'dpmpp_2m'"]),
+        (SamplerConfig("heun", "t:0,500,999"), "zero_terminal_snr", {}, ["'euler'", "'heun'", "'ddim'", "'dpmpp_2m'"]),
+        (SamplerConfig("heun", 2), "cosine", {}, ["'2'", "'heun'", "'logsnr10'"]),
+        (SamplerConfig("heun", "5,5"), "cosine", {}, ["'5,5'", "'heun'", "'logsnr10'", "'dpmpp_2m'"]),
+        (SamplerConfig(steps=5), "cosine", {"noise": np.zeros((3, 1, 3))}, ["(5, 1, 3)", "(3, 1, 3)"]),
+        (SamplerConfig(steps=5), "cosine", {"noise": np.zeros((5, 1, 2))}, ["(5, 1, 3)", "(5, 1, 2)"]),
+        *((SamplerConfig(n), "cosine", {"eta": np.float32(0.5)}, [f"'{n}'", "eta"]) for n in SAMPLERS if n != "ddim"),
+        (SamplerConfig(), "cosine", {"variance_type": "learned"}, ["'learned'", "channels", 3]),
     ],
 )
-def test_impossible_runs_say_what_to_do(config, schedule, arguments, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_impossible_runs_say_what_to_do(config, schedule, arguments, facts):
+    with pytest.raises(UserError, check=mentions(*facts)):
         run(config, lambda x_t, t: x_t, 1, (3,), SCHEDULES[schedule], **arguments)
-    assert "\n" not in str(error.value)
 
 
 def test_temperature_is_the_deviation_of_the_start():

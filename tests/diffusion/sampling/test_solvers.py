@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from analytic_denoisers import exact_flow, mixture_law, normals, relative_error
+from raised import mentions
 from scheduler_recordings import (
     DIFFUSION_RUNS,
     SCALED_RUNS,
@@ -103,9 +104,8 @@ def test_the_solver_with_noise_is_of_order_one_ddpm_with_the_small_variance(name
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_euler_and_heun_cannot_start_in_pure_noise(order):
-    with pytest.raises(UserError, match="use sampler 'ddim' or 'dpmpp_2m'") as error:
+    with pytest.raises(UserError, check=mentions("'euler'", "'heun'", "'ddim'", "'dpmpp_2m'")):
         Heun(order).rows(SCHEDULES["zero_terminal_snr"])
-    assert "\n" not in str(error.value)
 
 
 @functools.partial(jax.jit, static_argnames=("stepper", "prediction_type", "clip"))

@@ -15,6 +15,7 @@ from public_recordings import (
     recorded_network_with_variance,
     recorded_process,
 )
+from raised import mentions
 from scheduler_recordings import SCHEDULERS
 from stepping import SCHEDULES, STEPPERS
 
@@ -186,20 +187,18 @@ def test_a_learned_variance_is_each_pixels_own():
 def test_a_learned_variance_needs_an_even_number_of_channels(variance):
     predict = predictor("eps", lambda x_t, t: jnp.zeros((1, 3)), None, variance)
     level = row_at(make_schedule("cosine", 10).levels, 5)
-    with pytest.raises(UserError, match=f"'{variance}' needs an even number of output channels, not 3") as error:
+    with pytest.raises(UserError, check=mentions(f"'{variance}'", "output channels", 3)):
         predict(jnp.zeros((1, 1)), level)
-    assert "\n" not in str(error.value)
 
 
 def test_unknown_variance_offers_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'fixed_large'"):
+    with pytest.raises(UserError, check=mentions("'fixedlarge'", "'fixed_large'")):
         Ddpm("fixedlarge")
 
 
 def test_the_analytic_variance_needs_moments():
-    with pytest.raises(UserError, match="measure them by `dalle2 evaluate noise_statistics`") as error:
+    with pytest.raises(UserError, check=mentions("'analytic'", "noise_statistics")):
         Ddpm("analytic")
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("stepper", [*STEPPERS.values(), Ddpm("analytic", MOMENTS)], ids=[*STEPPERS, "ddpm_analytic"])

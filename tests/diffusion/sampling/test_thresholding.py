@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from analytic_denoisers import keys, normals
+from raised import mentions
 
 from dalle2_jax.diffusion import (
     SAMPLERS,
@@ -47,21 +48,20 @@ def test_without_a_bound_there_is_no_threshold():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "facts"),
     [
-        (("statics", 1.0, 0.9), "did you mean 'static'"),
-        (("dynamic", None, 0.9), "set clip_sample"),
-        (("static", 0.0, 0.9), "clip_sample must be positive, not 0.0; use None"),
-        (("static", -1.0, 0.9), "clip_sample must be positive"),
-        (("static", float("inf"), 0.9), "clip_sample must be positive"),
-        (("dynamic", 1.0, 0.0), "above 0 and at most 1, not 0.0"),
-        (("dynamic", 1.0, 1.5), "above 0 and at most 1"),
+        (("statics", 1.0, 0.9), ["'statics'", "'static'"]),
+        (("dynamic", None, 0.9), ["'dynamic'", "clip_sample"]),
+        (("static", 0.0, 0.9), ["clip_sample", 0.0, None]),
+        (("static", -1.0, 0.9), ["clip_sample", -1.0]),
+        (("static", float("inf"), 0.9), ["clip_sample", "inf"]),
+        (("dynamic", 1.0, 0.0), ["quantile", 0, 1, 0.0]),
+        (("dynamic", 1.0, 1.5), ["quantile", 0, 1, 1.5]),
     ],
 )
-def test_impossible_thresholds_say_what_to_do(arguments, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_impossible_thresholds_say_what_to_do(arguments, facts):
+    with pytest.raises(UserError, check=mentions(*facts)):
         thresholding(*arguments)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

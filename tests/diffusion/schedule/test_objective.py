@@ -16,6 +16,7 @@ from public_recordings import (
     recorded_network_with_variance,
     recorded_process,
 )
+from raised import mentions
 
 from dalle2_jax import rng
 from dalle2_jax.diffusion import (
@@ -312,29 +313,27 @@ def test_a_bfloat16_network_trains_its_variance_without_a_nan(prediction_type):
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "facts"),
     [
-        ({"prediction": "x_0"}, "did you mean 'x0'"),
-        ({"variance": "learned_rang"}, "did you mean 'learned_range'"),
-        ({"loss": "hybird"}, "did you mean 'hybrid'"),
-        ({"weighting": "snrr"}, "did you mean 'snr'"),
-        ({"loss": "hybrid"}, "'fixed_small' is not: use variance 'learned_range', or loss 'mse'"),
-        ({"variance": "learned"}, "never train variance 'learned': use loss 'hybrid'"),
-        ({"loss": "vlb", "weighting": "p2"}, "use weighting 'none'"),
-        ({"weighting": "snr"}, "use weighting 'min_snr' with eps"),
+        ({"prediction": "x_0"}, ["'x_0'", "'x0'"]),
+        ({"variance": "learned_rang"}, ["'learned_rang'", "'learned_range'"]),
+        ({"loss": "hybird"}, ["'hybird'", "'hybrid'"]),
+        ({"weighting": "snrr"}, ["'snrr'", "'snr'"]),
+        ({"loss": "hybrid"}, ["'hybrid'", "'fixed_small'", "'learned_range'", "'mse'"]),
+        ({"variance": "learned"}, ["'mse'", "'learned'", "'hybrid'"]),
+        ({"loss": "vlb", "weighting": "p2"}, ["'vlb'", "weighting", "'none'"]),
+        ({"weighting": "snr"}, ["'snr'", "'min_snr'", "eps"]),
     ],
 )
-def test_wrong_objectives_say_what_to_do(fields, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_wrong_objectives_say_what_to_do(fields, facts):
+    with pytest.raises(UserError, check=mentions(*facts)):
         Objective(**fields)
-    assert "\n" not in str(error.value)
 
 
 def test_eps_is_rejected_where_the_last_step_is_pure_noise():
     pure = with_zero_terminal_snr(SCHEDULE)
-    with pytest.raises(UserError, match="predict 'v' or 'x0'") as error:
+    with pytest.raises(UserError, check=mentions("zero terminal SNR", "eps", "'v'", "'x0'")):
         Objective("eps").check(pure)
-    assert "\n" not in str(error.value)
     Objective("v").check(pure), Objective("x0").check(pure), Objective("eps").check(SCHEDULE)
 
 

@@ -13,6 +13,7 @@ from public_recordings import (
     recorded_network_with_variance,
     recorded_process,
 )
+from raised import mentions
 
 from dalle2_jax.diffusion import (
     Level,
@@ -128,9 +129,9 @@ def test_clipping_x_0_changes_eps_so_that_x_t_stays():
 
 def test_unknown_prediction_type_offers_the_nearest():
     schedule, x, t = make_schedule("cosine", 10), jnp.zeros((1, 1)), jnp.zeros(1, jnp.int32)
-    with pytest.raises(UserError, match="did you mean 'x0'"):
+    with pytest.raises(UserError, check=mentions("'x_0'", "'x0'")):
         from_x0_eps(schedule, "x_0", x, x, t)
-    with pytest.raises(UserError, match="did you mean 'eps'"):
+    with pytest.raises(UserError, check=mentions("'epsilon'", "'eps'")):
         to_x0_eps(schedule, "epsilon", x, x, t)
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from public_recordings import RECORDED
+from raised import mentions
 
 from dalle2_jax.diffusion import make_schedule, respace, shifted, with_zero_terminal_snr
 from dalle2_jax.errors import UserError
@@ -153,33 +154,36 @@ def test_same_arguments_give_the_same_object():
     assert respace(COSINE, 10) is not respace(LINEAR, 10)
 
 
+EXAMPLES = (50, "'ddim50'")
+"""Of respacings, in the error of one that cannot be read."""
+
+
 @pytest.mark.parametrize(
-    ("spec", "says"),
+    ("spec", "facts"),
     [
-        (2000, "at most 1000"),
-        ("10,10,3,2,300", "at most 200"),
-        ("logsnr1001", "at most 1000"),
-        ("karras1001:3", "at most 1000"),
-        ("ddim300", "'ddim300' does not divide 1000 steps; the nearest that does is 'ddim334'"),
-        ("ddim0", "the nearest that does is 'ddim1'"),
-        ("karras20:0", "rho of a Karras spacing must be above 0"),
-        ("t:0,500,250", "must ascend: 0,500,250"),
-        ("t:0,250,250", "must ascend: 0,250,250"),
-        ("t:0,1000", "no timestep 1000: the schedule's go to 999"),
-        *((spec, "not a respacing: .*; write one like 50, 'ddim50'") for spec in (0, -3, 2.5, "", "fast", "fast28")),
-        *((spec, "not a respacing") for spec in ("ddim", "10,,2", "10,", "logsnr", "logsnr0", "karras0", "karras")),
-        *((spec, "not a respacing") for spec in ("9" * 5000, f"t:{'9' * 5000}", f"ddim{'9' * 5000}")),
-        *((f"karras20:{rho}", "at most 1000000") for rho in (0, 9999999)),
-        (",".join(["1"] * 5000), "asks for 5000 of"),
-        *((spec, "not a respacing") for spec in ("karras20:", "karras20:-1", "t:", "t:0,", "t:-1,5", "t:1.5")),
+        (2000, [2000, "at most 1000"]),
+        ("10,10,3,2,300", [300, "at most 200"]),
+        ("logsnr1001", [1001, "at most 1000"]),
+        ("karras1001:3", [1001, "at most 1000"]),
+        ("ddim300", ["'ddim300'", 1000, "'ddim334'"]),
+        ("ddim0", ["'ddim0'", 1000, "'ddim1'"]),
+        ("karras20:0", ["rho", "above 0", 0.0]),
+        ("t:0,500,250", ["ascend", "0,500,250"]),
+        ("t:0,250,250", ["ascend", "0,250,250"]),
+        ("t:0,1000", ["timestep 1000", 999]),
+        *((spec, [f"'{spec}'", *EXAMPLES]) for spec in (0, -3, 2.5, "", "fast", "fast28", "ddim", "10,,2", "10,")),
+        *((spec, [f"'{spec}'", *EXAMPLES]) for spec in ("logsnr", "logsnr0", "karras0", "karras")),
+        *((spec, EXAMPLES) for spec in ("9" * 5000, f"t:{'9' * 5000}", f"ddim{'9' * 5000}")),
+        *((f"karras20:{rho}", ["rho", "at most 1000000", float(rho)]) for rho in (0, 9999999)),
+        (",".join(["1"] * 5000), [5000, "at most 1000"]),
+        *((spec, [f"'{spec}'", *EXAMPLES]) for spec in ("karras20:", "karras20:-1", "t:", "t:0,", "t:-1,5", "t:1.5")),
     ],
 )
-def test_impossible_respacings_say_what_to_do(spec, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_impossible_respacings_say_what_to_do(spec, facts):
+    with pytest.raises(UserError, check=mentions(*facts)):
         respace(COSINE, spec)
-    assert "\n" not in str(error.value)
 
 
 def test_a_timestep_that_was_left_out_is_not_there():
-    with pytest.raises(UserError, match="no timestep 5"):
+    with pytest.raises(UserError, check=mentions("timestep 5", 990)):
         respace(respace(COSINE, "ddim100"), "t:0,5")

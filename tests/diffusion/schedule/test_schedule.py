@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 from public_recordings import RECORDED
+from raised import mentions
 
 from dalle2_jax.diffusion import (
     in_float32,
@@ -163,25 +164,24 @@ def test_tables_cannot_be_changed_by_a_borrower():
 
 
 def test_unknown_schedule_offers_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'cosine'"):
+    with pytest.raises(UserError, check=mentions("'cosin'", "'cosine'")):
         make_schedule("cosin", 1000)
 
 
 @pytest.mark.parametrize(("name", "num_steps"), [("linear", 20), ("cosine", 0), ("sigmoid", 0)])
 def test_schedule_too_short(name, num_steps):
-    with pytest.raises(UserError, match=str(num_steps)) as error:
+    with pytest.raises(UserError, check=mentions("schedule", num_steps)):
         make_schedule(name, num_steps)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("ratio", [0, -2.0, float("nan"), float("inf")])
 def test_a_shift_needs_a_ratio(ratio):
-    with pytest.raises(UserError, match="resolution_shift"):
+    with pytest.raises(UserError, check=mentions("resolution_shift", ratio)):
         shifted(make_schedule("cosine", 10), ratio)
 
 
 def test_one_step_cannot_end_in_pure_noise():
-    with pytest.raises(UserError, match="one step"):
+    with pytest.raises(UserError, check=mentions("one step", "pure noise")):
         with_zero_terminal_snr(make_schedule("cosine", 1))
 
 
@@ -219,7 +219,7 @@ def test_of_float32_tables_a_beta_that_is_kept_is_not_computed_anew():
 
 
 def test_a_schedule_whose_first_step_is_lost_in_float32_is_rejected():
-    with pytest.raises(UserError, match="first beta"):
+    with pytest.raises(UserError, check=mentions("2 steps", "float32", "first beta")):
         in_float32(of_alpha_bar(np.array([1 - 1e-9, 0.5])))
 
 
@@ -236,19 +236,19 @@ def test_a_schedule_of_any_alpha_bar():
 
 
 @pytest.mark.parametrize(
-    ("alpha_bar", "timesteps", "says"),
+    ("alpha_bar", "timesteps", "facts"),
     [
-        ([0.5, 0.5], None, "descend"),
-        ([1.0, 0.5], None, "descend"),
-        ([0.5, -0.1], None, "descend"),
-        ([0.5, float("nan")], None, "descend"),
-        ([], None, "descend"),
-        ([[0.5, 0.4]], None, "descend"),
-        ([0.5, 0.4], [1, 1], "2 ascending numbers"),
-        ([0.5, 0.4], [-1, 1], "2 ascending numbers"),
-        ([0.5, 0.4], [1], "2 ascending numbers"),
+        ([0.5, 0.5], None, ["alpha_bar", "descend"]),
+        ([1.0, 0.5], None, ["alpha_bar", "descend"]),
+        ([0.5, -0.1], None, ["alpha_bar", "descend"]),
+        ([0.5, float("nan")], None, ["alpha_bar", "descend"]),
+        ([], None, ["alpha_bar", "descend"]),
+        ([[0.5, 0.4]], None, ["alpha_bar", "descend"]),
+        ([0.5, 0.4], [1, 1], ["timesteps", "2 ascending numbers"]),
+        ([0.5, 0.4], [-1, 1], ["timesteps", "2 ascending numbers"]),
+        ([0.5, 0.4], [1], ["timesteps", "2 ascending numbers"]),
     ],
 )
-def test_no_alpha_bar(alpha_bar, timesteps, says):
-    with pytest.raises(UserError, match=says):
+def test_no_alpha_bar(alpha_bar, timesteps, facts):
+    with pytest.raises(UserError, check=mentions(*facts)):
         of_alpha_bar(np.array(alpha_bar), None if timesteps is None else np.array(timesteps))

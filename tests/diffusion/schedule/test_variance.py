@@ -11,6 +11,7 @@ from public_recordings import (
     recorded_network_with_variance,
     recorded_process,
 )
+from raised import mentions
 
 from dalle2_jax.diffusion import (
     NoiseStatistics,
@@ -87,9 +88,8 @@ def test_the_second_half_of_the_channels_is_the_variance():
 
 
 def test_an_odd_channel_has_no_half():
-    with pytest.raises(UserError, match="'learned' needs an even number of output channels, not 3") as error:
+    with pytest.raises(UserError, check=mentions("'learned'", "output channels", 3)):
         variance.split("learned", normals((2, 4, 4, 3)))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 0.5), (-0.2, 2.0), (1.0, 0.0)])
@@ -143,9 +143,8 @@ def test_pure_noise_leaves_all_of_the_spread(of_pure_noise):
 
 
 def test_moments_of_another_schedule_are_rejected():
-    with pytest.raises(UserError, match="noise statistics of 100 timesteps") as error:
+    with pytest.raises(UserError, check=mentions("noise statistics", 100, "noise_statistics")):
         variance.analytic(COSINE, NoiseStatistics((0.5,) * 100, 1.0))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("case", "variance_type"), VARIANCES)

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import re
 
 import pytest
 from clips import abstract, assert_same, random_clip, stage_of
+from raised import mentions
 
 from dalle2_jax.errors import WeightsError
 from dalle2_jax.models.clip import ClipConfig, TextConfig, VisionConfig
@@ -90,9 +90,9 @@ UNSUPPORTED = {
 def test_errors_name_the_field(tmp_path, path):
     section, field = path.split(".")
     edited(tmp_path, lambda model: model[section].update({field: UNSUPPORTED[path]}))
-    with pytest.raises(FieldError, match=re.escape(repr(UNSUPPORTED[path]))) as caught:
+    named = {"path": tmp_path / "open_clip_config.json", "field": f"model_cfg.{path}"}
+    with pytest.raises(FieldError, check=mentions(repr(UNSUPPORTED[path]), **named)):
         detected(tmp_path)
-    assert caught.value.path == str(tmp_path / "open_clip_config.json") and caught.value.field == f"model_cfg.{path}"
 
 
 def test_fields_without_effect_are_ignored(tmp_path):
@@ -116,17 +116,15 @@ def test_the_kind_decides_how_a_folder_of_both_formats_is_read(tmp_path):
 
 def test_two_activations_are_not_exported(tmp_path):
     config = dataclasses.replace(VIT, text=QUICK)
-    with pytest.raises(WeightsError, match="one activation for both towers"):
+    with pytest.raises(WeightsError, check=mentions("OpenCLIP", "one activation", "hf_clip")):
         export_open_clip(tmp_path, config, random_clip(config))
     assert not [*tmp_path.iterdir()]
 
 
 def test_a_damaged_config(tmp_path):
     edited(tmp_path, lambda model: model.update(text_cfg="none"))
-    with pytest.raises(FieldError) as caught:
+    with pytest.raises(FieldError, check=mentions(field="model_cfg.text_cfg")):
         detected(tmp_path)
-    assert caught.value.field == "model_cfg.text_cfg"
     (tmp_path / "open_clip_config.json").write_text("{")
-    with pytest.raises(WeightsError, match="not valid JSON") as caught:
+    with pytest.raises(WeightsError, check=mentions("JSON", path=tmp_path / "open_clip_config.json")):
         detected(tmp_path)
-    assert caught.value.path == tmp_path / "open_clip_config.json"

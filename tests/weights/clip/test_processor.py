@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from clips import FIXTURES, stage_of
 from PIL import Image
+from raised import mentions
 
 from dalle2_jax.data.images.decoding import preprocess
 from dalle2_jax.models.clip import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
@@ -118,7 +119,7 @@ def test_unsupported_values_are_rejected(field, value):
 
 def test_unknown_fields_cause_a_warning():
     assert read(do_convert_rgb=True, processor_class="CLIPProcessor", new_thing=None).preprocessing == OWN
-    with pytest.warns(WeightsWarning, match="^preprocessor_config.json: .* new_thing 3"):
+    with pytest.warns(WeightsWarning, match="preprocessor_config.json.*new_thing 3"):
         read(new_thing=3)
 
 
@@ -138,12 +139,10 @@ def test_the_preprocessing_of_openclip():
     squashed = cfg(size=[SIDE, SIDE], interpolation="bilinear", resize_mode="squash", mode="RGB", fill_color=0)
     assert squashed.preprocessing == Preprocessing("bilinear", "exact", SIDE, SIDE, "even")
     for field, value in (("size", 33), ("size", [32, 64]), ("interpolation", "random"), ("resize_mode", "longest")):
-        with pytest.raises(FieldError) as caught:
+        with pytest.raises(FieldError, check=mentions(field=f"preprocess_cfg.{field}")):
             cfg(**{field: value})
-        assert caught.value.field == f"preprocess_cfg.{field}"
-    with pytest.raises(FieldError) as caught:
+    with pytest.raises(FieldError, check=mentions(field="preprocess_cfg.mode")):
         cfg(mode="L")
-    assert caught.value.field == "preprocess_cfg.mode"
 
 
 def test_a_portrait_image_is_cropped_as_by_openai():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import WeightsError
 from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
@@ -200,21 +201,20 @@ def sample(loaded):
 def test_a_missing_tensor_is_named(missing):
     tensors = files.shapes("glide_base")
     del tensors[missing]
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(WeightsError, check=mentions(path="cut.pt", missing=(missing,))):
         (component,) = detect(files.source(tensors, "cut.pt"))
         files.check_table(component, files.stage_of(component))
-    assert (caught.value.path, caught.value.missing) == ("cut.pt", (missing,))
 
 
 def test_another_number_of_input_channels_is_rejected():
     tensors = {**files.shapes("glide_base"), "input_blocks.0.0.weight": (192, 4, 3, 3)}
-    with pytest.raises(WeightsError, match="odd.pt.* got 4"):
+    with pytest.raises(WeightsError, check=mentions("GLIDE", "input channels", 4, path="odd.pt")):
         detect(files.source(tensors, "odd.pt"))
 
 
 @pytest.mark.filterwarnings("error")
 def test_an_assumed_head_width_causes_a_warning():
     source = files.source(files.shapes("glide_base"))
-    with pytest.warns(WeightsWarning, match="file.pt.* 64 channels.* head_channels"):
+    with pytest.warns(WeightsWarning, match="file.pt.* 64 .*head_channels"):
         detect(source)
     detect(dataclasses.replace(source, hints=Hints(head_channels=64)))

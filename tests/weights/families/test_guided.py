@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import UserError, WeightsError
 from dalle2_jax.models.decoder import DecoderNetwork
@@ -201,15 +202,14 @@ def test_sizes_are_read_back_from_the_shapes(name):
 def test_a_missing_tensor_is_named(missing):
     tensors = files.shapes("guided_64_diffusion")
     del tensors[missing]
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(WeightsError, check=mentions(path="cut.pt", missing=(missing,))):
         detect(files.source(tensors, "cut.pt"))
-    assert (caught.value.path, caught.value.missing) == ("cut.pt", (missing,))
 
 
 def test_half_a_network_is_rejected():
     tensors = files.shapes("guided_64_diffusion")
     half = {key: shape for key, shape in tensors.items() if not key.startswith("output_blocks.1")}
-    with pytest.raises(WeightsError, match="half.pt is not a complete U-Net"):
+    with pytest.raises(WeightsError, check=mentions("complete U-Net", "guided-diffusion", path="half.pt")):
         detect(files.source(half, "half.pt"))
 
 
@@ -218,21 +218,21 @@ def test_missing_unexpected_and_misshapen_tensors_are_named():
     rules, abstract = adm_rules(MODEL), network_shapes(MODEL)
     key = "middle_block.1.qkv.weight"
     few = {name: shape for name, shape in tensors.items() if name != key}
-    for changed, message in (
-        (few, f"lacks tensor {key}"),
-        ({**tensors, "out.7.weight": (3,)}, "unexpected tensor out.7.weight"),
-        ({**tensors, key: (192, 32, 1)}, rf"{key} \[192, 32, 1\] does not match unet/mid_attn/attn/qkv/kernel"),
+    for changed, facts in (
+        (few, ["lacks", key]),
+        ({**tensors, "out.7.weight": (3,)}, ["unexpected", "out.7.weight"]),
+        ({**tensors, key: (192, 32, 1)}, [f"{key} [192, 32, 1]", "unet/mid_attn/attn/qkv/kernel"]),
     ):
-        with pytest.raises(WeightsError, match=message):
+        with pytest.raises(WeightsError, check=mentions(*facts, path="file.pt")):
             from_tensors(rules, files.source(changed).tensors, abstract, "file.pt")
 
 
 def test_another_number_of_input_channels_is_rejected():
     tensors = {**files.shapes("guided_64_diffusion"), "input_blocks.0.0.weight": (192, 4, 3, 3)}
-    with pytest.raises(WeightsError, match="latent.pt.* got 4"):
+    with pytest.raises(WeightsError, check=mentions("ADM", "input channels", 4, path="latent.pt")):
         detect(files.source(tensors, "latent.pt"))
 
 
 def test_an_unknown_attention_order():
-    with pytest.raises(UserError, match="'newer'.* 'new'"):
+    with pytest.raises(UserError, check=mentions("attention order", "'newer'", "'new'")):
         unet_rules(UNET, attention_order="newer")

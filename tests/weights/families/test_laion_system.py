@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from clips import FIXTURES, random_clip
 from karlo_recordings import Imported, Run, error, exact_rows, stage_of
+from raised import mentions
 
 from dalle2_jax import rng
 from dalle2_jax.cli.weights import COMMANDS, make_parser
-from dalle2_jax.errors import UsageError, UserError, WeightsError
+from dalle2_jax.errors import ConfigError, WeightsError
 from dalle2_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 from dalle2_jax.models.laion_prior import LaionPriorConfig, LaionPriorNetwork
 from dalle2_jax.stages import ClipStage, EmbeddingConfig
@@ -208,9 +209,8 @@ def test_a_clip_of_another_contract_is_rejected(files, tmp_path):
     """A CLIP that was imported without the prior has raw embeddings; nothing is written."""
     prior, clip = files
     command("import", "auto", clip, tmp_path)
-    with pytest.raises(WeightsError, match="unit x 4.89898.* raw x 1") as caught:
+    with pytest.raises(WeightsError, check=mentions("LAION prior", "unit x 4.89898", "raw x 1", path=prior)):
         command("import", "laion", prior, tmp_path)
-    assert caught.value.path == str(prior) and "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["clip"]
 
 
@@ -222,7 +222,7 @@ def test_stages_of_two_contracts_are_not_imported_together(files):
     assert both["clip"].config["embedding"] == UNIT and clip.config["embedding"]["normalisation"] == "raw"
     system_clip = ClipStage(clip_of(WIDTH), EmbeddingConfig(**both["clip"].config["embedding"]))
     check_embedding(both["prior"], system_clip)
-    with pytest.raises(UserError, match=r"\(Karlo decoder\) .* raw x 1, .* unit x 4.89898"):
+    with pytest.raises(WeightsError, check=mentions("Karlo decoder", "raw x 1", "unit x 4.89898")):
         check_embedding(both["decoder"], system_clip)
     assert with_shared_embedding({"clip": clip, "decoder": decoder}) == {"clip": clip, "decoder": decoder}
     assert with_shared_embedding({"prior": prior}) == {"prior": prior}
@@ -230,7 +230,7 @@ def test_stages_of_two_contracts_are_not_imported_together(files):
 
 def test_a_clip_of_another_size_is_rejected(files, tmp_path):
     narrow = clip_file(tmp_path, clip_of(WIDTH - 8))
-    with pytest.raises(WeightsError, match="of 24 dimensions.* has 16"):
+    with pytest.raises(WeightsError, check=mentions("24 dimensions", 16, path=files[0])):
         command("import", "auto", files[0], narrow, tmp_path / "system")
     assert not (tmp_path / "system").exists()
 
@@ -239,14 +239,14 @@ def test_inspect_describes_the_required_clip(files, capsys):
     command("inspect", files[0])
     out = capsys.readouterr().out
     assert "LAION prior" in out and "stage prior" in out
-    assert "requires a CLIP of 24 dimensions (unit x 4.89898)" in out
+    assert "24 dimensions" in out and "unit x 4.89898" in out
 
 
 def test_diffusers_pipelines_do_not_support_the_prior(loaded_stages, tmp_path):
     stages = {name: TrainedStage(each.stage, each.variables, each.tokenizer) for name, each in loaded_stages.items()}
     raw = dataclasses.replace(stages["clip"].stage, embedding=EmbeddingConfig("raw", 1.0))
     stages |= {"clip": stages["clip"]._replace(stage=raw), "decoder": None, "upsampler_1": None}
-    with pytest.raises(WeightsError, match="stage prior: model.kind"):
+    with pytest.raises(WeightsError, check=mentions("diffusers", "stage prior", "model.kind")):
         export_diffusers(tmp_path, stages)
 
 
@@ -281,29 +281,29 @@ def test_attention_is_a_hint():
 def test_another_noise_schedule_is_rejected(tmp_path):
     linear = np.linspace(1e-4, 0.02, STEPS, dtype=np.float32) * 1000 / STEPS
     path = prior_file(tmp_path, **{"noise_scheduler.betas": linear})
-    with pytest.raises(WeightsError, match=r"prior.safetensors .*noise schedule"):
+    with pytest.raises(WeightsError, check=mentions("noise schedule", "cosine", path=path)):
         detect(Source.open(path))
 
 
 def test_other_files_are_not_detected(files, tmp_path):
     assert detect(Source.open(files[1])) == [] == detect(Source(tmp_path))
-    with pytest.raises(WeightsError, match="of kind laion"):
+    with pytest.raises(WeightsError, check=mentions("kind laion", path=files[1])):
         detect_any(files[1], "laion")
 
 
 @pytest.mark.parametrize(
-    ("fields", "clip", "message"),
+    ("fields", "clip", "field", "facts"),
     [
-        ({"kind": "lion"}, clip_of(WIDTH), "unknown config.model.kind 'lion': did you mean 'laion'"),
-        ({"width": 8}, clip_of(WIDTH), "config.model.width follows from the rest of the system"),
-        ({"context_length": 19}, clip_of(WIDTH), "config.model.context_length must be clip's 20 or more, not 19"),
-        ({"text_input": "clip"}, clip_of(WIDTH), "unknown field of config.model 'text_input'"),
-        ({}, clip_of(WIDTH, text_width=64), "must be as wide as its embeddings, 24, not 64"),
-        ({}, clip_of(WIDTH, length=8), "config.text.context_length must be clip's 8, not 20"),
+        ({"kind": "lion"}, clip_of(WIDTH), "model.kind", ["'lion'", "'laion'"]),
+        ({"width": 8}, clip_of(WIDTH), "model.width", ["follows"]),
+        ({"context_length": 19}, clip_of(WIDTH), "model.context_length", [20, 19]),
+        ({"text_input": "clip"}, clip_of(WIDTH), "model.text_input", ["unknown field", "'text_input'"]),
+        ({}, clip_of(WIDTH, text_width=64), "model.kind", ["'laion'", 24, 64]),
+        ({}, clip_of(WIDTH, length=8), "text.context_length", [8, 20]),
     ],
 )
-def test_invalid_configs(fields, clip, message):
+def test_invalid_configs(fields, clip, field, facts):
     (component,) = detect(Source.open(recording("laion_prior")[0]))
     config = {**component.config, "model": {**component.config["model"], **fields}}
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(ConfigError, check=mentions(*facts, field=field)):
         stage_of(dataclasses.replace(component, config=config), ClipStage(clip, EmbeddingConfig(**UNIT)))

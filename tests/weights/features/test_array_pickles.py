@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from raised import mentions
 
 from dalle2_jax.errors import WeightsError
 from dalle2_jax.weights import torch_files
@@ -55,9 +56,8 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_other_arrays_are_damage(tmp_path, wrong):
     path = pickled(tmp_path / "x.ckpt", {"a": WRONG[wrong]})
-    with pytest.raises(WeightsError, match="x.ckpt") as caught:
+    with pytest.raises(WeightsError, check=mentions(path, "array", path=path)):
         open_tensors(path)
-    assert caught.value.path == path
 
 
 def test_nothing_else_is_unpickled(tmp_path):
@@ -87,7 +87,6 @@ HOSTILE = {
 def test_hostile_pickles(tmp_path, wrong):
     path, start = tmp_path / "x.ckpt", time.process_time()
     path.write_bytes(HOSTILE[wrong])
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(WeightsError, check=mentions(path=path)):
         open_tensors(path)
-    assert caught.value.path == path and "\n" not in str(caught.value)
     assert time.process_time() - start < 5

@@ -12,6 +12,7 @@ import pytest
 from guided_files import shapes as published
 from guided_files import source
 from karlo_recordings import FOLDER, VARIATIONS, imported, karlo, stage_of
+from raised import mentions
 
 from dalle2_jax import testing
 from dalle2_jax.config.experiment import Experiment
@@ -143,7 +144,7 @@ def test_folders_of_both_pipelines_are_one_system(tmp_path):
     shared = "decoder decoder_scheduler super_res_first super_res_scheduler text_encoder text_proj tokenizer"
     for name in shared.split():
         shutil.copytree(FOLDER / name, tmp_path / "iv" / name)
-    with pytest.raises(WeightsError, match="lacks super_res_last"):
+    with pytest.raises(WeightsError, check=mentions("super_res_last", path=tmp_path / "iv")):
         karlo_folders.detect(Source.open(tmp_path / "iv"))
     shutil.copytree(FOLDER / "super_res_last", tmp_path / "iv" / "super_res_last")
     components = karlo_folders.detect(Source.open(tmp_path / "iv"))
@@ -291,24 +292,24 @@ def test_export_in_bfloat16(tmp_path):
         ),
         ({"decoder.model.unet.middle_attention": False}, "decoder", "middle_attention"),
         ({"upsampler_1.conditioning.upscale": "linear"}, "upsampler_1", "conditioning.upscale"),
-        ({"upsampler_1.conditioning.low_size": 6}, "upsampler_1", "conditioning.low_size .* 12"),
+        ({"upsampler_1.conditioning.low_size": 6}, "upsampler_1", "conditioning.low_size"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_unsupported_properties_are_named(tmp_path, changes, stage, named):
-    with pytest.raises(WeightsError, match=f"stage {stage}: .*{named}") as error:
+    with pytest.raises(WeightsError, check=mentions(f"stage {stage}", named)):
         export_diffusers(tmp_path, other(changes))
-    assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_systems_that_are_not_a_pipeline(tmp_path):
     stages = other()
     for omitted in ("decoder", "clip"):
-        with pytest.raises(WeightsError, match=f"need stage {omitted}"):
+        with pytest.raises(WeightsError, check=mentions("diffusers", f"stage {omitted}", "lacks")):
             export_diffusers(tmp_path, {name: stage for name, stage in stages.items() if name != omitted})
-    with pytest.raises(WeightsError, match="no stage upsampler_2"):
+    with pytest.raises(WeightsError, check=mentions("diffusers", "stage upsampler_2")):
         export_diffusers(tmp_path, {**stages, "upsampler_2": stages["upsampler_1"]})
     without = {name: stage for name, stage in other({"clip.model.vision": None}).items() if name != "prior"}
-    with pytest.raises(WeightsError, match="need a prior or an image tower"):
+    with pytest.raises(WeightsError, check=mentions("diffusers", "prior", "image tower")):
         export_diffusers(tmp_path, without)
     assert not [*tmp_path.iterdir()]

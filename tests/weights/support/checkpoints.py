@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from guided_files import weight
+from raised import mentions
 
 from dalle2_jax.cli import run_cli
 from dalle2_jax.cli import weights as weights
@@ -203,11 +204,10 @@ def listing(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def assert_error(done, *parts, code=1):
-    """Asserts that a command printed one error line, which contains ``parts``, and returned an exit code."""
+def assert_error(done, *facts, code=1):
+    """Asserts that a command printed one error line, which mentions ``facts``, and returned an exit code."""
     line = done.stderr.rpartition("\r")[2]
     line = line[line.find("error: ") :]
     assert line.startswith("error: ") and line.count("\n") == 1, done
-    for part in parts:
-        assert str(part) in line, (part, line)
+    assert mentions(*facts)(line)
     assert done.returncode == code and "Traceback" not in done.stderr, done
