@@ -52,6 +52,8 @@ SLOWEST_FILES = (
     # Run first, so that all test processes end at about the same time.
     "tests/docs/test_docs.py",
     "tests/commands/test_end_to_end.py",
+    "tests/training/test_step.py",
+    "tests/weights/karlo/test_karlo_cascade.py",
     "tests/config/test_configs.py",
     "tests/diffusion/sampling/test_sampler.py",
     "tests/diffusion/schedule/test_objective.py",

@@ -137,10 +137,9 @@ def test_no_space(runner, in_process, system, tmp_path):
 
 
 def test_previews_while_training(in_process, tmp_path):
-    overrides = ("--config.sample_every=4", "--config.total_steps=8")
-    in_process.train("upsampler_1", tmp_path, *overrides)
+    in_process.train("upsampler_1", tmp_path, f"--config.sample_every={STEPS // 2}")  # as many steps: one program
     previews = sorted(path.name for path in (tmp_path / "upsampler_1" / "samples").iterdir())
-    assert previews == ["00000004.png", "00000008.png"]
+    assert previews == [f"{step:08d}.png" for step in (STEPS // 2, STEPS)]
 
 
 # --- sampling and measuring -----------------------------------------------------------------

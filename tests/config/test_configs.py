@@ -17,7 +17,7 @@ from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.config.specs import STAGES
 from dalle2_jax.diffusion import NoiseStatistics
 from dalle2_jax.errors import ConfigError, UsageError
-from dalle2_jax.stages import DiffusionStage
+from dalle2_jax.stages import DiffusionStage, abstract_variables
 from dalle2_jax.training.optim import make_optimizer
 from dalle2_jax.training.step import abstract_state
 
@@ -87,7 +87,7 @@ def computes(stage, state, side, length):
         "mask": jax.ShapeDtypeStruct((2, length), jnp.bool_),
     }
     key = jax.random.key(0)
-    frozen = {name: jax.eval_shape(stage.clip.init, key) for name in stage.requires}
+    frozen = {name: abstract_variables(stage.clip) for name in stage.requires}
 
     def loss(params, stats, frozen, batch):
         return stage.loss(params, stats, frozen, key, stage.prepare(frozen, batch))[0]

@@ -32,7 +32,7 @@ from dalle2_jax.workdir.folder import StageFolder
 TEXT = TextConfig(testing.VOCAB_SIZE, testing.CONTEXT_LENGTH, width=16, layers=1, heads=2, activation="gelu")
 MODEL = ArPriorConfig(TEXT, 16, 2, 2, context_length=8, embed_dim=testing.EMBED_DIM, components=6, buckets=2)
 STAGE = ArPriorStage(MODEL, testing.tiny_stage("clip_vit"), calibration_examples=32)
-FINE = dataclasses.replace(STAGE, model=dataclasses.replace(MODEL, buckets=8))
+FINE = dataclasses.replace(STAGE, model=dataclasses.replace(MODEL, buckets=8, layers=1))
 
 
 def keys(count, first=0):

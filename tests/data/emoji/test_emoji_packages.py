@@ -48,14 +48,10 @@ def test_a_damaged_package_is_reported_with_its_path(tmp_path, monkeypatch, dama
     assert caught.value.path == path
 
 
-CONTENTS_OF_NO_PACKAGE = {
-    "no gzip": b"no gzip",
-    "no tar": gzip.compress(b"no tar" * 200, mtime=0),
-    "cut short": tgz(CONTENTS)[:60],
-}
+WRONG_CONTENT = [b"no gzip", gzip.compress(b"no tar" * 200), tgz(CONTENTS)[:60]]
 
 
-@pytest.mark.parametrize("content", CONTENTS_OF_NO_PACKAGE.values(), ids=CONTENTS_OF_NO_PACKAGE)
+@pytest.mark.parametrize("content", WRONG_CONTENT, ids=["no gzip", "no tar", "cut"])
 def test_content_that_is_no_package_is_rejected(tmp_path, monkeypatch, content):
     package = register(monkeypatch, "captions", tmp_path, content)
     with pytest.raises(DataError):
