@@ -8,6 +8,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import warnings
 
 DEVICES = 8
 QUICK_FLAGS = {
@@ -160,5 +161,7 @@ def pytest_collection_finish():
 def pytest_runtest_teardown(item, nextitem):
     """Exempts what a file leaves in JAX's caches, too: a full collection of it all takes seconds."""
     if nextitem is None or nextitem.path != item.path:
-        gc.collect()
+        with warnings.catch_warnings():  # orbax forgets its own coroutines when a checkpoint cannot be read
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            gc.collect()
         gc.freeze()
