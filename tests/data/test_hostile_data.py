@@ -38,6 +38,7 @@ _ARRAYS = {
     "enormous": npy((10**12,)),
     "beyond 64 bits": npy((2**40, 2**40)),
     "negative": npy((-1,)),
+    "of truth values": npy((True,), content=bytes(8)),
     "another type": npy((1,), "<f8", bytes(8)),
     "another shape": npy((1, 1), content=bytes(8)),
     "by columns": npy((1,), content=bytes(8), columnwise=True),

@@ -123,7 +123,7 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
         shape, columnwise, kind = readers[np.lib.format.read_magic(file)](file)
     except Exception as error:  # the header is the text of a Python dict, whose parser raises any exception
         raise ValueError(f"it has no header of an array ({type(error).__name__})") from None
-    if kind.hasobject or any(size < 0 for size in shape):
+    if kind.hasobject or any(type(size) is not int or size < 0 for size in shape):
         raise ValueError(f"an array of {kind}{list(shape)}")
     return shape, columnwise, kind
 

@@ -157,7 +157,7 @@ class Statistics:
                 raise ValueError("NaN or infinity")
         except FileNotFoundError:
             raise DataError(f"there is no file {path}", path) from None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             reason = printable(error)[:200]
             raise DataError(f"{path} holds no statistics of features, or is damaged ({reason})", path) from error
         if origin is not None:
