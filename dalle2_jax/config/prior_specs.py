@@ -31,8 +31,27 @@ from dalle2_jax.models.prior import PriorConfig
 from dalle2_jax.stages import ArSamplingConfig, ClipStage, DiffusionConfig, SamplingConfig
 
 
+class PriorProperties:
+    """What the specs of both priors share: each maps captions to embeddings of CLIP."""
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """CLIP, whose embeddings it generates."""
+        return ("clip",)
+
+    @property
+    def reads_text(self) -> bool:
+        """A prior always has a tokenizer."""
+        return True
+
+    @property
+    def image_size(self) -> int | None:
+        """A prior has no images."""
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
-class PriorSpec(DiffusedSpec[SamplingConfig]):
+class PriorSpec(PriorProperties, DiffusedSpec[SamplingConfig]):
     """The diffusion prior, of the paper ("unclip") or of LAION ("laion") by ``model.kind``. See `Spec`."""
 
     model: PriorConfig | LaionPriorConfig
@@ -67,21 +86,6 @@ class PriorSpec(DiffusedSpec[SamplingConfig]):
         if isinstance(self.model, LaionPriorConfig):
             return ("model.width",)
         return ("model.embed_dim", "model.context_length", "model.vocab_size", "model.text_width")
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """CLIP, whose embeddings are diffused."""
-        return ("clip",)
-
-    @property
-    def reads_text(self) -> bool:
-        """A prior always has a tokenizer."""
-        return True
-
-    @property
-    def image_size(self) -> int | None:
-        """A prior has no images."""
-        return None
 
     def build(self, vocab_size: int | None, clip: ClipStage | None) -> stages.PriorStage:
         """See `Spec.build`."""
@@ -125,7 +129,7 @@ def _laion_sized(model: LaionPriorConfig, clip: ClipConfig) -> LaionPriorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ArPriorSpec:
+class ArPriorSpec(PriorProperties):
     """The autoregressive prior. See `Spec`."""
 
     model: ArPriorConfig
@@ -147,21 +151,6 @@ class ArPriorSpec:
             optional(ArSamplingConfig, config, "sampling") or ArSamplingConfig(),
             optional(ArPriorConditioning, config, "conditioning") or ArPriorConditioning(),
         )
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """CLIP, whose embeddings become codes."""
-        return ("clip",)
-
-    @property
-    def reads_text(self) -> bool:
-        """A prior always has a tokenizer."""
-        return True
-
-    @property
-    def image_size(self) -> int | None:
-        """A prior has no images."""
-        return None
 
     def build(self, vocab_size: int | None, clip: ClipStage | None) -> stages.ArPriorStage:
         """See `Spec.build`."""
