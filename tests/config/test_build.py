@@ -240,7 +240,7 @@ def test_a_job_tells_what_its_data_rejected(tmp_path):
     assert not shapes.rejected()
 
 
-# --- stages that speak for themselves ---------------------------------------------------------
+# --- stages that need no other stage ---------------------------------------------------------
 
 
 def glide_of(which, **text):

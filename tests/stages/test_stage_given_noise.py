@@ -16,7 +16,7 @@ CONFIG = DiffusionConfig("x0", num_steps=100)
 
 
 class Whole(probe.Probe):
-    """Never goes without anything."""
+    """Drops none of its conditions."""
 
     drop_rates = {"image": 0.0, "text": 0.0}
 
