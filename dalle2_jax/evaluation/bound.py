@@ -32,9 +32,15 @@ def examples(
 
 
 def bits_per_dim(
-    stages: Mapping[str, LoadedStage], name: str, source: data.Source, num: int, batch_size: int, seed: int
+    stages: Mapping[str, LoadedStage],
+    name: str,
+    source: data.Source,
+    num: int,
+    batch_size: int,
+    seed: int,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Returns the mean bound over ``num`` images, and its parts.
+    """Returns the mean bound over ``num`` images, and its parts; ``progress`` shows a progress bar.
 
     Returns:
         "total", "prior" and "vlb" in bits per dimension; "n", which is ``num``; and "interval", the 95 % interval of
@@ -48,7 +54,7 @@ def bits_per_dim(
     stage, params = cast(DiffusionStage, stages[name].stage), stages[name].variables.params
     measure = jax.jit(stage.bits_per_dim)
     totals, priors = [], []
-    for start in tqdm.tqdm(range(0, num, batch_size), desc="measuring", unit="batch"):
+    for start in tqdm.tqdm(range(0, num, batch_size), desc="measuring", unit="batch", disable=not progress):
         indices = [min(start + i, num - 1) for i in range(batch_size)]  # the last batch is padded
         x_0, condition = examples(stages, name, source, indices, seed)
         keys = rng.per_image(rng.root(seed), jnp.asarray(indices, jnp.int32))
@@ -63,9 +69,15 @@ def bits_per_dim(
 
 
 def noise_statistics(
-    stages: Mapping[str, LoadedStage], name: str, source: data.Source, num: int, seed: int, batch_size: int = 16
+    stages: Mapping[str, LoadedStage],
+    name: str,
+    source: data.Source,
+    num: int,
+    seed: int,
+    batch_size: int = 16,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Returns the content of a stage's ``noise_statistics.json``.
+    """Returns the content of a stage's ``noise_statistics.json``; ``progress`` shows a progress bar.
 
     Returns:
         "step", of the checkpoint; "eps", the mean power of the predicted noise at each timestep; and "x_0", that of the
@@ -85,7 +97,7 @@ def noise_statistics(
 
     key = rng.stream(rng.root(seed), "moments")  # the name of the stream is part of the results
     eps, second = np.zeros(len(steps)), 0.0
-    for start in tqdm.tqdm(range(0, num, batch_size), desc="measuring", unit="batch"):
+    for start in tqdm.tqdm(range(0, num, batch_size), desc="measuring", unit="batch", disable=not progress):
         indices = range(start, min(start + batch_size, num))
         x_0, condition = examples(stages, name, source, indices, seed)
         share = len(indices) / num

@@ -30,7 +30,7 @@ def bits_per_dim(context: Context, num: int) -> Figures:
     source = context.open(stage, options.split or MEASURES["bits_per_dim"].split)
     examples.check_count(num, source)
     size = options.batch_size or BATCH_SIZE
-    bits = bound.bits_per_dim(context.system.stages, stage, source, num, size, options.seed)
+    bits = bound.bits_per_dim(context.system.stages, stage, source, num, size, options.seed, options.progress)
     return {f"{stage}_{name}": Figure(bits[name], num, bits["interval"][name]) for name in ("total", "prior", "vlb")}
 
 
@@ -43,7 +43,7 @@ def noise_statistics(context: Context, num: int) -> Figures:
     source = context.open(stage, options.split or MEASURES["noise_statistics"].split)
     examples.check_count(num, source)
     size = options.batch_size or BATCH_SIZE
-    statistics = bound.noise_statistics(context.system.stages, stage, source, num, options.seed, size)
+    statistics = bound.noise_statistics(context.system.stages, stage, source, num, options.seed, size, options.progress)
     StageFolder(context.system.path, stage).write_json(NOISE_STATISTICS, statistics)
     power = sum(statistics["eps"]) / len(statistics["eps"])
     return {f"{stage}_eps": Figure(power, num), f"{stage}_x_0": Figure(statistics["x_0"], num)}
