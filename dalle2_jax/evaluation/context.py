@@ -166,16 +166,16 @@ class Context:
         return self.options.data is None or isinstance(self.options.data, str | os.PathLike)
 
     def indices(self, num: int) -> list[int]:
-        """Returns the examples whose captions are sampled: the first ones, or random ones with a protocol."""
+        """Returns the examples whose captions are sampled: the first of `examples.order`, or those of a protocol."""
         examples.check_count(num, self.source)
         if self.options.protocol is None:
-            return list(range(num))
+            return list(examples.order(self.source)[:num])
         order = np.random.default_rng(self.options.seed).permutation(len(self.source))
         return order[:num].tolist()
 
     def real_indices(self, num: int) -> list[int]:
-        """Returns the examples whose images are compared with samples: as many, or all with a protocol."""
-        return list(range(num if self.options.protocol is None else len(self.source)))
+        """Returns the examples whose images are compared with samples: the same ones, or all with a protocol."""
+        return self.indices(num) if self.options.protocol is None else list(range(len(self.source)))
 
     def captions(self, num: int) -> list[str]:
         """Returns the captions of `indices`."""

@@ -17,6 +17,9 @@ from dalle2_jax.system.system import System
 CHUNK = 256
 """Images that are in memory at a time."""
 
+MAX_ORDERED = 1_000_000
+"""Examples of a data set that evaluations choose from."""
+
 
 def open_source(
     system: Path,
@@ -54,6 +57,18 @@ def check_count(num: int, source: data.Source) -> None:
         raise UserError(f"num {num} is more than the {len(source)} examples of this split: reduce num")
 
 
+def order(source: data.Source) -> Sequence[int]:
+    """Returns the order in which evaluations take examples: random, always the same.
+
+    A few examples then represent a data set that is sorted, by name or by class. Scenes of ``shapes`` are in random
+    order already; of more than `MAX_ORDERED` examples, so many that are spread evenly are taken.
+    """
+    if isinstance(source, data.ShapesSource):
+        return range(len(source))
+    count = min(len(source), MAX_ORDERED)
+    return (np.random.default_rng(0).permutation(count) * len(source) // count).tolist()
+
+
 def captions(source: data.Source, indices: Sequence[int]) -> list[str]:
     """Returns the caption of each example that evaluations use."""
     chosen = source.select(("caption",))
@@ -70,7 +85,7 @@ def embed_images(system: System, source: data.Source, indices: Sequence[int]) ->
 
 
 def distinct(source: data.Source, count: int) -> list[int]:
-    """Returns the indices of the first ``count`` examples of which no two could share a caption.
+    """Returns the indices of the first ``count`` examples, in the order of `order`, no two of which share a caption.
 
     For ``shapes`` these are scenes that differ in more than the background, which captions may omit, and the order of
     their objects ("a left of b", "b right of a"); for other sources, examples with different captions. There are fewer
@@ -78,7 +93,7 @@ def distinct(source: data.Source, count: int) -> list[int]:
     """
     seen, indices = set(), []
     named = source.select(("caption",))
-    for index in range(len(source)):
+    for index in order(source):
         if isinstance(source, data.ShapesSource):
             *objects, relation, _ = source.scene(index).attributes
             identity = frozenset(objects), relation in ("above", "below")

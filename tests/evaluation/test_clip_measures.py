@@ -53,6 +53,17 @@ def test_constant_embeddings_find_nothing():
     assert recall(np.ones((6, 3)), np.ones((6, 3)))["image_to_text_at_1"].value == 0
 
 
+def test_a_few_examples_are_spread_over_a_sorted_data_set(monkeypatch):
+    """They are the first of more examples, so that a larger measurement generates only what is missing."""
+    source = data.as_source({"image": np.zeros((200, 8, 8, 3), np.uint8), "caption": ["a"] * 200})
+    order = examples.order(source)
+    assert sorted(order) == list(range(200)) and order == examples.order(source)
+    assert min(order[:20]) < 40 and max(order[:20]) >= 160
+    monkeypatch.setattr(examples, "MAX_ORDERED", 50)
+    assert sorted(examples.order(source)) == list(range(0, 200, 4))
+    assert examples.order(SOURCE) == range(len(SOURCE))
+
+
 def test_distinct_shapes_differ_in_more_than_the_background():
     """Captions may omit the background, so two scenes that differ in it alone could share a caption."""
     indices = examples.distinct(SOURCE, 64)
