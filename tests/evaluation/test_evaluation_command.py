@@ -133,11 +133,9 @@ def test_bits_per_dim(system, monkeypatch, capsys, tmp_path, ends):
     monkeypatch.setattr(bound, "bits_per_dim", lambda *words: given.append(words) or bits)
     words = ("--measures", "bits_per_dim", "--stage", "decoder", "--data", "shapes", "--num", 20)
     assert run(system, *words, "--out", tmp_path) == 0
-    [(stages, stage, source, num, batch_size, seed)] = given
-    assert (stage, num, batch_size, seed, source.split) == ("decoder", 20, 16, 1, "val") and {*stages} == {
-        "clip",
-        "decoder",
-    }
+    [(stages, stage, source, num, batch_size, seed, progress)] = given
+    assert (stage, num, batch_size, seed, progress) == ("decoder", 20, 16, 1, True)
+    assert source.split == "val" and {*stages} == {"clip", "decoder"}
     total = json.loads((tmp_path / "results.json").read_text())["measures"]["bits_per_dim"]["decoder_total"]
     assert total == {"value": 2.0, "n": 20, "interval": ends and list(ends)}
 
