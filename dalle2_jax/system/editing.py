@@ -124,9 +124,7 @@ def text_diff(
     return _frames(generator, slerp(image_emb[0], target, theta), x_T, theta, prompt)
 
 
-def difference_target(
-    image_emb: Float[np.ndarray, "E"], text_emb: Float[np.ndarray, "2 E"]
-) -> Float[np.ndarray, "E"]:
+def difference_target(image_emb: Float[np.ndarray, "E"], text_emb: Float[np.ndarray, "2 E"]) -> Float[np.ndarray, "E"]:
     """Returns the normalised difference z_d of two text embeddings, with the norm of an image embedding.
 
     Raises:

@@ -5,7 +5,8 @@ import pytest
 from raised import mentions
 
 from dalle2_jax.errors import ConfigError, UsageError, UserError
-from dalle2_jax.system import row_calls
+from dalle2_jax.system.rows import COMMANDS, until
+from dalle2_jax.system.rows.calls import inpaint, interpolate, text2image, text_diff
 
 FEW = {"decoder": {"steps": 2}, "upsampler_1": {"steps": 2}}
 READS_TEXT = {**FEW, "prior": {"steps": 2}}
@@ -49,8 +50,9 @@ CALLS = {
 @pytest.mark.parametrize("command", CALLS)
 def test_rows_are_the_images_of_the_call(system, command):
     arguments, call = CALLS[command]
-    options = {"num": 1 if command in ("interpolate", "text_diff") else 2, "seed": 2**32 - 1, **(READS_TEXT if command in ("text2image", "inpaint") else FEW)}
-    made = row_calls.COMMANDS[command](system, options, **arguments)
+    settings = READS_TEXT if command in ("text2image", "inpaint") else FEW
+    options = {"num": 1 if command in ("interpolate", "text_diff") else 2, "seed": 2**32 - 1, **settings}
+    made = COMMANDS[command](system, options, **arguments)
     expected = call(system, options)
     # A call embeds and inverts its images in another batch size, so that the last bit of a sum may differ.
     np.testing.assert_allclose(finish(made).astype(int), expected.numpy.astype(int), atol=1)
@@ -61,15 +63,15 @@ def test_rows_are_the_images_of_the_call(system, command):
 
 def test_mixed_calls_share_a_batch(system):
     """Rows of other seeds, captions and commands, in any order, at any place of a batch of one size."""
-    alone = [row_calls.text2image(system, {"num": 1, "seed": seed, **READS_TEXT}, prompt=f"no {seed}") for seed in range(3)]
+    alone = [text2image(system, {"num": 1, "seed": seed, **READS_TEXT}, prompt=f"no {seed}") for seed in range(3)]
     expected = np.concatenate([finish(call, batch=4) for call in alone])
     together = alone[0]._replace(rows=[call.rows[0] for call in reversed(alone)])
     np.testing.assert_array_equal(finish(together, batch=4)[::-1], expected)
 
 
 def test_groups_separate_what_cannot_share_a_program(system):
-    plain = row_calls.text2image(system, {"num": 2, **READS_TEXT}, prompt="a")
-    stronger = row_calls.text2image(system, {"num": 1, **READS_TEXT, "decoder": {"steps": 2, "guidance": 3.5}}, prompt="a")
+    plain = text2image(system, {"num": 2, **READS_TEXT}, prompt="a")
+    stronger = text2image(system, {"num": 1, **READS_TEXT, "decoder": {"steps": 2, "guidance": 3.5}}, prompt="a")
     assert plain.sampler.group(plain.rows[0]) == plain.sampler.group(plain.rows[1])
     assert plain.sampler.group(plain.rows[0]) == stronger.sampler.group(stronger.rows[0])  # the prior's config is equal
     [decoded, _], [guided] = plain.sampler.run(plain.rows, 2), stronger.sampler.run(stronger.rows, 1)
@@ -77,19 +79,19 @@ def test_groups_separate_what_cannot_share_a_program(system):
 
 
 def test_a_smaller_size_ends_with_its_stage(system):
-    made = row_calls.text2image(system, {"num": 1, **READS_TEXT}, prompt="a")
-    small = row_calls.until(made, 8)
-    assert finish(small).shape == (1, 8, 8, 3) and finish(row_calls.until(made, None)).shape == (1, 16, 16, 3)
+    made = text2image(system, {"num": 1, **READS_TEXT}, prompt="a")
+    small = until(made, 8)
+    assert finish(small).shape == (1, 8, 8, 3) and finish(until(made, None)).shape == (1, 16, 16, 3)
     with pytest.raises(UserError, check=mentions("100x100", "8x8", "16x16")):
-        row_calls.until(made, 100)
+        until(made, 100)
 
 
 def test_wrong_arguments(system):
     with pytest.raises(ConfigError, check=mentions(field="decoder.speed")):
-        row_calls.text2image(system, {"decoder": {"speed": 1}}, prompt="a")
+        text2image(system, {"decoder": {"speed": 1}}, prompt="a")
     with pytest.raises(UsageError, check=mentions("two", 1)):
-        row_calls.interpolate(system, {}, images=[IMAGE])
+        interpolate(system, {}, images=[IMAGE])
     with pytest.raises(ConfigError, check=mentions(field="frames")):
-        row_calls.text_diff(system, {}, image=IMAGE, before="a", after="b", frames=1)
+        text_diff(system, {}, image=IMAGE, before="a", after="b", frames=1)
     with pytest.raises(UserError, check=mentions(2)):
-        row_calls.inpaint(system, FEW, image=IMAGE, mask=MASK, resample=(5, 2))
+        inpaint(system, FEW, image=IMAGE, mask=MASK, resample=(5, 2))

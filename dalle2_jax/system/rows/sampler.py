@@ -154,7 +154,4 @@ def _row_keys(seed: jax.Array, index: jax.Array, sample: jax.Array) -> Key[Array
 def known_pixels(sampler: RowSampler, image: Any, regenerated: np.ndarray) -> dict[str, KnownPixels]:
     """Returns the known pixels of an image for each stage, see `Generator.known`."""
     known = sampler.known(image, regenerated)
-    return {
-        name: KnownPixels(np.asarray(part.image)[0], np.asarray(part.mask)[0]) for name, part in known.items()
-    }
-
+    return {name: KnownPixels(np.asarray(part.image)[0], np.asarray(part.mask)[0]) for name, part in known.items()}

@@ -1,4 +1,4 @@
-"""The rows of each call: what `System`'s methods of the same names generate, as rows for `rows.RowSampler`.
+"""The rows of each call: what `System`'s methods of the same names generate, as rows for `RowSampler`.
 
 Given images are embedded and inverted here, one image at a time, so that a row does not depend on how many images its
 call was given. The equations are those of `dalle2_jax.system.editing`.
@@ -18,7 +18,7 @@ from dalle2_jax.system.editing import difference_target, slerp, with_inversion
 from dalle2_jax.system.generation import provenance
 from dalle2_jax.system.inputs import ImageLike, InputImage, read_captions, read_image, read_mask
 from dalle2_jax.system.options import SampleOptions, check_fraction, check_number
-from dalle2_jax.system.rows import Row, RowSampler, known_pixels
+from dalle2_jax.system.rows.sampler import Row, RowSampler, known_pixels
 from dalle2_jax.system.system import MAX_FRAMES, System
 
 
@@ -111,7 +111,8 @@ def interpolate(
     ends = [_embedding(sampler, image) for image in given]
     x_T: Any = [None] * frames
     if eta is not None:
-        x_T = slerp(*(_inverted(sampler, *pair, prompt) for pair in zip(given, ends, strict=True)), theta)
+        noise = [_inverted(sampler, *pair, prompt) for pair in zip(given, ends, strict=True)]
+        x_T = slerp(noise[0], noise[1], theta)
     emb = slerp(ends[0], ends[1], theta)
     return _rows(sampler, [_frame(prompt, emb[i], x_T[i]) for i in range(frames)], shared_noise=True)
 
@@ -203,4 +204,3 @@ def _inverted(sampler: RowSampler, image: InputImage, image_emb: np.ndarray, pro
 
 def _caption(text: str) -> str:
     return read_captions(text)[0]
-

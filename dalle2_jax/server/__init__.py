@@ -1,0 +1,1 @@
+"""Serves systems: the engine that batches requests, OpenAI's Images API over it, and the web page."""
