@@ -82,7 +82,7 @@ def test_a_smaller_size_ends_with_its_stage(system):
     made = text2image(system, {"num": 1, **READS_TEXT}, prompt="a")
     small = until(made, 8)
     assert finish(small).shape == (1, 8, 8, 3) and finish(until(made, None)).shape == (1, 16, 16, 3)
-    with pytest.raises(UserError, check=mentions("100x100", "8x8", "16x16")):
+    with pytest.raises(ConfigError, check=mentions("100x100", "8x8", "16x16", field="size")):
         until(made, 100)
 
 

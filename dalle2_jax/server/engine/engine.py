@@ -151,6 +151,11 @@ class Engine:
         """Whether requests are accepted: before `close`."""
         return not self._closing
 
+    @property
+    def alive(self) -> bool:
+        """Whether the worker thread runs."""
+        return self._thread.is_alive()
+
     def submit(self, owner: str, item: Item, images: int = 1, listener: Listener | None = None) -> Ticket:
         """Accepts a request.
 

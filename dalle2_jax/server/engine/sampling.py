@@ -147,3 +147,11 @@ def embed(system: System, texts: Sequence[str] = (), images: Sequence[Any] = ())
     if images:
         found["image"] = system.embed_image(list(images))
     return found
+
+
+def warm_up_tasks(system: str, sizes: Sequence[int]) -> list[Task]:
+    """Returns requests that load a system, and compile its stages for batch sizes with and without previews."""
+    load = Task(system, "embed", {})
+    options = [SampleOptions(num=size, seed=0) for size in sizes]
+    arguments = {"prompt": "an image"}
+    return [load, *(Task(system, "text2image", arguments, o, observed=seen) for o in options for seen in (False, True))]

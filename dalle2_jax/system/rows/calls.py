@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dalle2_jax.diffusion import resampling
-from dalle2_jax.errors import UsageError, UserError
+from dalle2_jax.errors import ConfigError, UsageError
 from dalle2_jax.ranges import Range
 from dalle2_jax.system.cascade import PRIORS
 from dalle2_jax.system.editing import difference_target, slerp, with_inversion
@@ -156,7 +156,7 @@ def until(made: RowCall, side: int | None) -> RowCall:
     """Returns a call that ends with the stage whose images have ``side`` pixels each way; None is the largest.
 
     Raises:
-      UserError: no stage generates images of that size.
+      ConfigError: no stage generates images of that size.
     """
     names = [name for name in made.sampler.stage_names if name not in PRIORS.values()]
     sides = {made.sampler.side(name): name for name in names}
@@ -164,7 +164,7 @@ def until(made: RowCall, side: int | None) -> RowCall:
         return made
     if side not in sides:
         listed = ", ".join(f"{size}x{size}" for size in sides)
-        raise UserError(f"this system generates no images of {side}x{side}: choose from {listed}")
+        raise ConfigError(f"this system generates no images of size {side}x{side}: choose from {listed}", "size")
     last = names.index(sides[side])
     kept = {*PRIORS.values(), *names[: last + 1]}
     rows = [dataclasses.replace(row, remaining=tuple(n for n in row.remaining if n in kept)) for row in made.rows]
