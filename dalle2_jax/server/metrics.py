@@ -19,7 +19,7 @@ class Metrics:
         self.latency = Histogram(
             "dalle2_request_seconds", "Time to an answer.", ["route"], buckets=_SECONDS, registry=registry
         )
-        self._images = Counter("dalle2_images_total", "Images generated.", registry=registry)
+        self.images = Counter("dalle2_images_total", "Images generated.", registry=registry)
         self._queued = Histogram(
             "dalle2_queue_seconds", "Time until a request is started.", buckets=_SECONDS, registry=registry
         )
@@ -44,7 +44,6 @@ class Metrics:
 
     def finished(self, images: int, waited: float, seconds: float) -> None:
         """See `Monitor`."""
-        self._images.inc(images)
         self._queued.observe(waited)
 
     def text(self) -> bytes:

@@ -41,8 +41,8 @@ class ImpatientProtocol(H11Protocol):
 class Server(uvicorn.Server):
     """A server whose shutdown begins with its engine: it answers 503 until what was started is finished."""
 
-    def __init__(self, config: ServerConfig):
-        self.service = Service(config)
+    def __init__(self, config: ServerConfig, service: Service | None = None):
+        self.service = service or Service(config)
         options = uvicorn.Config(
             create_app(self.service),
             host=config.host,

@@ -39,7 +39,7 @@ def serve(tiny):
 
     def make(**fields):
         names = fields.pop("names", ("tiny", "second"))
-        config = ServerConfig({name: "nowhere" for name in names}, **fields)
+        config = ServerConfig({name: "nowhere" for name in names}, **{"batch_sizes": (1, 4), **fields})
         return Service(config, {name: lambda: tiny for name in names})
 
     return make

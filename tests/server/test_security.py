@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from conftest import FEW, png
+from conftest import FEW
 from raised import mentions
 from starlette.testclient import TestClient
 
@@ -57,7 +57,7 @@ def test_loopback_needs_no_keys(host):
 
 def test_keys_are_required_everywhere_but_for_health(serve, key_file):
     with client_of(serve(api_keys=key_file), "http://anywhere.example") as client:
-        paths = [route.path for route in client.app.routes]
+        paths = list(client.get("/openapi.json").json()["paths"])
         assert "/dalle2/jobs/{name}/events" in paths
         for method, path in [
             *(("POST", path) for path in paths if path.startswith("/dalle2/") and "{" not in path),
@@ -276,4 +276,4 @@ def test_metrics(serve):
         text = client.get("/metrics").text
     assert "dalle2_images_total 2.0" in text and "dalle2_queue_images 0.0" in text
     assert f'dalle2_requests_total{{route="{ROUTE}",status="200"}} 1.0' in text
-    assert png() and "process_resident_memory_bytes" in text
+    assert "process_resident_memory_bytes" in text

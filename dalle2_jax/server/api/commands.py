@@ -162,6 +162,15 @@ async def embed(request: Request) -> dict[str, Any]:
         return {"model": task.system, **{name: rows.tolist() for name, rows in found.items()}}
 
 
+@router.get("/models/{name}")
+async def model(request: Request, name: str) -> dict[str, Any]:
+    """Describes a system, which is loaded: the sizes that it generates, and how its stages are sampled."""
+    service, owner = service_of(request), owner_of(request)
+    with service.limits.request(owner):
+        [about] = await wait_for(request, service.submit(owner, Task(name, "describe", {}), 1))
+        return {"id": name, **about}
+
+
 @router.get("/jobs/{name}")
 async def job(request: Request, name: str) -> dict[str, Any]:
     """Returns the state of a job, with its result when it is done."""

@@ -51,15 +51,10 @@ class Guard:
     Args:
       app: the application.
       service: its parts.
-      body_seconds: the time for a body.
-      part_seconds: the time between two parts of a body.
     """
 
-    def __init__(
-        self, app: Any, service: Service, body_seconds: float = BODY_SECONDS, part_seconds: float = PART_SECONDS
-    ):
+    def __init__(self, app: Any, service: Service):
         self._app, self._service = app, service
-        self._body_seconds, self._part_seconds = body_seconds, part_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -146,14 +141,14 @@ class Guard:
         too_large = invalid(f"the request has more than {limit} bytes", None, "request_too_large", 413)
         if not declared.isdecimal() or int(declared[:20]) > limit:
             raise too_large
-        total, complete, deadline = 0, False, time.monotonic() + self._body_seconds
+        total, complete, deadline = 0, False, time.monotonic() + BODY_SECONDS
 
         async def bounded() -> Any:
             nonlocal total, complete
             if complete:
                 return await receive()
             try:
-                left = max(0.0, min(self._part_seconds, deadline - time.monotonic()))
+                left = max(0.0, min(PART_SECONDS, deadline - time.monotonic()))
                 message = await asyncio.wait_for(receive(), left)
             except TimeoutError:
                 raise ApiError(408, "the request took too long to arrive", None, "request_timeout") from None

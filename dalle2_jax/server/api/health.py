@@ -13,6 +13,8 @@ router = APIRouter(include_in_schema=False)
 
 PAGES = {
     # path: (file of the package dalle2_jax.server.page, its type)
+    "/": ("index.html", "text/html"),
+    **{f"/{name}.js": (f"{name}.js", "text/javascript") for name in ("app", "api", "images", "recipes")},
     "/docs": ("docs.html", "text/html"),
     "/docs.js": ("docs.js", "text/javascript"),
     "/style.css": ("style.css", "text/css"),

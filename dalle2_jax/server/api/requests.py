@@ -124,6 +124,7 @@ async def images_answer(
     Raises:
       OSError: the disk is full.
     """
+    service.metrics.images.inc(len(generated))
     side = side_of(body.size) if body.resize else None
     return await asyncio.to_thread(_encode_answer, service, str(request.base_url), body, generated, side)
 

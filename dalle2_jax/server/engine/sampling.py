@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ class Task:
 
     Attributes:
       system: its name.
-      command: of ``system.rows.COMMANDS``; or "embed", whose one result is a dict of arrays.
+      command: of ``system.rows.COMMANDS``, whose results are images; or of `ANSWERS`, which have one result.
       arguments: of the command.
       options: of sampling.
       side: of the images, in pixels; None for the largest.
@@ -95,8 +95,8 @@ class CascadeRunner:
     def _prepare(self, task: Task) -> list[Item | Finished]:
         """Returns the rows of a request."""
         system = self._systems.get(task.system)
-        if task.command == "embed":
-            return [Finished(embed(system, **task.arguments))]
+        if task.command in ANSWERS:
+            return [Finished(ANSWERS[task.command](system, **task.arguments))]
         made = COMMANDS[task.command](system, task.options, **task.arguments)
         made = until(made, task.side)
         about = {**made.provenance, "system": task.system}
@@ -147,6 +147,21 @@ def embed(system: System, texts: Sequence[str] = (), images: Sequence[Any] = ())
     if images:
         found["image"] = system.embed_image(list(images))
     return found
+
+
+def describe(system: System) -> dict[str, Any]:
+    """Returns the sizes that a system generates, and how its stages are sampled."""
+    sampler = RowSampler(system.call("text2image", {}, system.embeds_images))
+    sides = [sampler.side(name) for name in sampler.stage_names if name not in PRIORS.values()]
+    names = {name: "prior" if name in PRIORS.values() else name for name in sampler.stage_names}
+    return {
+        "sizes": [f"{side}x{side}" for side in sides],
+        "sampling": {names[name]: dataclasses.asdict(config) for name, config in sampler.sampling.items()},
+    }
+
+
+ANSWERS: Mapping[str, Callable[..., Any]] = {"embed": embed, "describe": describe}
+"""Requests that generate no images: name -> function of the system and the arguments."""
 
 
 def warm_up_tasks(system: str, sizes: Sequence[int]) -> list[Task]:
