@@ -28,8 +28,8 @@ from dalle2_jax import cli, pretrained
 from dalle2_jax.config import sweep
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-RUN_ELSEWHERE = ("python.md",)
-"""Pages that ``test_docs_python.py`` runs."""
+RUN_ELSEWHERE = ("python.md", "serving.md")
+"""Pages that ``test_docs_python.py`` and ``tests/server/test_serving_page.py`` run."""
 
 NOTEBOOKS = sorted(ROOT.glob("examples/*.ipynb"))
 
