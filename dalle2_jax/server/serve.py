@@ -83,6 +83,7 @@ class Server(uvicorn.Server):
             listener = socket.socket(family, kind)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen(2048)
         except OSError as error:
             raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): use another --port") from error
         return listener
