@@ -16,8 +16,11 @@ from dalle2_jax.server.api.app import create_app
 from dalle2_jax.server.config import ServerConfig
 from dalle2_jax.server.service import Service
 
-HEADER_SECONDS, MAX_CONNECTIONS, CLOSING_SECONDS = 10.0, 1_000, 5
-"""Seconds for the headers of a request; connections at a time; seconds for answers to be sent at the end."""
+HEADER_SECONDS, CLOSING_SECONDS = 10.0, 5
+"""Seconds for the headers of a connection's first request, and for answers to be sent at the end."""
+
+MAX_CONNECTIONS, BACKLOG = 1_000, 2_048
+"""Connections at a time, and those that wait to be accepted."""
 
 
 class ImpatientProtocol(H11Protocol):
@@ -80,10 +83,12 @@ class Server(uvicorn.Server):
         host, port = self.config.host, self.config.port
         try:
             family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            listener = socket.socket(family, kind)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(2048)
+            with contextlib.ExitStack() as closed_on_failure:
+                listener = closed_on_failure.enter_context(socket.socket(family, kind))
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                listener.listen(BACKLOG)
+                closed_on_failure.pop_all()
         except OSError as error:
             raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): use another --port") from error
         return listener

@@ -46,6 +46,7 @@ class Service:
 
     def start(self) -> None:
         """Starts the engine and, in the background, loads the first system or, with warm-up, all of them."""
+        self.files.open()
         self.engine.start()
         threading.Thread(target=self._prepare, name="warm-up", daemon=True).start()
 

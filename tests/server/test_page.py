@@ -50,7 +50,8 @@ def few_steps(page):
     """Opens the settings and makes all stages quick."""
     if not page.run("document.getElementById('settings').open"):
         page.click("#settings summary")
-    for stage in page.run("[...document.querySelectorAll('[data-setting=steps]')].map((e) => e.dataset.stage)"):
+    shown = "[...document.querySelectorAll('[data-setting=steps]')].filter((e) => e.offsetParent)"
+    for stage in page.run(f"{shown}.map((e) => e.dataset.stage)"):
         page.write(f"[data-stage={stage}][data-setting=steps]", "4")
 
 

@@ -231,10 +231,12 @@ def test_answers_name_no_path_of_the_server(client):
 
 def test_files_expire_and_do_not_grow_without_bound(tmp_path):
     store = FileStore(tmp_path, seconds=60, max_bytes=250)
+    store.open()
     names = [store.put(bytes(100)) for _ in range(4)]
     assert store.get(names[-1]) == bytes(100) and store.get(names[0]) is None
     assert len(list(tmp_path.glob("*"))) <= 3
     brief = FileStore(tmp_path, seconds=0.01)
+    brief.open()
     name = brief.put(b"x")
     time.sleep(0.05)
     assert brief.get(name) is None

@@ -7,6 +7,7 @@ import secrets
 import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
 MAX_BYTES = 2**30
 """Of all files; the oldest are removed first."""
@@ -15,7 +16,7 @@ _NAME = re.compile(r"[0-9a-f]{32}")
 
 
 class FileStore:
-    """Image files in a folder. Its methods may be called from several threads.
+    """Image files in a folder, after `open`. Its methods may be called from several threads.
 
     Args:
       folder: where the files are; None makes a temporary folder, which `close` removes.
@@ -24,10 +25,15 @@ class FileStore:
     """
 
     def __init__(self, folder: Path | None, seconds: float, max_bytes: int = MAX_BYTES):
-        self._temporary = tempfile.TemporaryDirectory(prefix="dalle2-files-") if folder is None else None
-        self._folder = folder or Path(self._temporary.name if self._temporary else "")
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._temporary = folder, None
         self._seconds, self._max_bytes = seconds, max_bytes
+
+    def open(self) -> None:
+        """Makes the folder."""
+        if self._folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="dalle2-files-")
+            self._folder = Path(self._temporary.name)
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, content: bytes) -> str:
         """Stores a PNG file and returns its name; it appears under its name only when it is complete.
@@ -37,7 +43,8 @@ class FileStore:
         """
         self.sweep()
         name = secrets.token_hex(16)
-        path, unfinished = self._folder / f"{name}.png", self._folder / f".{name}.part"
+        folder = cast(Path, self._folder)
+        path, unfinished = folder / f"{name}.png", folder / f".{name}.part"
         try:
             with open(unfinished, "xb") as file:
                 file.write(content)
@@ -49,7 +56,7 @@ class FileStore:
 
     def get(self, name: str) -> bytes | None:
         """Returns the file of a name; None if there is none, or it has expired."""
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or self._folder is None:
             return None
         path = self._folder / f"{name}.png"
         with contextlib.suppress(OSError):
@@ -60,7 +67,7 @@ class FileStore:
     def sweep(self) -> None:
         """Removes files that have expired, and the oldest while there are too many bytes."""
         now, found = time.time(), []
-        for path in self._folder.glob("*.png"):
+        for path in cast(Path, self._folder).glob("*.png"):
             with contextlib.suppress(OSError):
                 status = path.stat()
                 found.append((status.st_mtime, status.st_size, path))

@@ -13,8 +13,8 @@ from dalle2_jax.server.api.errors import ApiError, from_exception, too_many
 from dalle2_jax.server.api.payload import encode_png, to_base64
 from dalle2_jax.server.engine.sampling import Progress
 
-MAX_JOBS = 1_000
-"""Jobs that are kept, finished or not."""
+MAX_JOBS, MAX_BYTES = 1_000, 2**28
+"""Jobs that are kept, finished or not; bytes of the answers and previews of finished ones, about."""
 
 _INTERVAL, _HEARTBEAT = 0.1, 15.0
 """Seconds between two events of an image, and between two signs of life."""
@@ -52,6 +52,13 @@ class Job:
         if self.error is not None:
             return "cancelled" if self.error.code == "cancelled" else "failed"
         return "done" if self.result is not None else "running" if self._progress else "queued"
+
+    @property
+    def nbytes(self) -> int:
+        """About the bytes of its answer and previews."""
+        previews = [progress.x_0.nbytes for _, progress in self._progress.values() if progress.x_0 is not None]
+        items = self.result["data"] if self.result else ()
+        return sum(previews) + sum(len(text) for item in items for text in item.values())
 
     def run(self, work: Awaitable[dict[str, Any]]) -> None:
         """Waits for the answer in the background."""
@@ -132,17 +139,22 @@ class Jobs:
         Raises:
           ApiError: 429, there are too many.
         """
-        expired = [job for job in self._jobs.values() if job.done and time.time() - job.created > self._seconds]
-        for job in expired:
-            del self._jobs[job.id]
-        while len(self._jobs) >= MAX_JOBS:
-            oldest = next((job for job in self._jobs.values() if job.done), None)
-            if oldest is None:
-                raise too_many(f"{MAX_JOBS} jobs are running, the limit", 10, "too_many_jobs")
-            del self._jobs[oldest.id]
+        self._forget()
+        if len(self._jobs) >= MAX_JOBS:
+            raise too_many(f"{MAX_JOBS} jobs are running, the limit", 10, "too_many_jobs")
         job = Job(owner, images)
         self._jobs[job.id] = job
         return job
+
+    def _forget(self) -> None:
+        """Forgets finished jobs that have expired, and the oldest while all are too many or too large."""
+        finished = [job for job in self._jobs.values() if job.done]
+        total = sum(job.nbytes for job in finished)
+        for job in finished:
+            expired = time.time() - job.created > self._seconds
+            if expired or total > MAX_BYTES or len(self._jobs) >= MAX_JOBS:
+                total -= job.nbytes
+                del self._jobs[job.id]
 
     def get(self, owner: str, name: str) -> Job:
         """Returns a job of an owner.

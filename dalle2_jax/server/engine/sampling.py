@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -15,6 +16,9 @@ from dalle2_jax.system.cascade import PRIORS
 from dalle2_jax.system.options import SampleOptions
 from dalle2_jax.system.rows import COMMANDS, Row, RowSampler, until
 from dalle2_jax.system.system import System
+
+MAX_PROGRAMS = 500
+"""Settings and batch sizes whose programs are in memory, at most."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,10 +85,15 @@ class _RowState:
 
 
 class CascadeRunner:
-    """Runs rows of loaded systems; it is the engine's `Runner`."""
+    """Runs rows of loaded systems; it is the engine's `Runner`.
+
+    Every new setting that decides a program compiles one. After `MAX_PROGRAMS` of them all are dropped from memory, so
+    that clients who vary their settings cannot fill it; those in JAX's cache on disk are not compiled again.
+    """
 
     def __init__(self, systems: Systems):
         self._systems = systems
+        self._programs: set[Hashable] = set()
 
     def run(self, items: Sequence[Item], size: int, report: Listener | None) -> list[list[Item | Finished]]:
         """See `Runner`."""
@@ -111,6 +120,10 @@ class CascadeRunner:
         states: list[_RowState] = [item.state for item in items]
         sampler, stage = states[0].sampler, states[0].row.remaining[0]
         size = math.ceil(size / sampler.devices) * sampler.devices
+        self._programs.add((items[0].step.group, size))
+        if len(self._programs) > MAX_PROGRAMS:
+            jax.clear_caches()
+            self._programs.clear()
         callback = None
         if report is not None:
             is_prior = stage in PRIORS.values()

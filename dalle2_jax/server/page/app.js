@@ -31,7 +31,6 @@ function showFields() {
   for (const field of document.querySelectorAll("[data-for]")) {
     field.hidden = !field.dataset.for.split(" ").includes(command());
   }
-  $("n").value = FRAMED.includes(command()) ? 1 : 4;
 }
 
 function showModel(about) {
@@ -44,8 +43,11 @@ function showModel(about) {
       input.dataset.setting = name;
       return element("label", {}, name, input);
     });
-    return element("fieldset", { className: "pair" }, element("legend", { textContent: stage }), ...fields);
+    const group = element("fieldset", { className: "pair" }, element("legend", { textContent: stage }), ...fields);
+    if (stage === "prior") group.dataset.for = "text2image inpaint";
+    return group;
   }));
+  showFields();
 }
 
 async function chooseModel() {
@@ -238,7 +240,10 @@ $("prompt").onkeydown = (event) => {
     $("form").requestSubmit();
   }
 };
-$("commands").onchange = showFields;
+$("commands").onchange = () => {
+  showFields();
+  $("n").value = FRAMED.includes(command()) ? 1 : 4;
+};
 $("model").onchange = chooseModel;
 $("size").oninput = () => brush.show();
 $("clear").onclick = () => brush.clear();
