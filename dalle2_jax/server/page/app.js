@@ -205,7 +205,7 @@ async function showGallery() {
       showImages(given, images);
       $("about").hidden = true;
       $("result").scrollIntoView({ block: "start" });
-    } }, element("img", { src: dataUrl(images.at(-1)), alt: "" }), `${caption}, seed ${given.seed}`);
+    } }, element("img", { src: dataUrl(images.at(-1)), alt: "" }), element("span", {}, `${caption}, seed ${given.seed}`));
     return open;
   }));
 }
