@@ -23,7 +23,7 @@ const command = () => document.querySelector("input[name=command]:checked").valu
 
 // --- the form --------------------------------------------------------------------------------
 
-const brush = new Brush($("mask"), () => Number($("size").value));
+const brush = new Brush($("mask"), () => Number($("size").value), () => say(""));
 const first = new Drop($("first"), (error) => (error ? say(error.message, true) : brush.load(first.value)));
 const second = new Drop($("second"), (error) => error && say(error.message, true));
 

@@ -65,9 +65,10 @@ export class Drop {
 
 // The mask of an image, painted with a pointer or with keys.
 export class Brush {
-  constructor(canvas, size) {
+  constructor(canvas, size, painted) {
     this.canvas = canvas;
     this.size = size;
+    this.onpaint = painted;
     this.image = null;
     this.at = { x: 0.5, y: 0.5 };
     this.painted = document.createElement("canvas");
@@ -117,6 +118,7 @@ export class Brush {
     pen.arc(this.at.x * side, this.at.y * side, (this.size() / 100) * side, 0, 2 * Math.PI);
     pen.fill();
     this.empty = false;
+    this.onpaint();
     this.show();
   }
 
