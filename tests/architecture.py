@@ -56,6 +56,7 @@ BOUNDARIES = {
         *("system", "weights"),
         "training.sharding",  # batches of images on several devices
     ),
+    "server": ("files", "data.images.decoding", "system"),
     "testing": ("rng", "files", "text", "data", "diffusion", "models", "stages", "training", "system"),
 }
 """``cli`` may import every package, and is imported only by the entry points. A name with a dot allows one module."""
@@ -75,6 +76,8 @@ LIBRARIES = {
     "pyarrow": {"data"},
     "torch": {"weights"},
     "safetensors": {"weights", "workdir"},
+    "fastapi": {"server"},
+    "uvicorn": {"server"},
 }
 
 LIGHT = ("importlib", "typing")

@@ -357,8 +357,9 @@ class Cascade:
         image: jax.Array,
         callback: StepCallback | None,
         known: Known | None = None,
+        names: tuple[str, ...] = UPSAMPLERS,
     ) -> Float[Array, "B H W C"]:
-        for name in (name for name in UPSAMPLERS if name in self._stages):
+        for name in (name for name in names if name in self._stages):
             batch, drops = Batch(), {}
             if self._stages[name].context_length:
                 batch, drops["text"] = self._captions(name, requests)

@@ -51,7 +51,7 @@ def variations(
     call: Call, inputs: Sequence[InputImage], prompt: str, eta: float | None, whole_inversion: bool
 ) -> Images:
     """Generates images from the embeddings of given ones, from their own noise unless ``eta`` is None."""
-    generator, requests = Generator(_inverted(call, eta)), call.requests([prompt] * len(inputs))
+    generator, requests = Generator(with_inversion(call, eta)), call.requests([prompt] * len(inputs))
     warn_of_truncation(call.stages, [prompt])
     pixels = {"clip": generator.clip_input(inputs), "decoder": generator.decoder_input(inputs)}
     inversion = (eta is not None, not whole_inversion)
@@ -89,7 +89,7 @@ def interpolate(
     Without ``eta``, all frames of a sample start from the same fresh noise; with it, from the spherical interpolation
     of the noise of both images.
     """
-    generator = Generator(_inverted(call, eta))
+    generator = Generator(with_inversion(call, eta))
     warn_of_truncation(call.stages, [prompt])
     image_emb = np.asarray(generator.embed_images(generator.clip_input(inputs)))
     theta = np.linspace(0.0, 1.0, frames)
@@ -114,18 +114,27 @@ def text_diff(
     Raises:
       UserError: both texts have the same embedding.
     """
-    generator = Generator(_inverted(call, 0.0))
+    generator = Generator(with_inversion(call, 0.0))
     warn_of_truncation(call.stages, [prompt])
     image_emb = np.asarray(generator.embed_images(generator.clip_input([image])))
-    difference = text_emb[1] - text_emb[0]
-    length = np.linalg.norm(difference)
-    if length <= _PARALLEL * np.linalg.norm(text_emb[0]):
-        raise UserError("both texts have the same CLIP embedding: there is no difference to apply")
-    target = difference * (np.linalg.norm(image_emb[0]) / length)
+    target = difference_target(image_emb[0], text_emb)
     pixels = generator.decoder_input([image])
     x_T = generator.invert(pixels, image_emb, prompt, call.options.batch_size, not whole_inversion)
     x_T = x_T.repeat(len(theta), axis=0)
     return _frames(generator, slerp(image_emb[0], target, theta), x_T, theta, prompt)
+
+
+def difference_target(image_emb: Float[np.ndarray, "E"], text_emb: Float[np.ndarray, "2 E"]) -> Float[np.ndarray, "E"]:
+    """Returns the normalised difference z_d of two text embeddings, with the norm of an image embedding.
+
+    Raises:
+      UserError: both texts have the same embedding.
+    """
+    difference = text_emb[1] - text_emb[0]
+    length = np.linalg.norm(difference)
+    if length <= _PARALLEL * np.linalg.norm(text_emb[0]):
+        raise UserError("both texts have the same CLIP embedding: there is no difference to apply")
+    return difference * (np.linalg.norm(image_emb) / length)
 
 
 def slerp(
@@ -174,7 +183,7 @@ def _frames(
     return collect(generator, requests, sampled, [f"{theta[r.index]:.2f}" for r in requests], columns=len(theta))
 
 
-def _inverted(call: Call, eta: float | None) -> Call:
+def with_inversion(call: Call, eta: float | None) -> Call:
     """Returns the call with the decoder's settings that DDIM inversion implies; unchanged if ``eta`` is None.
 
     The noise is that of DDIM without guidance, so that the decoder is sampled by DDIM, and without guidance unless the

@@ -85,7 +85,8 @@ def sample_images(
     inpainting, size = plan.options.inpainting, keys.shape[0]
     if inpainting is not None and stage.inpainting_network:
         parts = {"known": inpainting.image, "known_mask": inpainting.mask}
-        condition = {**condition, **{name: jnp.repeat(part, size, axis=0) for name, part in parts.items()}}
+        repeated = {name: jnp.broadcast_to(part, (size, *part.shape[1:])) for name, part in parts.items()}
+        condition = {**condition, **repeated}
     if observer is not None:
         on_step = functools.partial(jax.debug.callback, _observe, observer)
         plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, on_step=on_step))

@@ -110,7 +110,7 @@ class System:
           **options: see `SampleOptions`.
         """
         captions = read_captions(prompts)
-        return editing.text2image(self._call("text2image", options, self._embeds_images), captions)
+        return editing.text2image(self.call("text2image", options, self.embeds_images), captions)
 
     def variations(
         self,
@@ -135,7 +135,7 @@ class System:
             check_fraction("eta", eta)
         given = read_images(images)
         inputs = {"image": [image.name for image in given], "eta": eta, "whole_inversion": whole_inversion}
-        call = self._call("variations", options, inputs=inputs)
+        call = self.call("variations", options, inputs=inputs)
         return editing.variations(call, given, _caption(prompt), eta, whole_inversion)
 
     def reconstruct(
@@ -160,7 +160,7 @@ class System:
             options["decoder"] = {**options.get("decoder", {}), "steps": steps}
         given = read_images(images)
         inputs = {"image": [image.name for image in given], "whole_inversion": whole_inversion}
-        call = self._call("reconstruct", options, inputs=inputs, num=1)
+        call = self.call("reconstruct", options, inputs=inputs, num=1)
         return editing.variations(call, given, _caption(prompt), 0.0, whole_inversion)
 
     def inpaint(
@@ -186,7 +186,7 @@ class System:
         regenerated = read_mask(mask, given)
         mask_name = str(mask) if isinstance(mask, str | os.PathLike) else "given in memory"
         inputs = {"image": given.name, "mask": mask_name, "resample": resample and list(resample)}
-        call = self._call("inpaint", options, prompt is not None and self._embeds_images, inputs)
+        call = self.call("inpaint", options, prompt is not None and self.embeds_images, inputs)
         return editing.inpaint(call, given, regenerated, None if prompt is None else _caption(prompt), resample)
 
     def interpolate(
@@ -218,7 +218,7 @@ class System:
             raise UsageError(f"interpolate takes two images, got {len(given)}")
         inputs = {"image": [image.name for image in given], "frames": frames, "eta": eta}
         inputs |= {"whole_inversion": whole_inversion}
-        call = self._call("interpolate", options, inputs=inputs, num=1)
+        call = self.call("interpolate", options, inputs=inputs, num=1)
         return editing.interpolate(call, given, frames, _caption(prompt), eta, whole_inversion)
 
     def text_diff(
@@ -254,7 +254,7 @@ class System:
         given = read_image(image)
         inputs = {"image": given.name, "from": _caption(before), "to": _caption(after), "frames": frames}
         inputs |= {"theta": theta, "whole_inversion": whole_inversion}
-        call = self._call("text_diff", options, inputs=inputs, num=1)
+        call = self.call("text_diff", options, inputs=inputs, num=1)
         angles = np.linspace(0.0, theta, frames)
         text_emb = self.embed_text([before, after])
         return editing.text_diff(call, given, text_emb, angles, _caption(prompt), whole_inversion)
@@ -308,8 +308,8 @@ class System:
         Raises:
           UsageError: the embeddings are of another shape, or not finite; or neither they nor prompts are given.
         """
-        call = self._call("decode", options, num=1)
-        if not self._embeds_images:
+        call = self.call("decode", options, num=1)
+        if not self.embeds_images:
             raise UserError("this system's decoder reads no image embedding: use text2image or inpaint")
         if image_emb is None:
             if prompts is None:
@@ -324,16 +324,41 @@ class System:
             raise UsageError(f"{len(captions)} prompts are given for {len(emb)} embeddings: give one for each")
         return editing.decode(call, emb, captions)
 
+    @property
+    def embeds_images(self) -> bool:
+        """Whether the decoder reads an image embedding."""
+        return "image_emb" in self._stage("decoder").stage.inputs
+
+    def call(
+        self,
+        command: str,
+        options: SampleOptions,
+        uses_prior: bool = False,
+        inputs: Mapping[str, Any] | None = None,
+        **defaults: Any,
+    ) -> Call:
+        """Returns a call of the stages that generate images, and of the prior if it uses one: for `system.rows`.
+
+        Args:
+          command: the name of the method that is called.
+          options: see `SampleOptions`.
+          uses_prior: whether image embeddings of captions are sampled.
+          inputs: arguments of the call for the provenance.
+          **defaults: the method's own defaults of options.
+        """
+        names = {"decoder", *(name for name in IMAGE_STAGES if name in self.stages)}
+        if "clip" in self.stages or self.embeds_images:
+            names.add("clip")
+        if uses_prior:
+            names.add(self._prior_name)
+        used = {name: self._stage(name) for name in (*self.stages, *names) if name in names}
+        return Call(command, self.path, used, self.mesh, make_options(options, **defaults), inputs or {})
+
     # --- inside ---------------------------------------------------------------------------------
 
     @functools.cached_property
     def _embedder(self) -> ClipEmbedder:
         return ClipEmbedder(self._stage("clip"), batch_sharding(self.mesh), EMBEDDED)
-
-    @property
-    def _embeds_images(self) -> bool:
-        """Whether the decoder reads an image embedding."""
-        return "image_emb" in self._stage("decoder").stage.inputs
 
     @property
     def _prior_name(self) -> str:
@@ -346,23 +371,6 @@ class System:
         if StageFolder(self.path, name).latest_step() is not None:
             raise UserError(f"stage {name} of {self.path} is not loaded: load the system with it (stages=...)")
         raise UserError(missing_stage(self.path, name))
-
-    def _call(
-        self,
-        command: str,
-        options: SampleOptions,
-        uses_prior: bool = False,
-        inputs: Mapping[str, Any] | None = None,
-        **defaults: Any,
-    ) -> Call:
-        """Returns a call of the stages that generate images, and of the prior if it uses one."""
-        names = {"decoder", *(name for name in IMAGE_STAGES if name in self.stages)}
-        if "clip" in self.stages or self._embeds_images:
-            names.add("clip")
-        if uses_prior:
-            names.add(self._prior_name)
-        used = {name: self._stage(name) for name in (*self.stages, *names) if name in names}
-        return Call(command, self.path, used, self.mesh, make_options(options, **defaults), inputs or {})
 
 
 def _caption(text: Any) -> str:

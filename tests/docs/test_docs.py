@@ -25,11 +25,12 @@ from doc_blocks import NOT_RUN, ROOT, blocks, commands, is_shell, tiny
 from emoji_packages import write_packages
 
 from dalle2_jax import cli, pretrained
+from dalle2_jax.cli import serve
 from dalle2_jax.config import sweep
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-RUN_ELSEWHERE = ("python.md",)
-"""Pages that ``test_docs_python.py`` runs."""
+RUN_ELSEWHERE = ("python.md", "serving.md")
+"""Pages that ``test_docs_python.py`` and ``tests/server/test_serving_page.py`` run."""
 
 NOTEBOOKS = sorted(ROOT.glob("examples/*.ipynb"))
 
@@ -233,6 +234,8 @@ def execute(words):
         return subprocess.run(words, check=True)
     if words[:2] == ["dalle2", "--version"]:
         return None
+    if words[:2] == ["dalle2", "serve"]:  # it ends with a signal; tests/server runs it
+        return serve.read_config(serve.make_parser().parse_args(words[2:]))
     if words[:3] == ["dalle2", "data", "emoji"]:
         words = [*words, "--from", "packages", "--styles", "noto,fluent_3d", "--resolution", "32"]
     if words[0] == "dalle2":

@@ -15,7 +15,7 @@ import pytest
 
 from dalle2_jax.cli import data as data_command
 from dalle2_jax.cli import evaluate as evaluation_command
-from dalle2_jax.cli import report, sample, sweep
+from dalle2_jax.cli import report, sample, serve, sweep
 from dalle2_jax.cli import text as text_command
 from dalle2_jax.cli import weights as weights_command
 from dalle2_jax.config.experiment import Experiment
@@ -40,13 +40,14 @@ PARSERS = {
     "dalle2 data": data_command.make_parser(),
     "dalle2 evaluate": evaluation_command.make_parser(),
     "dalle2 report": report.make_parser(),
+    "dalle2 serve": serve.make_parser(),
     "dalle2 sweep": sweep.make_parser(),
     "dalle2 text": text_command.make_parser(),
     "dalle2 weights": weights_command.make_parser(),
 }
 TRAIN_FLAGS = {"config", "workdir", "multihost", "[no]multihost", "debug", "help", "version", "noverify", "heartbeat"}
 FOREIGN = (
-    r"(?:\S*(?:ruff|basedpyright|mkdocs) |\S*pip\d? |hf |img2dataset|git |ln |"
+    r"(?:\S*(?:ruff|basedpyright|mkdocs) |\S*pip\d? |curl |docker |hf |img2dataset|git |kubectl |ln |"
     r"\S*python3? -m (?:pip|pytest|venv)|.*XLA_FLAGS)"
 )
 """How a line with a command of another program begins."""

@@ -1,19 +1,14 @@
 """A report in a headless browser: on a phone and on a desktop, in both colour schemes, never too wide."""
 
-import os
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
+from browser import BROWSER
 from PIL import Image
 from run_folders import write_system
 
 from dalle2_jax.report import write_report
-
-BROWSER = os.environ.get("BROWSER_FOR_TESTS") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: install chromium, or set BROWSER_FOR_TESTS")
 

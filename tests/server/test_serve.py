@@ -1,0 +1,217 @@
+"""A real server on the loopback address: OpenAI's own client, clients that leave or dawdle, the end by SIGTERM."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import numpy as np
+import openai
+import pytest
+from command_line import ROOT, environment
+from conftest import FEW, FEW_WITHOUT_PRIOR, png
+from PIL import Image
+
+from dalle2_jax.cli.serve import make_parser, read_config
+from dalle2_jax.errors import UsageError, UserError
+from dalle2_jax.server import serve as serving
+
+TIMEOUT = 300
+
+
+@contextlib.contextmanager
+def running(service):
+    """Serves on a free port in a thread; yields the server and its address."""
+    server = serving.Server(service.config, service)
+    listener = server.listen()
+    thread = threading.Thread(target=server.run_on, args=(listener,))
+    thread.start()
+    try:
+        yield server, f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.stop()
+        thread.join(TIMEOUT)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def address(serve):
+    with running(serve(port=0)) as (_, address):
+        yield address
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(api_key="none", base_url=f"{address}/v1", max_retries=0, timeout=TIMEOUT) as client:
+        yield client
+
+
+def pixels(content):
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # OpenAI's variations
+@pytest.mark.parametrize("kind", ["url", "b64_json"])
+def test_openai_client(client, tiny, kind):
+    """Generate, edit and vary with OpenAI's package, unmodified."""
+    extra = {"seed": 7, **FEW}
+    given = {"n": 2, "response_format": kind, "size": "16x16"}
+    made = client.images.generate(prompt="a red circle", **given, extra_body=extra)
+    edited = client.images.edit(image=png(), mask=png(clear=True), prompt="a star", **given, extra_body=extra)
+    varied = client.images.create_variation(
+        image=("in.png", png()), **given, extra_body={"seed": 7, **FEW_WITHOUT_PRIOR}
+    )
+    for answer in (made, edited, varied):
+        assert len(answer.data) == 2 and answer.created
+    contents = [
+        urllib.request.urlopen(item.url).read() if kind == "url" else base64.b64decode(item.b64_json)
+        for item in made.data
+    ]
+    expected = tiny.text2image("a red circle", num=2, seed=7, **FEW).numpy
+    np.testing.assert_array_equal(np.stack([pixels(content) for content in contents]), expected)
+
+
+def test_openai_client_lists_models_and_raises_its_errors(client):
+    assert [model.id for model in client.models.list()] == ["tiny", "second"]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a", size="1024x1024")
+    assert caught.value.param == "size" and caught.value.body["message"]
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.images.generate(prompt="a", model="dall-e-9")
+    assert missing.value.code == "model_not_found"
+
+
+def test_many_clients_at_once_get_their_own_images(address, tiny):
+    """Requests of several clients share batches; each image is that of its seed, to one level of 255."""
+
+    async def ask(client, seed):
+        body = {"seed": seed, **FEW}
+        answer = await client.images.generate(prompt=f"no {seed}", response_format="b64_json", extra_body=body)
+        return pixels(base64.b64decode(answer.data[0].b64_json))
+
+    async def ask_all():
+        async with openai.AsyncOpenAI(api_key="none", base_url=f"{address}/v1", timeout=TIMEOUT) as client:
+            return await asyncio.gather(*(ask(client, seed) for seed in range(6)))
+
+    found = asyncio.run(ask_all())
+    for seed, image in enumerate(found):
+        expected = tiny.text2image(f"no {seed}", num=1, seed=seed, **FEW).numpy[0]
+        np.testing.assert_allclose(image.astype(int), expected.astype(int), atol=1)
+
+
+def test_a_client_that_leaves_cancels_its_request(serve):
+    with running(serve(port=0)) as (server, address):
+        body = json.dumps({"prompt": "a", "n": 10, "decoder": {"steps": 60}}).encode()
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as leaving:
+            head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            leaving.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: server.service.engine.waiting >= 10)
+        wait_until(lambda: server.service.engine.waiting == 0)
+        assert 'status="499"' in server.service.metrics.text().decode()
+
+
+def test_headers_that_never_end_are_cut_off(serve, monkeypatch):
+    monkeypatch.setattr(serving, "HEADER_SECONDS", 0.2)
+    with running(serve(port=0)) as (_, address):
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as slow:
+            slow.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: ")
+            assert slow.recv(1000) == b""  # closed
+
+
+def test_a_body_that_never_ends_is_408(serve, monkeypatch):
+    monkeypatch.setattr("dalle2_jax.server.api.guard.PART_SECONDS", 0.2)
+    with running(serve(port=0)) as (_, address):
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as slow:
+            head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            slow.sendall(f"{head}Content-Length: 50\r\n\r\n{{".encode())
+            answer = slow.recv(10_000).decode()
+    assert " 408 " in answer.splitlines()[0] and "request_timeout" in answer
+
+
+def test_the_shutdown_finishes_what_has_started(serve):
+    """The request that runs is answered; a later one gets 503, or no connection."""
+    with running(serve(port=0, batch_sizes=(1,))) as (server, address):
+        body = json.dumps({"prompt": "a", "seed": 1, "response_format": "b64_json"}).encode()
+        asked = urllib.request.Request(f"{address}/v1/images/generations", body, {"Content-Type": "application/json"})
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(urllib.request.urlopen(asked, timeout=TIMEOUT).status))
+        asking.start()
+        wait_until(lambda: server.service.engine.waiting or answers)
+        server.stop()
+        with pytest.raises(OSError) as caught:
+            urllib.request.urlopen(asked, timeout=TIMEOUT)
+        assert getattr(caught.value, "code", 503) == 503
+        asking.join(TIMEOUT)
+    assert answers in ([200], [])  # not started before the end: 503, which urlopen raises in its thread
+
+
+def wait_until(condition):
+    for _ in range(TIMEOUT * 20):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited for too long")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def parsed(*words):
+    return read_config(make_parser().parse_args(words))
+
+
+def test_options_of_the_command(tmp_path):
+    config = parsed("--system", "a=runs/a", "--system", "shapes", "--batch_sizes", "1,8", "--memory_gb", "2.5")
+    assert config.systems == {"a": "runs/a", "shapes": "shapes"}
+    assert config.batch_sizes == (1, 8) and config.memory == 2_500_000_000 and config.host == "127.0.0.1"
+    assert parsed("--system", "https://example.org/demo.zip").systems == {"demo.zip": "https://example.org/demo.zip"}
+    keys = parsed("--system", "a", "--host", "0.0.0.0", "--api_keys", str(tmp_path / "keys"))
+    assert not keys.is_local
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--system", "a=x", "--system", "a=y"),
+        ("--system", "a", "--host", "0.0.0.0"),
+        ("--system", "a", "--port", "70000"),
+        ("--system", "a", "--batch_sizes", "1,0"),
+        ("--system", "a", "--queue", "0"),
+        ("--system", ""),
+    ],
+)
+def test_wrong_options(words):
+    with pytest.raises(UsageError):
+        parsed(*words)
+
+
+def test_a_port_in_use(serve):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError):
+            serving.Server((service := serve(port=taken.getsockname()[1])).config, service).listen()
+
+
+def test_sigterm_ends_the_command():
+    words = [sys.executable, "-m", "dalle2_jax", "serve", "--system", "shapes", "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, cwd=ROOT, env=environment(), **pipes) as process:
+        address = process.stdout.readline().split()[-1]
+        assert address.startswith("http://127.0.0.1:")
+        assert urllib.request.urlopen(f"{address}/healthz", timeout=TIMEOUT).read() == b"ok\n"
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0 and "Traceback" not in err
