@@ -173,9 +173,10 @@ class ArPriorStage(StageDefaults):
         drop = plan.absent.get("text", jnp.zeros(keys.shape, bool))
         dot_keys = jax.vmap(lambda key: rng.stream(key, "dot"))(keys)
         dot = top_dots(dot_keys, self.model.buckets, plan.dot_quantile)
-        if plan.guided:  # both branches in one batched call, the second without the caption
-            condition = {name: twice(value) for name, value in condition.items()}
-            drop = jnp.concatenate([drop, jnp.ones(keys.shape, bool)])
+        if plan.guided:  # both branches in one batched call, the second without the caption, or with the negative one
+            second = condition if plan.negative is None else plan.negative
+            condition = {name: jnp.concatenate([value, second[name]]) for name, value in condition.items()}
+            drop = jnp.concatenate([drop, jnp.full(keys.shape, plan.negative is None)])
             dot = twice(dot)
         code_keys = jax.vmap(lambda key: rng.stream(key, "codes"))(keys)
         call = functools.partial(apply, self.network, variables.params)

@@ -10,20 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 import dalle2_jax
 from dalle2_jax.data.images.decoding import preprocess
 from dalle2_jax.diffusion import Inpainting
-from dalle2_jax.errors import SystemWarning, UserError
+from dalle2_jax.errors import SystemWarning
 from dalle2_jax.files import write_png
 from dalle2_jax.stages import ClipStage, EmbeddingContract, images
 from dalle2_jax.system.cascade import Cascade, Request, Settings
 from dalle2_jax.system.images import Images
 from dalle2_jax.system.inputs import InputImage, square
 from dalle2_jax.system.loaded_stage import LoadedStage
-from dalle2_jax.system.options import Options, sampling_configs
+from dalle2_jax.system.options import Options, check_negative, sampling_configs
 from dalle2_jax.training.sharding import batch_sharding
+
+NO_IMAGE_EMB = "this system's decoder reads no image embedding: use text2image or inpaint"
+"""Error of a method that needs an image embedding."""
 
 IMAGE_STAGES = ("decoder", "upsampler_1", "upsampler_2")
 """The stages that generate images."""
@@ -67,18 +70,9 @@ class Generator(Cascade):
     def __init__(self, call: Call):
         self.call = call
         self.sampling = sampling_configs(call.stages, call.options.settings)
-        settings = Settings(call.options.seed, self.sampling, call.options.candidates)
+        check_negative(call.stages, call.options.negative, self.sampling)
+        settings = Settings(call.options.seed, self.sampling, call.options.candidates, call.options.negative)
         super().__init__(call.stages, settings, batch_sharding(call.mesh), call.mesh.size)
-
-    def clip_input(self, inputs: Sequence[InputImage]) -> UInt8[np.ndarray, "N S S 3"]:
-        """Returns images resized and cropped as the system's CLIP does it.
-
-        Raises:
-          UserError: the decoder reads no image embedding.
-        """
-        if "image_emb" not in self.call.stages["decoder"].stage.inputs:
-            raise UserError("this system's decoder reads no image embedding: use text2image or inpaint")
-        return clip_input(self.call.stages["clip"], inputs)
 
     def decoder_input(self, inputs: Sequence[InputImage]) -> UInt8[np.ndarray, "N H W 3"]:
         """Returns the central square of images, at the decoder's size."""
@@ -112,6 +106,22 @@ def clip_input(clip: LoadedStage, inputs: Sequence[InputImage]) -> UInt8[np.ndar
     side = cast(ClipStage, clip.stage).model.tower.image_size
     how = cast(EmbeddingContract, clip.contract).preprocessing
     return np.stack([preprocess(image.pixels, how, side) for image in inputs])
+
+
+def text2image(call: Call, prompts: Sequence[str]) -> Images:
+    """Generates images for captions; an empty caption is unconditional."""
+    generator, requests = Generator(call), call.requests(prompts)
+    warn_of_truncation(call.stages, prompts)
+    sampled = generator.text2image(requests, call.options.batch_size, call.options.callback)
+    return collect(generator, requests, sampled, [request.prompt for request in requests])
+
+
+def decode(call: Call, image_emb: Float[np.ndarray, "N E"] | None, prompts: Sequence[str]) -> Images:
+    """Generates images for image embeddings, each with its prompt; for prompts alone without embeddings."""
+    generator, requests = Generator(call), call.requests(prompts)
+    warn_of_truncation(call.stages, prompts)
+    sampled = generator.decode(requests, call.options.batch_size, image_emb, callback=call.options.callback)
+    return collect(generator, requests, sampled, [request.prompt for request in requests])
 
 
 def warn_of_truncation(stages: Mapping[str, LoadedStage], prompts: Sequence[str]) -> None:
@@ -172,6 +182,7 @@ def provenance(generator: Generator, requests: Sequence[Request]) -> dict[str, A
         "checkpoints": {name: member.step for name, member in call.stages.items()},
         "seed": call.options.seed,
         "candidates": generator.candidates,
+        **({"negative": call.options.negative} if call.options.negative else {}),
         "sampling": {name: dataclasses.asdict(config) for name, config in generator.sampling.items()},
         "versions": {"dalle2_jax": dalle2_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
         "pictures": [

@@ -1,0 +1,88 @@
+"""Decodes sequences of embeddings, and given images from their own noise."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32
+
+from dalle2_jax.errors import ConfigError
+from dalle2_jax.system.cascade import Request
+from dalle2_jax.system.generation import Call, Generator, collect, warn_of_truncation
+from dalle2_jax.system.images import Images
+from dalle2_jax.system.inputs import InputImage
+
+ImageEmb = Float32[np.ndarray, "N E"]
+
+Noise = Float32[np.ndarray, "N H W 3"]
+
+
+def inverted(call: Call, eta: float | None) -> Call:
+    """Returns the call with the decoder's settings that DDIM inversion implies; unchanged if ``eta`` is None.
+
+    The noise is that of DDIM without guidance, so that the decoder is sampled by DDIM, and without guidance unless the
+    settings ask for it.
+
+    Raises:
+      ConfigError: the settings ask for another sampler, or another eta.
+    """
+    if eta is None:
+        return call
+    implied = {"name": "ddim", "eta": eta}
+    for field, value in implied.items():
+        if call.options.decoder.get(field, value) != value:
+            raise ConfigError(f"decoder.{field} is {value} here: leave it out", f"decoder.{field}")
+    settings = {"guidance": 1.0, **call.options.decoder, **implied}
+    return dataclasses.replace(call, options=dataclasses.replace(call.options, decoder=settings))
+
+
+def inverted_noise(
+    generator: Generator, inputs: Sequence[InputImage], image_emb: ImageEmb, prompt: str, whole_inversion: bool
+) -> Noise:
+    """Returns the noise x_T from which DDIM reconstructs images under their embeddings.
+
+    Args:
+      generator: of a call that is `inverted`.
+      inputs: the images.
+      image_emb: an embedding for each.
+      prompt: the caption of all of them.
+      whole_inversion: whether the last step, to pure noise, is inverted too.
+    """
+    pixels = generator.decoder_input(inputs)
+    return generator.invert(pixels, image_emb, prompt, generator.call.options.batch_size, not whole_inversion)
+
+
+def decode_each(
+    generator: Generator, image_emb: ImageEmb, x_T: Noise | None, prompt: str, captions: Sequence[str]
+) -> Images:
+    """Generates ``num`` images for each embedding, and from its noise if that is given.
+
+    Args:
+      generator: of the call.
+      image_emb: the embeddings.
+      x_T: where the decoder starts; None is fresh noise.
+      prompt: the caption of all images.
+      captions: what the grid shows for each embedding.
+    """
+    options = generator.call.options
+    requests = generator.call.requests([prompt] * len(image_emb))
+    warn_of_truncation(generator.call.stages, [prompt])
+    sampled = generator.decode(requests, options.batch_size, image_emb, x_T, callback=options.callback)
+    return collect(generator, requests, sampled, [captions[request.index] for request in requests])
+
+
+def decode_path(
+    generator: Generator, image_emb: ImageEmb, x_T: Noise | None, prompt: str, captions: Sequence[str]
+) -> Images:
+    """Generates ``num`` sequences of images, one image for each embedding; the grid has a sequence in each row.
+
+    All images of a sequence have the same random key, and so the same fresh noise. Arguments as in `decode_each`.
+    """
+    options = generator.call.options
+    options.check_count(len(image_emb))
+    warn_of_truncation(generator.call.stages, [prompt])
+    requests = [Request(prompt, frame, sample) for sample in range(options.num) for frame in range(len(image_emb))]
+    sampled = generator.decode(
+        requests, options.batch_size, image_emb, x_T, callback=options.callback, shared_noise=True
+    )
+    return collect(generator, requests, sampled, [captions[r.index] for r in requests], columns=len(image_emb))
