@@ -74,6 +74,11 @@ finite_float = number(AnyFloat)
 fraction = number(Fraction)
 
 
+def positive_ints(word: str) -> tuple[int, ...]:
+    """Reads whole numbers from 1 on separated by commas, for an argument parser."""
+    return tuple(int(positive_int(number)) for number in word.split(","))
+
+
 def interval(word: str) -> tuple[float, float]:
     """Reads two numbers separated by a comma, for an argument parser."""
     low, high = word.split(",")

@@ -148,6 +148,10 @@ def _add_edits(commands: _Commands) -> None:
     commands["text_diff"].add_argument("--to", type=caption, required=True, help="a caption of what it becomes")
     theta = "rotation of the last frame, as a fraction of the angle, or of the first and last: 0.25,0.5 (default 0,0.5)"
     commands["text_diff"].add_argument("--theta", type=args.fraction_or_two, default=0.5, help=theta)
+    counts = "decode the projection on so many principal components, for each number, as 20,30,40"
+    commands["reconstruct"].add_argument("--components", type=args.positive_ints, default=(), help=counts)
+    lpips = "folder of an imported LPIPS: the distance to the image is printed too"
+    commands["reconstruct"].add_argument("--lpips", type=args.path, metavar="DIR", help=lpips)
     mask = "an image of the same size: white where the image is regenerated"
     commands["inpaint"].add_argument("--mask", type=args.path, required=True, help=mask)
     resample = "repeat every stretch of JUMP steps TIMES times (RePaint), which fits the new part better: 10,5"
@@ -253,7 +257,7 @@ def _edit(system: "System", options: argparse.Namespace, prompt: Any, keywords: 
         return system.mix(options.image, options.caption, weights=options.weight, **keywords)
     keywords["whole_inversion"] = options.whole_inversion
     if options.command == "reconstruct":
-        return system.reconstruct(options.image, **keywords)
+        return system.reconstruct(options.image, components=options.components, lpips=_lpips(options), **keywords)
     if options.command == "variations":
         return system.variations(options.image, eta=options.eta, **keywords)
     keywords["frames"] = options.frames
@@ -261,6 +265,15 @@ def _edit(system: "System", options: argparse.Namespace, prompt: Any, keywords: 
         return system.interpolate(options.image, options.caption, eta=options.eta, **keywords)
     before = vars(options)["from"]
     return system.text_diff(options.image, before, options.to, theta=options.theta, **keywords)
+
+
+def _lpips(options: argparse.Namespace) -> Any:
+    """Returns the LPIPS that the command names; None if it names none."""
+    if options.lpips is None:
+        return None
+    from dalle2_jax.evaluation import lpips
+
+    return lpips.load(options.lpips)
 
 
 def write_sequence(images: "Images", options: argparse.Namespace) -> None:
@@ -283,4 +296,6 @@ def main() -> None:
         images = generate(options)
         if options.command in SEQUENCES:
             write_sequence(images, options)
+    if options.command == "reconstruct":
+        print(*images.captions, sep="\n")
     print(f"{len(images)} images in {options.out}, all of them in {options.out / 'grid.png'}")

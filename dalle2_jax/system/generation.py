@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,9 @@ NO_IMAGE_EMB = "this system's decoder reads no image embedding: use text2image o
 
 IMAGE_STAGES = ("decoder", "upsampler_1", "upsampler_2")
 """The stages that generate images."""
+
+Describe = Callable[[Request, UInt8[np.ndarray, "H W 3"]], tuple[str, Mapping[str, Any]]]
+"""Returns the caption of an image, and what the provenance has of it in addition, as JSON types."""
 
 Sampled = Iterator[tuple[Request, UInt8[np.ndarray, "H W 3"]]]
 
@@ -76,7 +79,20 @@ class Generator(Cascade):
 
     def decoder_input(self, inputs: Sequence[InputImage]) -> UInt8[np.ndarray, "N H W 3"]:
         """Returns the central square of images, at the decoder's size."""
-        side = self._side("decoder")
+        return self.squares(inputs, self._side("decoder"))
+
+    def output_sized(self, inputs: Sequence[InputImage]) -> UInt8[np.ndarray, "N H W 3"]:
+        """Returns the central square of images, at the size of generated images."""
+        return self.squares(inputs, self.output_side)
+
+    @property
+    def output_side(self) -> int:
+        """Side of generated images, in pixels."""
+        return self._side([name for name in IMAGE_STAGES if name in self.call.stages][-1])
+
+    @staticmethod
+    def squares(inputs: Sequence[InputImage], side: int) -> UInt8[np.ndarray, "N S S 3"]:
+        """Returns the central square of images, at a size."""
         return np.stack([square(image.pixels, side) for image in inputs])
 
     def known(self, image: InputImage, regenerated: np.ndarray) -> dict[str, Inpainting]:
@@ -138,7 +154,7 @@ def collect(
     generator: Generator,
     requests: Sequence[Request],
     sampled: Sampled,
-    captions: Sequence[str],
+    captions: Sequence[str] | Describe,
     columns: int | None = None,
 ) -> Images:
     """Generates all images of a call; saves each as soon as it is generated if the options name a folder.
@@ -147,19 +163,25 @@ def collect(
       generator: of the call.
       requests: one for each image.
       sampled: what the generator yields for them.
-      captions: one for each image.
+      captions: one for each image, or a function of the request and the image.
       columns: of the grid; None makes a row of each caption's images, of at least four.
     """
     options = generator.call.options
     out = None if options.out is None else Path(options.out).expanduser()
     bar = tqdm.tqdm(sampled, total=len(requests), desc="sampling", unit="image", disable=not options.progress)
-    pixels = []
+    pixels, texts, details = [], [], []
     for request, image in bar:
         if out is not None:
             write_png(out / file_name(request), image)
+        text, about = captions(request, image) if callable(captions) else (captions[len(pixels)], {})
         pixels.append(image)
+        texts.append(text)
+        details.append(about)
     columns = columns or max(options.num, 4)
-    collected = Images(np.stack(pixels), tuple(captions), provenance(generator, requests), columns)
+    recorded = provenance(generator, requests)
+    for record, about in zip(recorded["pictures"], details, strict=True):
+        record |= about
+    collected = Images(np.stack(pixels), tuple(texts), recorded, columns)
     if out is not None:
         collected.save_summary(out)
     return collected

@@ -45,6 +45,11 @@ class InputImage(NamedTuple):
     pixels: UInt8[np.ndarray, "H W 3"]
     name: str
 
+    @property
+    def short_name(self) -> str:
+        """The name without folders."""
+        return self.name.rpartition("/")[2]
+
 
 def read_images(images: ImagesLike) -> list[InputImage]:
     """Reads one or several images.

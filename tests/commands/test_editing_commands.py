@@ -82,6 +82,25 @@ def test_text_diff_without_a_base(run):
     assert (out / "animation.gif").exists()
 
 
+def test_reconstruction_from_components(run, place):
+    """Measured once, then used; more than the rank of five images is an error."""
+    words = ("reconstruct", "--image", "a.png", "--components", "1,3", *DECODED)
+    code, _, error = run(*words)
+    assert code == 1 and mentions("karlo/clip", "components")(error.strip().splitlines()[-1])
+    (place / "images").mkdir()
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(256, size=(32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / "images" / f"{number}.png")
+        (place / "images" / f"{number}.txt").write_text("noise")
+    measure = ["evaluate", "karlo", "--measures", "components", "--data", "folder:images", "--num", "5"]
+    assert cli.main(measure) == 0
+    code, out, error = run(*words)
+    assert code == 0, error
+    assert [image["psnr"] > 0 for image in about(out)["pictures"]] == [True, True]
+    code, _, error = run(*words[:4], "1,5", *DECODED)
+    assert code == 2 and mentions("components", 4, 5)(error.strip().splitlines()[-1])
+
+
 @pytest.mark.parametrize(
     ("words", "facts"),
     [
@@ -108,6 +127,7 @@ def test_wrong_words(run, words, facts):
         (("text_diff", "--image", "a", "--to", "red", "--theta", "2"), ["--theta", 2, "0 to 1"]),
         (("interpolate", "--image", "a", "--animate", "mp4"), ["--animate", "'mp4'", "'webp'"]),
         (("interpolate", "--image", "a", "--fps", "0"), ["--fps", 0, 0.1]),
+        (("reconstruct", "--image", "a", "--components", "3,0"), ["--components", 0, 1]),
         (("mix", "--image", "a", "--weight", "nan"), ["--weight", "nan"]),
         (("mix", "--caption", "red", "--image_emb", "none"), ["--image_emb", "'none'"]),
     ],

@@ -60,7 +60,7 @@ class EmbeddingEdits(SystemBase):
         call = self._call("mix", options, uses_prior, {**inputs, "image_emb": image_emb})
         generator = Generator(call)
         emb = weighted_mean(self._embed_points(generator, given, texts, image_emb), factors)
-        names = [*(image.name.rpartition("/")[2] for image in given), *texts]
+        names = [*(image.short_name for image in given), *texts]
         shown = " ".join(f"{factor:+g} {name}" for factor, name in zip(factors, names, strict=True))
         return decode_each(generator, emb[None], None, read_caption(prompt), [shown])
 

@@ -8,7 +8,7 @@ from jaxtyping import Float32
 
 from dalle2_jax.errors import ConfigError
 from dalle2_jax.system.cascade import Request
-from dalle2_jax.system.generation import Call, Generator, collect, warn_of_truncation
+from dalle2_jax.system.generation import Call, Describe, Generator, collect, warn_of_truncation
 from dalle2_jax.system.images import Images
 from dalle2_jax.system.inputs import InputImage
 
@@ -53,7 +53,7 @@ def inverted_noise(
 
 
 def decode_each(
-    generator: Generator, image_emb: ImageEmb, x_T: Noise | None, prompt: str, captions: Sequence[str]
+    generator: Generator, image_emb: ImageEmb, x_T: Noise | None, prompt: str, captions: Sequence[str] | Describe
 ) -> Images:
     """Generates ``num`` images for each embedding, and from its noise if that is given.
 
@@ -62,21 +62,30 @@ def decode_each(
       image_emb: the embeddings.
       x_T: where the decoder starts; None is fresh noise.
       prompt: the caption of all images.
-      captions: what the grid shows for each embedding.
+      captions: what the grid shows for each embedding, or a function as in `collect`.
     """
     options = generator.call.options
     requests = generator.call.requests([prompt] * len(image_emb))
     warn_of_truncation(generator.call.stages, [prompt])
     sampled = generator.decode(requests, options.batch_size, image_emb, x_T, callback=options.callback)
-    return collect(generator, requests, sampled, [captions[request.index] for request in requests])
+    texts = captions if callable(captions) else [captions[request.index] for request in requests]
+    return collect(generator, requests, sampled, texts)
 
 
 def decode_path(
-    generator: Generator, image_emb: ImageEmb, x_T: Noise | None, prompt: str, captions: Sequence[str]
+    generator: Generator,
+    image_emb: ImageEmb,
+    x_T: Noise | None,
+    prompt: str,
+    captions: Sequence[str] | Describe,
+    columns: int | None = None,
 ) -> Images:
     """Generates ``num`` sequences of images, one image for each embedding; the grid has a sequence in each row.
 
     All images of a sequence have the same random key, and so the same fresh noise. Arguments as in `decode_each`.
+
+    Args:
+      columns: of the grid, for several sequences in ``image_emb``; None for one.
     """
     options = generator.call.options
     options.check_count(len(image_emb))
@@ -85,4 +94,5 @@ def decode_path(
     sampled = generator.decode(
         requests, options.batch_size, image_emb, x_T, callback=options.callback, shared_noise=True
     )
-    return collect(generator, requests, sampled, [captions[r.index] for r in requests], columns=len(image_emb))
+    texts = captions if callable(captions) else [captions[request.index] for request in requests]
+    return collect(generator, requests, sampled, texts, columns=columns or len(image_emb))

@@ -5,13 +5,18 @@ import os
 from collections.abc import Sequence
 from typing import Unpack
 
+import numpy as np
+
 from dalle2_jax.system.base import SystemBase, read_caption
 from dalle2_jax.system.editing import inpainting
-from dalle2_jax.system.editing.frames import decode_each, inverted, inverted_noise
+from dalle2_jax.system.editing.components import Components
+from dalle2_jax.system.editing.frames import ImageEmb, Noise, decode_each, decode_path, inverted, inverted_noise
+from dalle2_jax.system.editing.similarity import Distance, describer
 from dalle2_jax.system.generation import Call, Generator
 from dalle2_jax.system.images import Images
 from dalle2_jax.system.inputs import ImageLike, ImagesLike, InputImage, read_image, read_images, read_mask
 from dalle2_jax.system.options import SampleOptions, check_fraction
+from dalle2_jax.workdir.folder import StageFolder
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -41,7 +46,10 @@ class ImageEdits(SystemBase):
             check_fraction("eta", eta)
         given = read_images(images)
         inputs = {"image": [image.name for image in given], "eta": eta, "whole_inversion": whole_inversion}
-        return self._generated_again(self._call("variations", options, inputs=inputs), given, prompt, eta)
+        call = inverted(self._call("variations", options, inputs=inputs), eta)
+        prompt = read_caption(prompt)
+        generator, emb, x_T = self._encoded(call, given, prompt)
+        return decode_each(generator, emb, x_T, prompt, [prompt or image.short_name for image in given])
 
     def reconstruct(
         self,
@@ -49,23 +57,38 @@ class ImageEdits(SystemBase):
         prompt: str = "",
         *,
         steps: int | str | None = None,
+        components: Sequence[int] = (),
         whole_inversion: bool = False,
+        lpips: Distance | None = None,
         **options: Unpack[SampleOptions],
     ) -> Images:
         """Generates images again from their CLIP embedding and the noise that DDIM inversion finds.
+
+        The provenance has the PSNR of each image in dB, as "psnr", to the given one at the size of the result.
 
         Args:
           images: one or several images.
           prompt: a caption, for decoders that read one.
           steps: DDIM steps of the inversion and of the decoder; None is the decoder's own number.
+          components: numbers of principal components. Each image is decoded from the projection of its embedding on
+            the first of them, for each number, and from fresh noise that is the same for all (figure 7). They must
+            have been measured (``dalle2 evaluate SYSTEM --measures components``).
           whole_inversion: as in `variations`.
+          lpips: a distance whose figures the provenance has too, such as `dalle2_jax.evaluation.lpips.load` returns.
           **options: see `SampleOptions`; ``num`` is 1 by default.
+
+        Raises:
+          ConfigError: a number of components is not from 1 to the rank of the embeddings.
+          UserError: the components were not measured.
         """
         if steps is not None:
             options["decoder"] = {**options.get("decoder", {}), "steps": steps}
         given = read_images(images)
         inputs = {"image": [image.name for image in given], "whole_inversion": whole_inversion}
-        return self._generated_again(self._call("reconstruct", options, inputs=inputs, num=1), given, prompt, 0.0)
+        if components:
+            inputs["components"] = [int(each) if isinstance(each, np.integer) else each for each in components]
+        call = inverted(self._call("reconstruct", options, inputs=inputs, num=1), 0.0)
+        return self._projected(call, given, prompt, lpips) if components else self._again(call, given, prompt, lpips)
 
     def inpaint(
         self,
@@ -105,14 +128,37 @@ class ImageEdits(SystemBase):
         condition = inpainting.Conditioning(caption, emb, prompt is not None and image_emb == "none")
         return inpainting.inpaint(call, given, regenerated, condition, resample)
 
-    def _generated_again(self, call: Call, inputs: Sequence[InputImage], prompt: str, eta: float | None) -> Images:
-        """Generates images from the embeddings of given ones, from their own noise unless ``eta`` is None."""
-        prompt = read_caption(prompt)
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _encoded(
+        self, call: Call, inputs: Sequence[InputImage], prompt: str
+    ) -> tuple[Generator, ImageEmb, Noise | None]:
+        """Returns a generator, and the embeddings and noises of images; no noise where it is to be fresh."""
         self._check_conditioning()
         call.options.check_count(len(inputs))
-        generator, x_T = Generator(inverted(call, eta)), None
+        generator, emb = Generator(call), self._embed_inputs(inputs)
+        if call.inputs.get("eta", 0.0) is None:
+            return generator, emb, None
+        return generator, emb, inverted_noise(generator, inputs, emb, prompt, call.inputs["whole_inversion"])
+
+    def _again(self, call: Call, inputs: Sequence[InputImage], prompt: str, lpips: Distance | None) -> Images:
+        """Generates images from their own embeddings and noises."""
+        prompt = read_caption(prompt)
+        generator, emb, x_T = self._encoded(call, inputs, prompt)
+        names = [prompt or image.short_name for image in inputs]
+        return decode_each(generator, emb, x_T, prompt, describer(names, generator.output_sized(inputs), lpips))
+
+    def _projected(self, call: Call, inputs: Sequence[InputImage], prompt: str, lpips: Distance | None) -> Images:
+        """Generates images from projections of their embeddings, in a row for each image."""
+        self._check_conditioning()
+        counts = call.inputs["components"]
+        call.options.check_count(len(inputs) * len(counts))
+        generator, clip = Generator(call), self._stage("clip")
         emb = self._embed_inputs(inputs)
-        if eta is not None:
-            x_T = inverted_noise(generator, inputs, emb, prompt, call.inputs["whole_inversion"])
-        names = [image.name.rpartition("/")[2] for image in inputs]
-        return decode_each(generator, emb, x_T, prompt, [prompt or name for name in names])
+        known = Components.read(StageFolder(self.path, "clip"), clip.step, emb.shape[1])
+        projected = np.stack([known.project(emb, count) for count in counts], axis=1).reshape(-1, emb.shape[1])
+        names = [f"{image.short_name}, {count} components" for image in inputs for count in counts]
+        given = generator.output_sized(inputs).repeat(len(counts), axis=0)
+        return decode_path(
+            generator, projected, None, read_caption(prompt), describer(names, given, lpips), len(counts)
+        )
