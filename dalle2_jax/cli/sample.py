@@ -46,6 +46,17 @@ COMMANDS = {
         "python sample.py reconstruct --system runs/demo --image in.png --decoder.steps 100 --out out/",
         4,
     ),
+    "typographic_probe": (
+        "compare CLIP's labels and the variations of an image with and without a word on it",
+        'python sample.py typographic_probe --system runs/demo --image in.png --word square --label "a red circle" '
+        '--label "a red square" --out out/',
+        3,
+    ),
+    "outpaint": (
+        "extend an image beyond its edges",
+        "python sample.py outpaint --system runs/demo --image in.png --left 32 --right 32 --out out/",
+        4,
+    ),
     "inpaint": (
         "regenerate the white region of a mask",
         "python sample.py inpaint --system runs/demo --image in.png --mask mask.png "
@@ -54,8 +65,11 @@ COMMANDS = {
     ),
 }
 
-EMBED_CAPTIONS = ("text2image", "mix", "interpolate", "inpaint")
+EMBED_CAPTIONS = ("text2image", "mix", "interpolate", "inpaint", "outpaint")
 """Commands that make image embeddings of captions."""
+
+MARGINS = ("left", "right", "top", "bottom")
+"""Sides on which an image is extended, in the order of ``System.outpaint``."""
 
 SEQUENCES = ("interpolate", "text_diff")
 """Commands whose images are the frames of a sequence."""
@@ -113,7 +127,7 @@ def _add_prior(commands: _Commands) -> None:
         commands[name].add_argument("--prior", choices=(*PRIORS, "none"), help=prior)
         read = args.number(Annotated[int, Range(1, 1_000)])
         commands[name].add_argument("--prior.candidates", type=read, help=candidates)
-        alone = name in ("text2image", "inpaint")
+        alone = name in ("text2image", "inpaint", "outpaint")
         sources = ("prior", "text", "none") if alone else ("prior", "text")
         text = "the image embedding of a caption: sampled from the prior (default), or its text embedding"
         text += ", or none: the decoder is conditioned on the caption only" if alone else ""
@@ -129,8 +143,8 @@ def _add_images(commands: _Commands) -> None:
         commands[name].add_argument("--image", type=args.path, action="append", default=[], help=text)
         text = "a caption, after the images; may be repeated"
         commands[name].add_argument("--caption", type=caption, action="append", default=[], help=text)
-    for name in ("text_diff", "inpaint"):
-        text = "an image file, cropped to a square"
+    for name in ("text_diff", "typographic_probe", "inpaint", "outpaint"):
+        text = "an image file" if name in ("inpaint", "outpaint") else "an image file, cropped to a square"
         commands[name].add_argument("--image", type=args.path, required=True, help=text)
     inversion = "invert the last step too, up to pure noise; reconstructions are better without it"
     for name in ("variations", "interpolate", "text_diff", "reconstruct"):
@@ -155,7 +169,17 @@ def _add_edits(commands: _Commands) -> None:
     mask = "an image of the same size: white where the image is regenerated"
     commands["inpaint"].add_argument("--mask", type=args.path, required=True, help=mask)
     resample = "repeat every stretch of JUMP steps TIMES times (RePaint), which fits the new part better: 10,5"
-    commands["inpaint"].add_argument("--resample", type=args.int_pair, metavar="JUMP,TIMES", help=resample)
+    for name in ("inpaint", "outpaint"):
+        commands[name].add_argument("--resample", type=args.int_pair, metavar="JUMP,TIMES", help=resample)
+    for side in MARGINS:
+        read, text = args.number(Annotated[int, Range(0, 8_192)]), f"pixels to add, {side} (default 0)"
+        commands["outpaint"].add_argument(f"--{side}", type=read, default=0, help=text)
+    probe = commands["typographic_probe"]
+    probe.add_argument("--word", required=True, type=caption, help="the word that is pasted on the image")
+    label = "a caption that CLIP compares the image with; give two or more"
+    probe.add_argument("--label", type=caption, action="append", default=[], help=label)
+    size = "width of the word's label over that of the image (default 0.8)"
+    probe.add_argument("--size", type=args.fraction, default=0.8, help=size)
 
 
 def _add_sequences(commands: _Commands) -> None:
@@ -208,7 +232,8 @@ def image_emb_source(options: argparse.Namespace) -> str | None:
     source = options.image_emb or ("text" if options.prior == "none" else "prior")
     if options.prior == "none" and source == "prior":
         raise UsageError("--prior none and --image_emb prior exclude each other: leave one out")
-    given = {"mix": "caption", "interpolate": "caption", "inpaint": "prompt"}.get(options.command)
+    words = {"mix": "caption", "interpolate": "caption", "inpaint": "prompt", "outpaint": "prompt"}
+    given = words.get(options.command)
     return source if given is None or vars(options)[given] not in (None, []) else None
 
 
@@ -252,7 +277,12 @@ def _edit(system: "System", options: argparse.Namespace, prompt: Any, keywords: 
         return system.text2image(prompt, **keywords)
     if options.command == "inpaint":
         return system.inpaint(options.image, options.mask, prompt, resample=options.resample, **keywords)
+    if options.command == "outpaint":
+        margins = tuple(vars(options)[side] for side in MARGINS)
+        return system.outpaint(options.image, prompt, margins=margins, resample=options.resample, **keywords)
     keywords["prompt"] = prompt or ""
+    if options.command == "typographic_probe":
+        return system.typographic_probe(options.image, options.word, options.label, size=options.size, **keywords)
     if options.command == "mix":
         return system.mix(options.image, options.caption, weights=options.weight, **keywords)
     keywords["whole_inversion"] = options.whole_inversion
@@ -298,4 +328,7 @@ def main() -> None:
             write_sequence(images, options)
     if options.command == "reconstruct":
         print(*images.captions, sep="\n")
+    if options.command == "typographic_probe":
+        for name, row in zip(("as given", f"with {options.word!r}"), images.captions[:: options.num + 1], strict=True):
+            print(f"{name}: {row}")
     print(f"{len(images)} images in {options.out}, all of them in {options.out / 'grid.png'}")

@@ -57,6 +57,10 @@ class Call:
     options: Options
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def with_inputs(self, **inputs: Any) -> "Call":
+        """Returns the call with more arguments for the provenance."""
+        return dataclasses.replace(self, inputs={**self.inputs, **inputs})
+
     def requests(self, prompts: Sequence[str]) -> list[Request]:
         """Returns ``num`` requests for each prompt.
 
@@ -88,7 +92,12 @@ class Generator(Cascade):
     @property
     def output_side(self) -> int:
         """Side of generated images, in pixels."""
-        return self._side([name for name in IMAGE_STAGES if name in self.call.stages][-1])
+        return self._side(self.last_stage)
+
+    @property
+    def last_stage(self) -> str:
+        """Name of the stage whose images are the result."""
+        return [name for name in IMAGE_STAGES if name in self.call.stages][-1]
 
     @staticmethod
     def squares(inputs: Sequence[InputImage], side: int) -> UInt8[np.ndarray, "N S S 3"]:

@@ -139,6 +139,11 @@ def check_caption(caption: Any, what: str = "the caption") -> None:
         raise UsageError(f"{what} is not UTF-8 text: {ascii(caption)[:100]}")
 
 
+def fit(pixels: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """Scales an image so that its shorter side is ``side``."""
+    return decoding.fit(pixels, side)
+
+
 def square(pixels: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "S S 3"]:
     """Scales an image so that its shorter side is ``side`` and cuts its centre."""
     return decoding.crop(decoding.fit(pixels, side), side)

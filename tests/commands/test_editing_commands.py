@@ -82,6 +82,22 @@ def test_text_diff_without_a_base(run):
     assert (out / "animation.gif").exists()
 
 
+def test_a_word_on_an_image(run, capsys):
+    words = ("--word", "blue", "--label", "a red circle", "--label", "a blue circle", *DECODED)
+    code, out, error = run("typographic_probe", "--image", "a.png", *words)
+    assert code == 0, error
+    assert {path.name for path in out.iterdir()} >= {"0_0.png", "0_1.png", "1_0.png", "1_1.png", "grid.png"}
+    assert about(out)["word"] == "blue"
+
+
+def test_extended_images(run):
+    words = ("--image", "a.png", "--left", "6", "--top", "3", "--prompt", "red", "--prior", "none", *DECODED)
+    code, out, error = run("outpaint", *words)
+    assert code == 0, error
+    with Image.open(out / "0_0.png") as image:
+        assert image.size == (51 + 6, 32 + 3)
+
+
 def test_reconstruction_from_components(run, place):
     """Measured once, then used; more than the rank of five images is an error."""
     words = ("reconstruct", "--image", "a.png", "--components", "1,3", *DECODED)
@@ -107,6 +123,8 @@ def test_reconstruction_from_components(run, place):
         (("text2image", "--prompt", "red", "--prior", "none", "--image_emb", "prior"), ["--prior", "--image_emb"]),
         (("text2image", "--prompt", "red", "--prior", "none", "--prior.steps", "2"), ["--prior.*", "stage prior"]),
         (("mix",), ["images", "captions"]),
+        (("outpaint", "--image", "a.png"), ["margins", "left"]),
+        (("typographic_probe", "--image", "a.png", "--word", "x", "--label", "red"), ["labels", 1]),
         (("mix", "--image", "a.png", "--weight", "1", "--weight", "2"), ["2 weights", 1]),
         (("mix", "--image", "a.png", "--weight", "0"), ["weights", 0]),
         (("interpolate", "--image", "a.png"), ["two", 1]),

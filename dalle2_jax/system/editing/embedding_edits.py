@@ -9,12 +9,14 @@ from jaxtyping import Float32
 
 from dalle2_jax.errors import ConfigError, UsageError
 from dalle2_jax.ranges import Range
+from dalle2_jax.stages.clip import MAX_LOG_SCALE
 from dalle2_jax.system.base import SystemBase, read_caption
-from dalle2_jax.system.editing.frames import decode_each, decode_path, inverted, inverted_noise
+from dalle2_jax.system.editing.frames import decode_each, decode_path, decode_with_inputs, inverted, inverted_noise
 from dalle2_jax.system.editing.geometry import path, positions, slerp, text_direction, weighted_mean
+from dalle2_jax.system.editing.typography import probabilities, with_word
 from dalle2_jax.system.generation import Generator
 from dalle2_jax.system.images import Images
-from dalle2_jax.system.inputs import ImageLike, ImagesLike, InputImage, read_captions, read_image, read_images
+from dalle2_jax.system.inputs import ImageLike, ImagesLike, InputImage, read_captions, read_image, read_images, square
 from dalle2_jax.system.options import SampleOptions, check_fraction, check_interval, check_number
 
 MAX_FRAMES = 1_000
@@ -168,6 +170,50 @@ class EmbeddingEdits(SystemBase):
         angles = np.linspace(first, last, frames)
         shown = [f"{angle:.2f}" for angle in angles]
         return decode_path(generator, slerp(emb[0], target, angles), x_T, read_caption(prompt), shown)
+
+    def typographic_probe(
+        self,
+        image: ImageLike,
+        word: str,
+        labels: Sequence[str],
+        *,
+        size: float = 0.8,
+        prompt: str = "",
+        **options: Unpack[SampleOptions],
+    ) -> Images:
+        """Shows what CLIP recognises in an image, and in the same image with a word pasted on it (figure 6).
+
+        The result has a row for each of the two images: the image itself, with CLIP's zero-shot probabilities of the
+        labels, and ``num`` variations of it. Both rows have the same noise. The provenance has the probabilities of
+        both images, as "probabilities".
+
+        Args:
+          image: the image; its central square is used.
+          word: the word.
+          labels: two or more captions.
+          size: width of the word's label over that of the image, above 0 and at most 1.
+          prompt: a caption of the variations, for decoders that read one.
+          **options: see `SampleOptions`; ``num``, by default 3, is the number of variations.
+
+        Raises:
+          UsageError: the word is empty or too long, or there are fewer than two labels.
+        """
+        check_fraction("size", size)
+        captions, caption = read_captions(labels), read_caption(prompt)
+        if isinstance(labels, str) or len({*captions}) < 2:
+            raise UsageError(f"typographic_probe needs two or more different labels, got {len({*captions})}")
+        if not size:
+            raise ConfigError("size must be above 0", "size")
+        self._check_conditioning()
+        given = read_image(image)
+        plain = square(given.pixels, min(given.pixels.shape[:2]))
+        shown = [plain, with_word(plain, read_caption(word), size)]
+        inputs = {"image": given.name, "word": word, "labels": captions, "size": size}
+        generator = Generator(self._call("typographic_probe", options, inputs=inputs, num=3))
+        pair = [InputImage(pixels, given.name) for pixels in shown]
+        emb, log_scale = self._embed_inputs(pair), self._stage("clip").variables.params["logit_scale"]
+        found = probabilities(emb, self.embed_text(captions), min(float(log_scale), MAX_LOG_SCALE))
+        return decode_with_inputs(generator, emb, generator.output_sized(pair), caption, (captions, found))
 
     # --- inside ---------------------------------------------------------------------------------
 

@@ -1,14 +1,17 @@
 """Decodes sequences of embeddings, and given images from their own noise."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32, UInt8
 
 from dalle2_jax.errors import ConfigError
 from dalle2_jax.system.cascade import Request
-from dalle2_jax.system.generation import Call, Describe, Generator, collect, warn_of_truncation
+from dalle2_jax.system.editing.typography import ranked
+from dalle2_jax.system.generation import Call, Describe, Generator, Sampled, collect, warn_of_truncation
 from dalle2_jax.system.images import Images
 from dalle2_jax.system.inputs import InputImage
 
@@ -96,3 +99,46 @@ def decode_path(
     )
     texts = captions if callable(captions) else [captions[request.index] for request in requests]
     return collect(generator, requests, sampled, texts, columns=columns or len(image_emb))
+
+
+def decode_with_inputs(
+    generator: Generator,
+    image_emb: ImageEmb,
+    given: UInt8[np.ndarray, "N H W 3"],
+    prompt: str,
+    classified: tuple[Sequence[str], Float[np.ndarray, "N K"]],
+) -> Images:
+    """Generates ``num`` images for each embedding, in rows that begin with a given image.
+
+    Sample 0 of each index is the given image; sample j > 0 of every index has the same fresh noise.
+
+    Args:
+      generator: of the call.
+      image_emb: the embeddings.
+      given: an image for each, of the size of generated ones.
+      prompt: the caption of all images.
+      classified: labels, and their probabilities for each given image.
+    """
+    options, (labels, shares) = generator.call.options, classified
+    options.check_count(len(image_emb))
+    warn_of_truncation(generator.call.stages, [prompt])
+    rows = [[Request(prompt, index, sample) for sample in range(options.num + 1)] for index in range(len(image_emb))]
+    generated = [request for row in rows for request in row[1:]]
+
+    def sampled() -> Sampled:
+        decoded = generator.decode(
+            generated, options.batch_size, image_emb, callback=options.callback, shared_noise=True
+        )
+        for index, row in enumerate(rows):
+            yield row[0], given[index]
+            yield from itertools.islice(decoded, options.num)
+
+    def describe(request: Request, _: UInt8[np.ndarray, "H W 3"]) -> tuple[str, dict[str, Any]]:
+        if request.sample:
+            return f"variation {request.sample}", {}
+        found = shares[request.index]
+        about = {label: float(share) for label, share in zip(labels, found, strict=True)}
+        return ranked(labels, found), {"probabilities": about}
+
+    requests = [request for row in rows for request in row]
+    return collect(generator, requests, sampled(), describe, columns=options.num + 1)

@@ -7,6 +7,8 @@ from typing import Unpack
 
 import numpy as np
 
+from dalle2_jax.errors import ConfigError
+from dalle2_jax.ranges import Range
 from dalle2_jax.system.base import SystemBase, read_caption
 from dalle2_jax.system.editing import inpainting
 from dalle2_jax.system.editing.components import Components
@@ -15,7 +17,7 @@ from dalle2_jax.system.editing.similarity import Distance, describer
 from dalle2_jax.system.generation import Call, Generator
 from dalle2_jax.system.images import Images
 from dalle2_jax.system.inputs import ImageLike, ImagesLike, InputImage, read_image, read_images, read_mask
-from dalle2_jax.system.options import SampleOptions, check_fraction
+from dalle2_jax.system.options import SampleOptions, check_fraction, check_number
 from dalle2_jax.workdir.folder import StageFolder
 
 
@@ -103,7 +105,8 @@ class ImageEdits(SystemBase):
         """Regenerates a part of an image.
 
         Args:
-          image: the image; its central square is used.
+          image: the image. One that is not square keeps its shape: the longer side is scaled to the size of generated
+            images. Where nothing is regenerated the result has its pixels.
           mask: an image of the same size, or a bool array [H, W]: white, or True, where the image is regenerated.
           prompt: what to generate; None takes the image's own CLIP embedding in place of a caption's.
           resample: (jump, times) of RePaint: every stretch of ``jump`` steps is taken ``times`` times, which fits the
@@ -111,24 +114,68 @@ class ImageEdits(SystemBase):
           image_emb: with a prompt, as in `text2image`.
           **options: see `SampleOptions`.
         """
-        if image_emb != "prior":
-            self._check_conditioning(image_emb)
         given = read_image(image)
         regenerated = read_mask(mask, given)
         mask_name = str(mask) if isinstance(mask, str | os.PathLike) else "given in memory"
-        inputs = {"image": given.name, "mask": mask_name, "resample": resample and list(resample)}
-        uses_prior = prompt is not None and self._embeds_images and image_emb == "prior"
-        call = self._call("inpaint", options, uses_prior, {**inputs, "image_emb": image_emb})
-        emb = None
-        if prompt is None and self._embeds_images:
-            emb = self._embed_inputs([given])
-        elif prompt is not None and image_emb == "text":
-            emb = self.embed_text(prompt)
-        caption = "" if prompt is None else read_caption(prompt)
-        condition = inpainting.Conditioning(caption, emb, prompt is not None and image_emb == "none")
+        call, condition = self._part("inpaint", given, prompt, image_emb, options)
+        call = call.with_inputs(mask=mask_name, resample=resample and list(resample))
         return inpainting.inpaint(call, given, regenerated, condition, resample)
 
+    def outpaint(
+        self,
+        image: ImageLike,
+        prompt: str | None = None,
+        *,
+        margins: tuple[int, int, int, int],
+        resample: tuple[int, int] | None = None,
+        image_emb: str = "prior",
+        **options: Unpack[SampleOptions],
+    ) -> Images:
+        """Extends an image beyond its edges, by windows of the size of generated images that move outwards.
+
+        The image's shorter side is scaled to that size; its pixels are then those of the result.
+
+        Args:
+          image: the image.
+          prompt: as in `inpaint`.
+          margins: pixels to add on the left, on the right, at the top and at the bottom, of the size of the result.
+          resample: as in `inpaint`.
+          image_emb: as in `inpaint`.
+          **options: see `SampleOptions`.
+
+        Raises:
+          ConfigError: a margin is out of range, or all of them are 0.
+          UsageError: the result would have more than 2^25 pixels.
+        """
+        names = inpainting.Margins._fields
+        if len(margins) != len(names) or not any(margins):
+            raise ConfigError(f"margins must be four pixel counts ({', '.join(names)}), one above 0", "margins")
+        for name, margin in zip(names, margins, strict=True):
+            check_number(name, margin, Range(0, inpainting.MAX_MARGIN))
+        given = read_image(image)
+        call, condition = self._part("outpaint", given, prompt, image_emb, options)
+        call = call.with_inputs(margins=list(margins), resample=resample and list(resample))
+        return inpainting.outpaint(call, given, inpainting.Margins(*margins), condition, resample)
+
     # --- inside ---------------------------------------------------------------------------------
+
+    def _part(
+        self, command: str, image: InputImage, prompt: str | None, image_emb: str, options: SampleOptions
+    ) -> tuple[Call, inpainting.Conditioning]:
+        """Returns the call that generates a part of an image, and what that is conditioned on.
+
+        That is a caption, or without one the image's own embedding. A decoder without image embeddings is unconditional
+        without a caption.
+        """
+        if image_emb != "prior":
+            self._check_conditioning(image_emb)
+        uses_prior = prompt is not None and self._embeds_images and image_emb == "prior"
+        call = self._call(command, options, uses_prior, {"image": image.name, "image_emb": image_emb})
+        if prompt is None:
+            emb = self._embed_inputs([image]) if self._embeds_images else None
+            return call, inpainting.Conditioning("", emb)
+        emb = self.embed_text(prompt) if image_emb == "text" else None
+        return call, inpainting.Conditioning(read_caption(prompt), emb, image_emb == "none")
 
     def _encoded(
         self, call: Call, inputs: Sequence[InputImage], prompt: str
