@@ -30,7 +30,13 @@ DIFFUSION_OPTIONS = {
 }
 """Option of a diffusion stage -> the field of ``SamplingConfig``, and how its value is read."""
 
-AR_OPTIONS = {"dot_quantile": ("dot_quantile", float), "guidance": ("guidance", float)}
+AR_OPTIONS = {
+    "dot_quantile": ("dot_quantile", float),
+    "guidance": ("guidance", float),
+    "temperature": ("temperature", float),
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+}
 """Option of the autoregressive prior -> the field of ``ArSamplingConfig``, and how its value is read."""
 
 OPTIONS = {**dict.fromkeys(STAGES, DIFFUSION_OPTIONS), "ar_prior": AR_OPTIONS}
@@ -45,9 +51,9 @@ def add_stage_options(command: argparse.ArgumentParser) -> None:
     command.add_argument_group(
         "sampling of each stage",
         f"--STAGE.OPTION, with STAGE one of {', '.join(STAGES)} and OPTION one of sampler ({', '.join(SAMPLERS)}), "
-        f"{', '.join(list(DIFFUSION_OPTIONS)[1:])} (explained in docs/diffusion.md); --ar_prior.guidance and "
-        "--ar_prior.dot_quantile (0.5 samples the dot product with the caption from the upper half of the training "
-        "pairs'). The defaults are those of the stage's config",
+        f"{', '.join(list(DIFFUSION_OPTIONS)[1:])} (explained in docs/diffusion.md); --ar_prior.guidance, "
+        "--ar_prior.temperature, --ar_prior.top_k, --ar_prior.top_p and --ar_prior.dot_quantile (0.5 samples the dot "
+        "product with the caption from the upper half of the training pairs'). The defaults are those of the config",
     )
 
 

@@ -86,14 +86,25 @@ class ArSamplingConfig:
       guidance: the scale of classifier-free guidance on the logits; 1 is no guidance.
       dot_quantile: the dot product of image and text embedding that the samples are conditioned on is sampled from
         those of the training pairs above this quantile (the paper tried 0.5, 0.7, 0.85 and 0.95; 0.5 was best).
+      temperature: divides the logits, after guidance; below 1 the likely codes are sampled more often.
+      top_k: each code is sampled from this many most likely ones; None is all.
+      top_p: each code is sampled from the most likely ones that together have this probability (Holtzman et al. 2020,
+        nucleus sampling); 1 is all.
     """
 
     guidance: GuidanceScale = 1.0
     dot_quantile: Annotated[float, Range(0, 1, exclusive_max=True)] = 0.5
+    temperature: Annotated[float, Range(0, 1_000, exclusive_min=True)] = 1.0
+    top_k: Annotated[int, Range(1, 65_536)] | None = None
+    top_p: Annotated[float, Range(0, 1, exclusive_min=True)] = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dot_quantile < 1.0:
             raise UserError(f"sampling.dot_quantile {self.dot_quantile} must be at least 0 and below 1")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"sampling.top_p {self.top_p} must be above 0 and at most 1")
+        if self.temperature <= 0.0:
+            raise UserError(f"sampling.temperature {self.temperature} must be above 0")
 
 
 @jax.tree_util.register_dataclass
@@ -148,6 +159,9 @@ class ArSamplingPlan:
       dot_quantile: see `ArSamplingConfig`.
       absent: {"text": the examples without a caption}; empty if all have one.
       negative: the condition with other captions, which guidance moves away from; None: without captions.
+      temperature: see `ArSamplingConfig`.
+      top_p: see `ArSamplingConfig`; None is all codes.
+      top_k: see `ArSamplingConfig`. Static.
     """
 
     guided: bool = dataclasses.field(metadata=STATIC)
@@ -155,6 +169,9 @@ class ArSamplingPlan:
     dot_quantile: Scalar
     absent: Drops
     negative: Condition | None = None
+    temperature: Scalar = 1.0
+    top_p: Scalar | None = None
+    top_k: int | None = dataclasses.field(default=None, metadata=STATIC)
 
     @property
     def guides_by_text(self) -> bool:
