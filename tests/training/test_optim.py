@@ -210,7 +210,7 @@ def test_the_average_of_a_constant_is_the_constant():
 
 
 CHANGES = {"lr": 1.0, "warmup_steps": 5, "schedule": "cosine", "beta1": 0.5, "beta2": 0.5, "eps": 1e-3}
-CHANGES |= {"weight_decay": 0.0, "clip_norm": 7.0, "ema_decay": 0.0}
+CHANGES |= {"weight_decay": 0.0, "clip_norm": 7.0, "ema_decay": 0.0, "sam_rho": 0.1}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(OptimConfig)])
