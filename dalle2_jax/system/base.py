@@ -84,16 +84,33 @@ class SystemBase:
         call = Call("prior", self.path, {name: self._stage(name) for name in names}, self.mesh, selected)
         return Generator(call).sample_embeddings(call.requests(captions), call.options.batch_size)
 
+    @property
+    def embeds_images(self) -> bool:
+        """Whether the decoder reads an image embedding."""
+        return "image_emb" in self._stage("decoder").stage.inputs
+
+    def call(
+        self,
+        command: str,
+        options: SampleOptions,
+        uses_prior: bool = False,
+        inputs: Mapping[str, Any] | None = None,
+        **defaults: Any,
+    ) -> Call:
+        """Returns a call of the stages that generate images, and of the prior if it uses one."""
+        names = {"decoder", *(name for name in IMAGE_STAGES if name in self.stages)}
+        if "clip" in self.stages or self.embeds_images:
+            names.add("clip")
+        if uses_prior:
+            names.add(self._prior_name)
+        used = {name: self._stage(name) for name in (*self.stages, *names) if name in names}
+        return Call(command, self.path, used, self.mesh, make_options(options, **defaults), inputs or {})
+
     # --- inside ---------------------------------------------------------------------------------
 
     @functools.cached_property
     def _embedder(self) -> ClipEmbedder:
         return ClipEmbedder(self._stage("clip"), batch_sharding(self.mesh), EMBEDDED)
-
-    @property
-    def _embeds_images(self) -> bool:
-        """Whether the decoder reads an image embedding."""
-        return "image_emb" in self._stage("decoder").stage.inputs
 
     @property
     def _prior_name(self) -> str:
@@ -107,23 +124,6 @@ class SystemBase:
             raise UserError(f"stage {name} of {self.path} is not loaded: load the system with it (stages=...)")
         raise UserError(missing_stage(self.path, name))
 
-    def _call(
-        self,
-        command: str,
-        options: SampleOptions,
-        uses_prior: bool = False,
-        inputs: Mapping[str, Any] | None = None,
-        **defaults: Any,
-    ) -> Call:
-        """Returns a call of the stages that generate images, and of the prior if it uses one."""
-        names = {"decoder", *(name for name in IMAGE_STAGES if name in self.stages)}
-        if "clip" in self.stages or self._embeds_images:
-            names.add("clip")
-        if uses_prior:
-            names.add(self._prior_name)
-        used = {name: self._stage(name) for name in (*self.stages, *names) if name in names}
-        return Call(command, self.path, used, self.mesh, make_options(options, **defaults), inputs or {})
-
     def _check_conditioning(self, image_emb: str = "prior") -> None:
         """Checks that the decoder can be conditioned on an image embedding, or for "none" on a caption alone.
 
@@ -133,7 +133,7 @@ class SystemBase:
         """
         if image_emb not in IMAGE_EMB:
             raise UsageError(f"image_emb must be one of {', '.join(IMAGE_EMB)}, got {shown(image_emb)}")
-        if not self._embeds_images:
+        if not self.embeds_images:
             raise UserError(NO_IMAGE_EMB)
         if image_emb == "none" and "tokens" not in self._stage("decoder").stage.inputs:
             raise UserError("this system's decoder reads no caption: it needs an image embedding")

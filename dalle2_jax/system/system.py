@@ -91,9 +91,9 @@ class System(ImageEdits, EmbeddingEdits):
         """
         captions = read_captions(prompts)
         if image_emb == "prior":
-            return generation.text2image(self._call("text2image", options, self._embeds_images), captions)
+            return generation.text2image(self.call("text2image", options, self.embeds_images), captions)
         self._check_conditioning(image_emb)
-        call = self._call("text2image", options, inputs={"image_emb": image_emb})
+        call = self.call("text2image", options, inputs={"image_emb": image_emb})
         return generation.decode(call, self.embed_text(captions) if image_emb == "text" else None, captions)
 
     def decode(
@@ -113,7 +113,7 @@ class System(ImageEdits, EmbeddingEdits):
         Raises:
           UsageError: the embeddings are of another shape, or not finite; or neither they nor prompts are given.
         """
-        call = self._call("decode", options, num=1)
+        call = self.call("decode", options, num=1)
         self._check_conditioning("none" if image_emb is None else "prior")
         if image_emb is None:
             if prompts is None:

@@ -11,7 +11,13 @@ from dalle2_jax.errors import ConfigError, UsageError
 from dalle2_jax.ranges import Range
 from dalle2_jax.stages.clip import MAX_LOG_SCALE
 from dalle2_jax.system.base import SystemBase, read_caption
-from dalle2_jax.system.editing.frames import decode_each, decode_path, decode_with_inputs, inverted, inverted_noise
+from dalle2_jax.system.editing.frames import (
+    decode_each,
+    decode_path,
+    decode_with_inputs,
+    inverted_noise,
+    with_inversion,
+)
 from dalle2_jax.system.editing.geometry import path, positions, slerp, text_direction, weighted_mean
 from dalle2_jax.system.editing.typography import probabilities, with_word
 from dalle2_jax.system.generation import Generator
@@ -59,7 +65,7 @@ class EmbeddingEdits(SystemBase):
         factors = _read_weights(weights, len(given) + len(texts))
         inputs = {"image": [image.name for image in given], "caption": texts, "weights": factors.tolist()}
         uses_prior = bool(texts) and image_emb == "prior"
-        call = self._call("mix", options, uses_prior, {**inputs, "image_emb": image_emb})
+        call = self.call("mix", options, uses_prior, {**inputs, "image_emb": image_emb})
         generator = Generator(call)
         emb = weighted_mean(self._embed_points(generator, given, texts, image_emb), factors)
         names = [*(image.short_name for image in given), *texts]
@@ -108,10 +114,10 @@ class EmbeddingEdits(SystemBase):
         inputs = {"image": [image.name for image in given], "caption": texts, "frames": frames, "eta": eta}
         inputs |= {"whole_inversion": whole_inversion, "image_emb": image_emb}
         uses_prior = bool(texts) and image_emb == "prior"
-        call = self._call("interpolate", options, uses_prior, inputs, num=1)
+        call = self.call("interpolate", options, uses_prior, inputs, num=1)
         where = positions(len(given) + len(texts), frames)
         call.options.check_count(len(where))
-        generator, x_T = Generator(inverted(call, eta)), None
+        generator, x_T = Generator(with_inversion(call, eta)), None
         emb = self._embed_points(generator, given, texts, image_emb)
         if eta is not None:
             ends = inverted_noise(generator, given, emb[: len(given)], read_caption(prompt), whole_inversion)
@@ -158,7 +164,7 @@ class EmbeddingEdits(SystemBase):
         inputs = {"image": given.name, "from": base[0] if base and len(base) == 1 else base, "to": read_caption(after)}
         inputs |= {"frames": frames, "theta": theta, "whole_inversion": whole_inversion}
         self._check_conditioning()
-        generator = Generator(inverted(self._call("text_diff", options, inputs=inputs, num=1), 0.0))
+        generator = Generator(with_inversion(self.call("text_diff", options, inputs=inputs, num=1), 0.0))
         generator.call.options.check_count(frames)
         emb = self._embed_inputs([given])
         target = text_direction(
@@ -209,7 +215,7 @@ class EmbeddingEdits(SystemBase):
         plain = square(given.pixels, min(given.pixels.shape[:2]))
         shown = [plain, with_word(plain, read_caption(word), size)]
         inputs = {"image": given.name, "word": word, "labels": captions, "size": size}
-        generator = Generator(self._call("typographic_probe", options, inputs=inputs, num=3))
+        generator = Generator(self.call("typographic_probe", options, inputs=inputs, num=3))
         pair = [InputImage(pixels, given.name) for pixels in shown]
         emb, log_scale = self._embed_inputs(pair), self._stage("clip").variables.params["logit_scale"]
         found = probabilities(emb, self.embed_text(captions), min(float(log_scale), MAX_LOG_SCALE))

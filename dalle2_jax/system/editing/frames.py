@@ -20,7 +20,7 @@ ImageEmb = Float32[np.ndarray, "N E"]
 Noise = Float32[np.ndarray, "N H W 3"]
 
 
-def inverted(call: Call, eta: float | None) -> Call:
+def with_inversion(call: Call, eta: float | None) -> Call:
     """Returns the call with the decoder's settings that DDIM inversion implies; unchanged if ``eta`` is None.
 
     The noise is that of DDIM without guidance, so that the decoder is sampled by DDIM, and without guidance unless the
@@ -45,7 +45,7 @@ def inverted_noise(
     """Returns the noise x_T from which DDIM reconstructs images under their embeddings.
 
     Args:
-      generator: of a call that is `inverted`.
+      generator: of a call that is `with_inversion`.
       inputs: the images.
       image_emb: an embedding for each.
       prompt: the caption of all of them.

@@ -12,7 +12,7 @@ from dalle2_jax.ranges import Range
 from dalle2_jax.system.base import SystemBase, read_caption
 from dalle2_jax.system.editing import inpainting
 from dalle2_jax.system.editing.components import Components
-from dalle2_jax.system.editing.frames import ImageEmb, Noise, decode_each, decode_path, inverted, inverted_noise
+from dalle2_jax.system.editing.frames import ImageEmb, Noise, decode_each, decode_path, inverted_noise, with_inversion
 from dalle2_jax.system.editing.similarity import Distance, describer
 from dalle2_jax.system.generation import Call, Generator
 from dalle2_jax.system.images import Images
@@ -48,7 +48,7 @@ class ImageEdits(SystemBase):
             check_fraction("eta", eta)
         given = read_images(images)
         inputs = {"image": [image.name for image in given], "eta": eta, "whole_inversion": whole_inversion}
-        call = inverted(self._call("variations", options, inputs=inputs), eta)
+        call = with_inversion(self.call("variations", options, inputs=inputs), eta)
         prompt = read_caption(prompt)
         generator, emb, x_T = self._encoded(call, given, prompt)
         return decode_each(generator, emb, x_T, prompt, [prompt or image.short_name for image in given])
@@ -89,7 +89,7 @@ class ImageEdits(SystemBase):
         inputs = {"image": [image.name for image in given], "whole_inversion": whole_inversion}
         if components:
             inputs["components"] = [int(each) if isinstance(each, np.integer) else each for each in components]
-        call = inverted(self._call("reconstruct", options, inputs=inputs, num=1), 0.0)
+        call = with_inversion(self.call("reconstruct", options, inputs=inputs, num=1), 0.0)
         return self._projected(call, given, prompt, lpips) if components else self._again(call, given, prompt, lpips)
 
     def inpaint(
@@ -169,10 +169,10 @@ class ImageEdits(SystemBase):
         """
         if image_emb != "prior":
             self._check_conditioning(image_emb)
-        uses_prior = prompt is not None and self._embeds_images and image_emb == "prior"
-        call = self._call(command, options, uses_prior, {"image": image.name, "image_emb": image_emb})
+        uses_prior = prompt is not None and self.embeds_images and image_emb == "prior"
+        call = self.call(command, options, uses_prior, {"image": image.name, "image_emb": image_emb})
         if prompt is None:
-            emb = self._embed_inputs([image]) if self._embeds_images else None
+            emb = self._embed_inputs([image]) if self.embeds_images else None
             return call, inpainting.Conditioning("", emb)
         emb = self.embed_text(prompt) if image_emb == "text" else None
         return call, inpainting.Conditioning(read_caption(prompt), emb, image_emb == "none")
