@@ -162,12 +162,28 @@ class ResBlock(nn.Module):
         return x + h
 
 
+class CrossAttentionBlock(nn.Module):
+    """x + attention(norm(x), context): queries from the features, keys and values from the context.
+
+    The context is the caption's states and the image tokens. Params: ``norm`` and CrossAttention's under ``attn``.
+    """
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], context: Float[Array, "B S Dc"], context_mask: Bool[Array, "B S"] | None
+    ) -> Float[Array, "B H W C"]:
+        config = self.config
+        h = GroupNorm(config.norm_groups, config.dtype, name="norm")(x)
+        heads = config.heads(x.shape[-1])
+        return x + CrossAttention(heads, config.dtype, name="attn")(h, context, context_mask)
+
+
 class AttentionBlock(nn.Module):
     """x + attention(norm(x), context). Params: ``norm`` and ContextAttention's under ``attn``.
 
-    With "cross", x <- x + attention(norm(x)) and then x <- x + cross_attention(cross_norm(x), context): queries from
-    the features, keys and values from the caption's states and the image tokens. Params: also ``cross_norm``, and
-    CrossAttention's under ``cross_attn``.
+    With "cross", x <- x + attention(norm(x)), and a `CrossAttentionBlock` follows. Params: also those under ``cross``.
     """
 
     config: UNetConfig
@@ -185,9 +201,7 @@ class AttentionBlock(nn.Module):
         attention = ContextAttention(heads, config.dtype, name="attn")
         if context is None or config.context_attention == "joined":
             return x + attention(h, context, context_mask)
-        x = x + attention(h, None, None)
-        h = GroupNorm(config.norm_groups, config.dtype, name="cross_norm")(x)
-        return x + CrossAttention(heads, config.dtype, name="cross_attn")(h, context, context_mask)
+        return CrossAttentionBlock(config, name="cross")(x + attention(h, None, None), context, context_mask)
 
 
 class UNet(nn.Module):

@@ -27,7 +27,7 @@ from dalle2_jax.stages.contract import EmbeddingContract
 from dalle2_jax.types import Batch, Degrading, Metrics, Params
 
 TARGETS = (
-    r"(^|/)(cross_)?attn/(qkv|q|kv|context_kv|out)/kernel$",  # attention, of transformers and of the U-Net
+    r"(^|/)attn/(qkv|q|kv|context_kv|out)/kernel$",  # attention, of transformers and of the U-Net
     r"(^|/)blocks/(fc|proj)/kernel$",  # the transformers' MLPs
     r"(^|/)pool/(query|key|value|out)/kernel$",  # the attention that ends CLIP's ResNet
     r"(^|/)(context_kv|caption_context_proj|text_seq_proj|image_token_proj)/kernel$",  # conditioning of attention

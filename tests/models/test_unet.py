@@ -157,7 +157,8 @@ def test_both_kinds_of_context_attention(net):
     x, t, emb, context, _ = net[1]
     params = random_variables(UNet(config), *net[1])
     block = params["params"]["mid_attn"]
-    assert {*block} == {"norm", "attn", "cross_norm", "cross_attn"} and "context_kv" not in block["attn"]
+    assert {*block} == {"norm", "attn", "cross"} and {*block["cross"]} == {"norm", "attn"}
+    assert "context_kv" in block["cross"]["attn"] and "context_kv" not in block["attn"]
     apply = jitted(UNet(config))
     out = apply(params, x, t, emb, context, MASK)
     same(out, apply(params, x, t, emb, jnp.where(MASK[:, :, None], context, 50.0), MASK))
