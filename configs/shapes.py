@@ -219,12 +219,32 @@ def ar_prior() -> ConfigDict:
     return config
 
 
+def decoder_inpaint() -> ConfigDict:
+    """The decoder with the known pixels and their mask as input."""
+    config = decoder()
+    config.model.unet.in_channels = 7
+    config.conditioning.inpaint = True
+    return config
+
+
+def upsampler_1_inpaint() -> ConfigDict:
+    """The upsampler with the known pixels and their mask as input."""
+    config = upsampler_1()
+    config.model.in_channels = 10
+    config.conditioning.inpaint = True
+    return config
+
+
 STAGES = {
     "clip": clip,
     "prior": prior,
     "decoder": decoder,
     "upsampler_1": upsampler_1,
     "ar_prior": ar_prior,
+    "clip,inpaint": clip,
+    "prior,inpaint": prior,
+    "decoder,inpaint": decoder_inpaint,
+    "upsampler_1,inpaint": upsampler_1_inpaint,
     "clip,large": clip_large,
     "prior,large": prior_large,
     "decoder,large": decoder_large,

@@ -327,7 +327,8 @@ def _from_base(job: Job, base: StageFolder, experiment: Experiment, clip: ClipSt
     abstract_variables(stage)  # raises where a LoRA's targets match no kernel
     if not inherit.resumes(job.folder, base):
         variables = load.load_stage(base.root, base.stage, job.mesh, clip).variables
-        start, identity = Start(*variables), fingerprint(variables.params)
+        identity = fingerprint(variables.params)
+        start = Start(job.stage.adapted(variables.params), variables.stats)
     else:
         variables = None
     if experiment.lora is None:

@@ -74,10 +74,23 @@ finite_float = number(AnyFloat)
 fraction = number(Fraction)
 
 
+def positive_ints(word: str) -> tuple[int, ...]:
+    """Reads whole numbers from 1 on separated by commas, for an argument parser."""
+    return tuple(int(positive_int(number)) for number in word.split(","))
+
+
 def interval(word: str) -> tuple[float, float]:
     """Reads two numbers separated by a comma, for an argument parser."""
     low, high = word.split(",")
     return finite_float(low), finite_float(high)
+
+
+def fraction_or_two(word: str) -> float | tuple[float, float]:
+    """Reads a number from 0 to 1, or two separated by a comma, for an argument parser."""
+    numbers = [float(fraction(part)) for part in word.split(",")]
+    if len(numbers) > 2 or sorted(numbers) != numbers:
+        raise argparse.ArgumentTypeError(f"{word[:100]} is not a number, or two ascending ones, from 0 to 1")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
 def int_pair(word: str) -> tuple[int, int]:

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dalle2_jax.cli import args, sample
+from dalle2_jax.cli import args, stage_options
+from dalle2_jax.cli.sample import PRIORS
 from dalle2_jax.errors import ConfigError, UsageError, UserError
 from dalle2_jax.evaluation.registry import MEASURES, PROTOCOLS, chosen_measures
 from dalle2_jax.ranges import BatchSize, Side
@@ -41,14 +42,14 @@ def make_parser() -> args.Parser:
     parser.add_argument("--out", type=args.path, help=f"{out}; of {STATISTICS}, the file")
     parser.add_argument("--stage", choices=DIFFUSED, help="the stage of bits_per_dim and noise_statistics")
     prior = "which prior, if the system has both (default diffusion)"
-    parser.add_argument("--prior", choices=sample.PRIORS, help=prior)
+    parser.add_argument("--prior", choices=PRIORS, help=prior)
     parser.add_argument("--seed", type=args.seed, default=1, help="random seed (default %(default)s)")
     batch = "images generated at a time (default 64, and 16 for single stages)"
     parser.add_argument("--batch_size", type=args.number(BatchSize), help=batch)
     scales = "guidance scale of the decoder; several separated by commas are a sweep with a plot"
     parser.add_argument("--guidance", type=scales_of, default=(), help=scales)
     parser.add_argument("--noverify", action="store_true", help=args.NOVERIFY)
-    sample.add_stage_options(parser)
+    stage_options.add_stage_options(parser)
     return parser
 
 
@@ -127,11 +128,11 @@ def main() -> None:
     from dalle2_jax.evaluation.run import evaluate
 
     keywords: dict[str, Any] = {name: vars(options)[name] for name in PASSED}
-    sampling = sample.stage_settings(options, list(sample.OPTIONS))
+    sampling = stage_options.stage_settings(options, list(stage_options.OPTIONS))
     try:
         measured = evaluate(
             options.system, options.measures, **keywords, sampling=sampling, verify=not options.noverify, progress=True
         )
     except ConfigError as error:
-        raise UsageError(sample.as_option(error)) from error
+        raise UsageError(stage_options.as_option(error)) from error
     print(measured.table())

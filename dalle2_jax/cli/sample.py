@@ -1,10 +1,10 @@
 """``dalle2 sample``, and ``python sample.py``: generates and edits images with a trained system."""
 
 import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dalle2_jax.cli import args
+from dalle2_jax.cli.stage_options import add_stage_options, as_option, stage_settings
 from dalle2_jax.errors import ConfigError, UsageError, UserError
 from dalle2_jax.ranges import BatchSize, Range
 
@@ -12,34 +12,7 @@ if TYPE_CHECKING:
     from dalle2_jax.system.images import Images
     from dalle2_jax.system.system import System
 
-STAGES = ("prior", "decoder", "upsampler_1", "upsampler_2")
 PRIORS = ("diffusion", "ar")
-SAMPLERS = ("ddim", "ddpm", "euler", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc")
-
-DIFFUSION_OPTIONS = {
-    "sampler": ("name", str),
-    "steps": ("steps", str),
-    "eta": ("eta", float),
-    "variance": ("variance", str),
-    "clip_sample": ("clip_sample", float),
-    "clip": ("clip_sample", float),  # its name in earlier versions
-    "threshold": ("threshold", str),
-    "quantile": ("quantile", float),
-    "temperature": ("temperature", float),
-    "guidance": ("guidance", float),
-    "image_guidance": ("image_guidance", float),
-    "text_guidance": ("text_guidance", float),
-    "guidance_schedule": ("guidance_schedule", str),
-    "guidance_interval": ("guidance_interval", args.interval),
-    "guidance_rescale": ("guidance_rescale", float),
-}
-"""Option of a diffusion stage -> the field of ``SamplingConfig``, and how its value is read."""
-
-AR_OPTIONS = {"dot_quantile": ("dot_quantile", float), "guidance": ("guidance", float)}
-"""Option of the autoregressive prior -> the field of ``ArSamplingConfig``, and how its value is read."""
-
-OPTIONS = {**dict.fromkeys(STAGES, DIFFUSION_OPTIONS), "ar_prior": AR_OPTIONS}
-"""Stage -> its options, given as --STAGE.OPTION."""
 
 EXAMPLE = 'python sample.py text2image --system runs/demo --prompt "a large red circle" --num 4 --out out/'
 COMMANDS = {
@@ -50,9 +23,16 @@ COMMANDS = {
         "python sample.py variations --system runs/demo --image in.png --eta 0.7 --out out/",
         4,
     ),
+    "mix": (
+        "generate images from a weighted mean of the embeddings of images and captions",
+        'python sample.py mix --system runs/demo --image a.png --caption "a blue star" --weight 1 --weight 0.5 '
+        "--out out/",
+        4,
+    ),
     "interpolate": (
-        "generate the images between two images",
-        "python sample.py interpolate --system runs/demo --image a.png --image b.png --frames 8 --out out/",
+        "generate the images on a path through images and captions",
+        "python sample.py interpolate --system runs/demo --image a.png --image b.png --frames 8 --animate webp "
+        "--out out/",
         1,
     ),
     "text_diff": (
@@ -66,6 +46,17 @@ COMMANDS = {
         "python sample.py reconstruct --system runs/demo --image in.png --decoder.steps 100 --out out/",
         4,
     ),
+    "typographic_probe": (
+        "compare CLIP's labels and the variations of an image with and without a word on it",
+        'python sample.py typographic_probe --system runs/demo --image in.png --word square --label "a red circle" '
+        '--label "a red square" --out out/',
+        3,
+    ),
+    "outpaint": (
+        "extend an image beyond its edges",
+        "python sample.py outpaint --system runs/demo --image in.png --left 32 --right 32 --out out/",
+        4,
+    ),
     "inpaint": (
         "regenerate the white region of a mask",
         "python sample.py inpaint --system runs/demo --image in.png --mask mask.png "
@@ -73,6 +64,15 @@ COMMANDS = {
         4,
     ),
 }
+
+EMBED_CAPTIONS = ("text2image", "mix", "interpolate", "inpaint", "outpaint")
+"""Commands that make image embeddings of captions."""
+
+MARGINS = ("left", "right", "top", "bottom")
+"""Sides on which an image is extended, in the order of ``System.outpaint``."""
+
+SEQUENCES = ("interpolate", "text_diff")
+"""Commands whose images are the frames of a sequence."""
 
 _Commands = dict[str, argparse.ArgumentParser]
 
@@ -94,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_prior(commands)
     _add_images(commands)
     _add_edits(commands)
+    _add_sequences(commands)
     return parser
 
 
@@ -106,6 +107,8 @@ def _add_common(command: argparse.ArgumentParser, several_prompts: bool, num: in
         command.add_argument("--prompts", type=args.path, help="a text file with one caption per line")
     else:
         command.add_argument("--prompt", type=caption, help="a caption")
+    negative = "a caption that guidance moves away from, in place of no caption"
+    command.add_argument("--negative", type=caption, default="", help=negative)
     each = "images per prompt or image (default %(default)s)"
     command.add_argument("--num", type=args.number(Annotated[int, Range(1, 100_000)]), default=num, help=each)
     command.add_argument("--seed", type=args.seed, default=0, help="random seed (default 0)")
@@ -116,37 +119,32 @@ def _add_common(command: argparse.ArgumentParser, several_prompts: bool, num: in
     add_stage_options(command)
 
 
-def add_stage_options(command: argparse.ArgumentParser) -> None:
-    """Adds --STAGE.OPTION for every stage, which `stage_settings` reads."""
-    for stage, stage_options in OPTIONS.items():
-        for option, (_, read) in stage_options.items():
-            command.add_argument(f"--{stage}.{option}", type=read, metavar=option.upper(), help=argparse.SUPPRESS)
-    command.add_argument_group(
-        "sampling of each stage",
-        f"--STAGE.OPTION, with STAGE one of {', '.join(STAGES)} and OPTION one of sampler ({', '.join(SAMPLERS)}), "
-        f"{', '.join(list(DIFFUSION_OPTIONS)[1:])} (explained in docs/diffusion.md); --ar_prior.guidance and "
-        "--ar_prior.dot_quantile (0.5 samples the dot product with the caption from the upper half of the training "
-        "pairs'). The defaults are those of the stage's config",
-    )
-
-
 def _add_prior(commands: _Commands) -> None:
+    """Adds how captions become image embeddings."""
     candidates = "embeddings sampled per image, of which the closest to the caption is used (default 2; 1 for ar)"
-    for name in ("text2image", "inpaint"):
-        prior = "which prior, if the system has both (default diffusion)"
-        commands[name].add_argument("--prior", choices=PRIORS, help=prior)
+    for name in EMBED_CAPTIONS:
+        prior = "which prior, if the system has both (default diffusion); none is --image_emb text"
+        commands[name].add_argument("--prior", choices=(*PRIORS, "none"), help=prior)
         read = args.number(Annotated[int, Range(1, 1_000)])
         commands[name].add_argument("--prior.candidates", type=read, help=candidates)
+        alone = name in ("text2image", "inpaint", "outpaint")
+        sources = ("prior", "text", "none") if alone else ("prior", "text")
+        text = "the image embedding of a caption: sampled from the prior (default), or its text embedding"
+        text += ", or none: the decoder is conditioned on the caption only" if alone else ""
+        commands[name].add_argument("--image_emb", choices=sources, help=text)
 
 
 def _add_images(commands: _Commands) -> None:
     for name in ("variations", "reconstruct"):
         text = "an image file, cropped to a square; may be repeated"
         commands[name].add_argument("--image", type=args.path, required=True, action="append", help=text)
-    text = "an image file, cropped to a square; give it twice"
-    commands["interpolate"].add_argument("--image", type=args.path, required=True, action="append", help=text)
-    for name in ("text_diff", "inpaint"):
-        text = "an image file, cropped to a square"
+    for name in ("mix", "interpolate"):
+        text = "an image file, cropped to a square; may be repeated"
+        commands[name].add_argument("--image", type=args.path, action="append", default=[], help=text)
+        text = "a caption, after the images; may be repeated"
+        commands[name].add_argument("--caption", type=caption, action="append", default=[], help=text)
+    for name in ("text_diff", "typographic_probe", "inpaint", "outpaint"):
+        text = "an image file" if name in ("inpaint", "outpaint") else "an image file, cropped to a square"
         commands[name].add_argument("--image", type=args.path, required=True, help=text)
     inversion = "invert the last step too, up to pure noise; reconstructions are better without it"
     for name in ("variations", "interpolate", "text_diff", "reconstruct"):
@@ -157,19 +155,46 @@ def _add_edits(commands: _Commands) -> None:
     eta = "start from the noise that DDIM inversion finds: 0 reconstructs the image (default: fresh noise)"
     for name in ("variations", "interpolate"):
         commands[name].add_argument("--eta", type=args.fraction, help=eta)
-    for name in ("interpolate", "text_diff"):
-        frames = "images from the first to the last (default 8)"
-        commands[name].add_argument(
-            "--frames", type=args.number(Annotated[int, Range(2, 1_000)]), default=8, help=frames
-        )
-    commands["text_diff"].add_argument("--from", type=caption, required=True, help="a caption of the image")
+    weight = "a number for each image and then each caption, in order; negative ones move away (default: all alike)"
+    commands["mix"].add_argument("--weight", type=args.finite_float, action="append", help=weight)
+    text = "a caption of the image; of several the mean is taken (default: the direction of --to alone)"
+    commands["text_diff"].add_argument("--from", type=caption, action="append", help=text)
     commands["text_diff"].add_argument("--to", type=caption, required=True, help="a caption of what it becomes")
-    theta = "rotation of the last frame, as a fraction of the angle (default 0.5)"
-    commands["text_diff"].add_argument("--theta", type=args.fraction, default=0.5, help=theta)
+    theta = "rotation of the last frame, as a fraction of the angle, or of the first and last: 0.25,0.5 (default 0,0.5)"
+    commands["text_diff"].add_argument("--theta", type=args.fraction_or_two, default=0.5, help=theta)
+    counts = "decode the projection on so many principal components, for each number, as 20,30,40"
+    commands["reconstruct"].add_argument("--components", type=args.positive_ints, default=(), help=counts)
+    lpips = "folder of an imported LPIPS: the distance to the image is printed too"
+    commands["reconstruct"].add_argument("--lpips", type=args.path, metavar="DIR", help=lpips)
     mask = "an image of the same size: white where the image is regenerated"
     commands["inpaint"].add_argument("--mask", type=args.path, required=True, help=mask)
     resample = "repeat every stretch of JUMP steps TIMES times (RePaint), which fits the new part better: 10,5"
-    commands["inpaint"].add_argument("--resample", type=args.int_pair, metavar="JUMP,TIMES", help=resample)
+    for name in ("inpaint", "outpaint"):
+        commands[name].add_argument("--resample", type=args.int_pair, metavar="JUMP,TIMES", help=resample)
+    for side in MARGINS:
+        read, text = args.number(Annotated[int, Range(0, 8_192)]), f"pixels to add, {side} (default 0)"
+        commands["outpaint"].add_argument(f"--{side}", type=read, default=0, help=text)
+    probe = commands["typographic_probe"]
+    probe.add_argument("--word", required=True, type=caption, help="the word that is pasted on the image")
+    label = "a caption that CLIP compares the image with; give two or more"
+    probe.add_argument("--label", type=caption, action="append", default=[], help=label)
+    size = "width of the word's label over that of the image (default 0.8)"
+    probe.add_argument("--size", type=args.fraction, default=0.8, help=size)
+
+
+def _add_sequences(commands: _Commands) -> None:
+    lengths = {
+        "interpolate": "images from each image or caption to the next, both included (default 8)",
+        "text_diff": "images from the first to the last rotation (default 8)",
+    }
+    for name in SEQUENCES:
+        read = args.number(Annotated[int, Range(2, 1_000)])
+        commands[name].add_argument("--frames", type=read, default=8, help=lengths[name])
+        text = "write an animation too, animation.webp or animation.gif"
+        commands[name].add_argument("--animate", choices=("webp", "gif"), help=text)
+        text = "frames per second of the animation (default 8)"
+        read = args.number(Annotated[float, Range(0.1, 100)])
+        commands[name].add_argument("--fps", type=read, default=8.0, help=text)
 
 
 def caption(word: str) -> str:
@@ -200,21 +225,16 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def stage_settings(options: argparse.Namespace, loaded: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns the settings of each stage that the command line gives, by argument of `System`'s methods.
-
-    Raises:
-      UsageError: options of a stage that is not used.
-    """
-    settings: dict[str, dict[str, Any]] = {}
-    for stage, stage_options in OPTIONS.items():
-        values = [(field, getattr(options, f"{stage}.{name}")) for name, (field, _) in stage_options.items()]
-        given = {field: value for field, value in values if value is not None}
-        if given and stage not in loaded:
-            raise UsageError(f"--{stage}.* is given but no stage {stage} is used here")
-        if given:
-            settings["prior" if stage == "ar_prior" else stage] = given
-    return settings
+def image_emb_source(options: argparse.Namespace) -> str | None:
+    """Returns where captions' image embeddings come from; None for a command without captions, or with none given."""
+    if options.command not in EMBED_CAPTIONS:
+        return None
+    source = options.image_emb or ("text" if options.prior == "none" else "prior")
+    if options.prior == "none" and source == "prior":
+        raise UsageError("--prior none and --image_emb prior exclude each other: leave one out")
+    words = {"mix": "caption", "interpolate": "caption", "inpaint": "prompt", "outpaint": "prompt"}
+    given = words.get(options.command)
+    return source if given is None or vars(options)[given] not in (None, []) else None
 
 
 def load_system(options: argparse.Namespace) -> "System":
@@ -222,9 +242,9 @@ def load_system(options: argparse.Namespace) -> "System":
     from dalle2_jax.system import load
     from dalle2_jax.system.system import load as load_stages
 
-    embeds = options.command == "text2image" or (options.command == "inpaint" and options.prompt is not None)
     prior = vars(options).get("prior")
-    stages = load.cascade_stages(options.system, prior, embeds)
+    prior = None if prior == "none" else prior
+    stages = load.cascade_stages(options.system, prior, image_emb_source(options) == "prior")
     return load_stages(options.system, stages=stages, prior=prior, verify=not options.noverify)
 
 
@@ -234,42 +254,67 @@ def generate(options: argparse.Namespace) -> "Images":
     Raises:
       UsageError: a setting that a stage does not have, or does not accept.
     """
-    prompts = read_prompts(options) if options.command == "text2image" else []
+    prompts = read_prompts(options) if options.command == "text2image" else options.prompt
     system, given = load_system(options), vars(options)
     keywords: dict[str, Any] = {
         **stage_settings(options, list(system.stages)),
-        **{name: given[name] for name in ("num", "seed", "batch_size", "out")},
+        **{name: given[name] for name in ("num", "seed", "batch_size", "negative", "out")},
         "candidates": given.get("prior.candidates"),
         "progress": True,
     }
+    source = image_emb_source(options)
+    if source is not None:
+        keywords["image_emb"] = source
     try:
-        if options.command == "text2image":
-            return system.text2image(prompts, **keywords)
-        if options.command == "inpaint":
-            return system.inpaint(options.image, options.mask, options.prompt, resample=options.resample, **keywords)
-        keywords |= {"prompt": options.prompt or "", "whole_inversion": options.whole_inversion}
-        if options.command == "reconstruct":
-            return system.reconstruct(options.image, **keywords)
-        if options.command == "variations":
-            return system.variations(options.image, eta=options.eta, **keywords)
-        keywords["frames"] = options.frames
-        if options.command == "interpolate":
-            return system.interpolate(options.image, eta=options.eta, **keywords)
-        return system.text_diff(options.image, given["from"], options.to, theta=options.theta, **keywords)
+        return _edit(system, options, prompts, keywords)
     except ConfigError as error:
         raise UsageError(as_option(error)) from error
 
 
-def as_option(error: ConfigError) -> str:
-    """Returns the message of an error about a stage's setting, with the option's name in place of the field's."""
-    stage, _, field = error.field.partition(".")
-    message = str(error)
-    if stage not in OPTIONS:
-        return message
-    names = {field: option for option, (field, _) in reversed(OPTIONS[stage].items())}
-    if field and message.startswith(error.field):
-        return f"--{stage}.{names.get(field, field)}{message.removeprefix(error.field)}"
-    return f"--{stage}.*: {message.removeprefix(f'{stage}: ')}"
+def _edit(system: "System", options: argparse.Namespace, prompt: Any, keywords: dict[str, Any]) -> "Images":
+    """Calls the method of a command with its own arguments, and ``keywords`` that several commands have."""
+    if options.command == "text2image":
+        return system.text2image(prompt, **keywords)
+    if options.command == "inpaint":
+        return system.inpaint(options.image, options.mask, prompt, resample=options.resample, **keywords)
+    if options.command == "outpaint":
+        margins = tuple(vars(options)[side] for side in MARGINS)
+        return system.outpaint(options.image, prompt, margins=margins, resample=options.resample, **keywords)
+    keywords["prompt"] = prompt or ""
+    if options.command == "typographic_probe":
+        return system.typographic_probe(options.image, options.word, options.label, size=options.size, **keywords)
+    if options.command == "mix":
+        return system.mix(options.image, options.caption, weights=options.weight, **keywords)
+    keywords["whole_inversion"] = options.whole_inversion
+    if options.command == "reconstruct":
+        return system.reconstruct(options.image, components=options.components, lpips=_lpips(options), **keywords)
+    if options.command == "variations":
+        return system.variations(options.image, eta=options.eta, **keywords)
+    keywords["frames"] = options.frames
+    if options.command == "interpolate":
+        return system.interpolate(options.image, options.caption, eta=options.eta, **keywords)
+    before = vars(options)["from"]
+    return system.text_diff(options.image, before, options.to, theta=options.theta, **keywords)
+
+
+def _lpips(options: argparse.Namespace) -> Any:
+    """Returns the LPIPS that the command names; None if it names none."""
+    if options.lpips is None:
+        return None
+    from dalle2_jax.evaluation import lpips
+
+    return lpips.load(options.lpips)
+
+
+def write_sequence(images: "Images", options: argparse.Namespace) -> None:
+    """Writes strip.png, the frames side by side without captions, and the animation that the command asks for."""
+    import numpy as np
+
+    from dalle2_jax.files import write_png
+
+    write_png(options.out / "strip.png", np.asarray(images.grid(captions=False)))
+    if options.animate:
+        images.animate(options.out / f"animation.{options.animate}", fps=options.fps)
 
 
 def main() -> None:
@@ -279,4 +324,11 @@ def main() -> None:
 
     with lock.hold_folder(options.out):
         images = generate(options)
+        if options.command in SEQUENCES:
+            write_sequence(images, options)
+    if options.command == "reconstruct":
+        print(*images.captions, sep="\n")
+    if options.command == "typographic_probe":
+        for name, row in zip(("as given", f"with {options.word!r}"), images.captions[:: options.num + 1], strict=True):
+            print(f"{name}: {row}")
     print(f"{len(images)} images in {options.out}, all of them in {options.out / 'grid.png'}")

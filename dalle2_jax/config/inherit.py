@@ -8,14 +8,17 @@ experiment is stored, so that only a LoRA needs its base afterwards.
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, cast
 
 from dalle2_jax import pretrained
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.config.parse import Place, expand_file
+from dalle2_jax.config.sections import DecoderConditioning, UpsamplerConditioning
 from dalle2_jax.config.stored import stored_experiment
 from dalle2_jax.errors import ConfigError, UserError
-from dalle2_jax.stages import EmbeddingContract
+from dalle2_jax.models.decoder import DecoderConfig
+from dalle2_jax.stages import EmbeddingContract, images
 from dalle2_jax.workdir.folder import StageFolder
 
 OWN = {
@@ -53,7 +56,30 @@ def inherited(run: Experiment, base: Experiment) -> Experiment:
         if name in run.spec.sections:
             with Place("config", name).errors():
                 sections[name] = _joined(getattr(base.spec, name), getattr(run.spec, name), own)
+    conditioning = run.spec.conditioning if "conditioning" in run.spec.sections else None
+    if isinstance(conditioning, DecoderConditioning | UpsamplerConditioning) and conditioning.inpaint:
+        sections |= _with_known_pixels(run, sections)
     return dataclasses.replace(run, spec=dataclasses.replace(cast(Any, run.spec), **sections))
+
+
+def _with_known_pixels(run: Experiment, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the sections of an inpainting network, given those of its base, which may have no known pixels.
+
+    Raises:
+      ConfigError: the run trains a LoRA, which cannot change the input channels of its base.
+    """
+    model, conditioning = sections["model"], sections["conditioning"]
+    if conditioning.inpaint:
+        return {}
+    if run.lora is not None:
+        message = "config.conditioning.inpaint adds input channels, and a LoRA has those of its base: leave out lora"
+        raise ConfigError(message, "conditioning.inpaint")
+    unet = model.unet if isinstance(model, DecoderConfig) else model
+    others = int(isinstance(conditioning, UpsamplerConditioning))
+    channels = unet.in_channels + images.image_channels(unet.in_channels, False, others) + 1
+    wider = dataclasses.replace(unet, in_channels=channels)
+    model = dataclasses.replace(model, unet=wider) if isinstance(model, DecoderConfig) else wider
+    return {"model": model, "conditioning": dataclasses.replace(conditioning, inpaint=True)}
 
 
 def _joined(base: Any, run: Any, own: tuple[str, ...]) -> Any:

@@ -36,10 +36,11 @@ class PriorConditioning:
 
 @dataclasses.dataclass(frozen=True)
 class ArPriorConditioning:
-    """How the autoregressive prior's text conditioning is dropped, and how many examples calibrate its codes."""
+    """How the autoregressive prior's text conditioning is dropped, and what its codes are calibrated on."""
 
     drop_text: Fraction = 0.1
     calibration_examples: CalibrationExamples = 65_536
+    retained_variance: Fraction = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,7 @@ MEASURES: Mapping[str, Measure] = {
     "retrieval": Measure("CLIP: recall@1, 5 and 10 between images and captions", CLIP, 64),
     "zero_shot": Measure("CLIP: share of images whose class is found by its name", CLIP, 256),
     "linear_probe": Measure("CLIP: share of images whose class a linear classifier finds", CLIP, 256),
+    "components": Measure("CLIP: principal components of embeddings, for reconstruct", CLIP, 8_192, False, "train"),
     "prior": Measure("prior: cosines of sampled embeddings to true images and captions", PRIOR, 256),
     "ablation": Measure("caption alone, text embedding, prior: three ways to condition the decoder", CASCADE, 64),
     "fd": Measure("images: Fréchet distance of features, FID over Inception", CASCADE, 10_000, True, swept=True),

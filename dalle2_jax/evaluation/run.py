@@ -58,6 +58,7 @@ FUNCTIONS: Mapping[str, Functions] = {
     "retrieval": Functions(clip.retrieval),
     "zero_shot": Functions(clip.zero_shot),
     "linear_probe": Functions(clip.linear_probe),
+    "components": Functions(clip.components),
     "prior": Functions(prior.prior, prior.check_prior),
     "ablation": Functions(prior.ablation, prior.check_ablation),
     "fd": Functions(images.frechet, images.check_frechet),
@@ -72,7 +73,7 @@ FUNCTIONS: Mapping[str, Functions] = {
 }
 """The functions of each measure of ``registry.MEASURES``."""
 
-OWN_DATA = ("digits", "bits_per_dim", "noise_statistics")
+OWN_DATA = ("digits", "components", "bits_per_dim", "noise_statistics")
 """Measures that read no captions of the data, or open the data of their stage."""
 
 CLIP_FEATURES = ("cmmd", "clip_score", "ablation")

@@ -74,6 +74,34 @@ class SelfAttention(nn.Module):
         return out, own
 
 
+class CrossAttention(nn.Module):
+    """Attention of a normalised image h to a context c only (Vaswani et al. 2017, section 3.2.3).
+
+        q = W_q h,    (k, v) = W_kv c,    result = W_o softmax(q k^T / sqrt(K)) v                  (1)
+
+    The output projection starts at zero, so the residual branch does. Params: ``q`` kernel [C, N, K], ``context_kv``
+    kernel [Dc, 2, N, K], ``out`` kernel [N, K, C].
+    """
+
+    heads: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], context: Float[Array, "B S Dc"], context_mask: Bool[Array, "B S"] | None
+    ) -> Float[Array, "B H W C"]:
+        batch, height, width, channels = x.shape
+        head_width = channels // self.heads
+        tokens = x.reshape(batch, height * width, channels)
+        queries = nn.DenseGeneral((self.heads, head_width), dtype=self.dtype, name="q")(tokens)
+        joined = nn.DenseGeneral((2, self.heads, head_width), dtype=self.dtype, name="context_kv")(context)
+        mask = None if context_mask is None else context_mask[:, None, None, :]
+        out = nn.DenseGeneral(channels, axis=(-2, -1), dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(
+            attend(queries, joined[:, :, 0], joined[:, :, 1], mask)
+        )
+        return out.reshape(batch, height, width, channels)
+
+
 class ContextAttention(nn.Module):
     """Attention of a normalised image to [context, itself] (GLIDE, Nichol et al. 2021, section 4.1).
 

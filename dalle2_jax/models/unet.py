@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dalle2_jax.errors import UserError
-from dalle2_jax.models.attention import ContextAttention
+from dalle2_jax.errors import UserError, choose
+from dalle2_jax.models.attention import ContextAttention, CrossAttention
 from dalle2_jax.models.layers import (
     GroupNorm,
     TimeMLP,
@@ -54,7 +54,8 @@ class UNetConfig:
     attention_resolutions: tuple[Side, ...] = (32, 16, 8)
     head_channels: Width = 64
     num_heads: Depth | None = None  # the same number of heads on every level, instead of head_channels
-    context_dim: Width | None = None  # width of the context tokens joined to each attention
+    context_dim: Width | None = None  # width of the context tokens of each attention
+    context_attention: str = "joined"  # "joined" to the image's own keys (GLIDE), or "cross" attention after its own
     scale_shift: bool = True  # False: the time embedding is only added (Karlo's upsamplers)
     resblock_updown: bool = True  # False: a strided convolution down, nearest + convolution up
     dropout: Annotated[float, Range(0, 1, exclusive_max=True)] = 0.0
@@ -67,6 +68,7 @@ class UNetConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        choose("context_attention", self.context_attention, dict.fromkeys(("joined", "cross")))
         if not 1 <= len(self.channel_mult) <= _MAX_LEVELS:
             levels = len(self.channel_mult)
             raise UserError(f"channel_mult has {levels} levels: give 1 to {_MAX_LEVELS} factors, as (1, 2, 3, 4)")
@@ -75,10 +77,10 @@ class UNetConfig:
                 f"image_size {self.image_size} is not a multiple of {self.stride}, as patch_size {self.patch_size} and "
                 f"the {len(self.channel_mult)} levels of channel_mult need: change one of them"
             )
-        if self.input_skip and self.in_channels % self.out_channels:
+        if self.input_skip and self.in_channels % self.out_channels and not self.has_mask:
             raise UserError(
                 f"input_skip adds images: in_channels {self.in_channels} must be a multiple of "
-                f"out_channels {self.out_channels}"
+                f"out_channels {self.out_channels}, or one more for a mask after the second image"
             )
         for level in range(len(self.channel_mult)):
             channels = self.level_channels(level)
@@ -94,6 +96,11 @@ class UNetConfig:
                     f"{channels} channels on level {level} are not divisible by "
                     + (f"{self.num_heads} heads" if self.num_heads else f"head_channels {self.head_channels}")
                 )
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether a channel of the input, after the second image, is a mask: the number of channels tells."""
+        return self.in_channels > 2 * self.out_channels and self.in_channels % self.out_channels == 1
 
     @property
     def time_dim(self) -> int:
@@ -155,8 +162,29 @@ class ResBlock(nn.Module):
         return x + h
 
 
+class CrossAttentionBlock(nn.Module):
+    """x + attention(norm(x), context): queries from the features, keys and values from the context.
+
+    The context is the caption's states and the image tokens. Params: ``norm`` and CrossAttention's under ``attn``.
+    """
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], context: Float[Array, "B S Dc"], context_mask: Bool[Array, "B S"] | None
+    ) -> Float[Array, "B H W C"]:
+        config = self.config
+        h = GroupNorm(config.norm_groups, config.dtype, name="norm")(x)
+        heads = config.heads(x.shape[-1])
+        return x + CrossAttention(heads, config.dtype, name="attn")(h, context, context_mask)
+
+
 class AttentionBlock(nn.Module):
-    """x + attention(norm(x), context). Params: ``norm`` and ContextAttention's under ``attn``."""
+    """x + attention(norm(x), context). Params: ``norm`` and ContextAttention's under ``attn``.
+
+    With "cross", x <- x + attention(norm(x)), and a `CrossAttentionBlock` follows. Params: also those under ``cross``.
+    """
 
     config: UNetConfig
 
@@ -170,7 +198,10 @@ class AttentionBlock(nn.Module):
         config = self.config
         h = GroupNorm(config.norm_groups, config.dtype, name="norm")(x)
         heads = config.heads(x.shape[-1])
-        return x + ContextAttention(heads, config.dtype, name="attn")(h, context, context_mask)
+        attention = ContextAttention(heads, config.dtype, name="attn")
+        if context is None or config.context_attention == "joined":
+            return x + attention(h, context, context_mask)
+        return CrossAttentionBlock(config, name="cross")(x + attention(h, None, None), context, context_mask)
 
 
 class UNet(nn.Module):
@@ -243,12 +274,12 @@ class UNet(nn.Module):
     def _input_share(self, x: jax.Array, step: jax.Array) -> jax.Array:
         """What a network need not learn to copy: at little noise, x_0 is nearly x_t (Karras et al. 2022, eq. 7).
 
-        There c_skip is a function of the noise; here it is learned, one for each input channel.
+        There c_skip is a function of the noise; here it is learned, one for each input channel but the mask.
         """
         config = self.config
-        share = nn.Dense(config.in_channels, dtype=config.dtype, kernel_init=nn.initializers.zeros, name="input_skip")(
-            step
-        )
+        if config.has_mask:
+            x = jnp.delete(x, 2 * config.out_channels, axis=-1)
+        share = nn.Dense(x.shape[-1], dtype=config.dtype, kernel_init=nn.initializers.zeros, name="input_skip")(step)
         shared = share.astype(jnp.float32)[:, None, None, :] * x.astype(jnp.float32)
         return shared.reshape(*x.shape[:3], -1, config.out_channels).sum(axis=3)
 

@@ -37,7 +37,8 @@ from dalle2_jax.types import Batch, Metrics, Params
 class ArPriorStage(StageDefaults):
     """Predicts the codes of image embeddings, conditioned on the caption and its CLIP text embedding.
 
-    Components and buckets are estimated from ``calibration_examples`` training pairs, rounded up to full batches.
+    Components and buckets are estimated from ``calibration_examples`` training pairs, rounded up to full batches. The
+    components must retain the share ``retained_variance`` of their variance; 0 accepts any number of them.
     """
 
     model: ArPriorConfig
@@ -45,6 +46,7 @@ class ArPriorStage(StageDefaults):
     sampling: ArSamplingConfig = ArSamplingConfig()
     drop_text: Fraction = 0.1
     calibration_examples: CalibrationExamples = 65_536
+    retained_variance: Fraction = 0.0
     name: str = "ar_prior"
 
     candidates: ClassVar[int] = 1  # embeddings sampled for each image: the dot product token replaces reranking
@@ -97,7 +99,11 @@ class ArPriorStage(StageDefaults):
         return self.clip.complete(clip, batch, ("text_emb",))
 
     def calibrate(self, frozen: Mapping[str, Variables], batches: Iterator[Batch]) -> Params:
-        """Returns the statistics of training batches on the devices. UserError if embeddings are not finite."""
+        """Returns the statistics of training batches on the devices.
+
+        Raises:
+          UserError: embeddings are not finite, or the components retain too little of their variance.
+        """
 
         @jax.jit
         def measure(frozen: Mapping[str, Variables], batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -110,7 +116,15 @@ class ArPriorStage(StageDefaults):
             embeddings.append(rows[0])
             dots.append(rows[1])
             seen += len(rows[1])
-        return codes.fit(np.concatenate(embeddings), np.concatenate(dots), self.model.components, self.model.buckets)
+        image_emb, count = np.concatenate(embeddings), self.model.components
+        stats = codes.fit(image_emb, np.concatenate(dots), count, self.model.buckets)
+        required = codes.components_needed(image_emb, self.retained_variance)
+        if required > count:
+            raise UserError(
+                f"config.model.components {count} retain less than the share {self.retained_variance} "
+                f"(conditioning.retained_variance) of the variance of the embeddings: set it to {required}"
+            )
+        return stats
 
     def loss(
         self, params: Params, stats: Params, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch
@@ -147,7 +161,9 @@ class ArPriorStage(StageDefaults):
         return {"text_emb": batch["text_emb"], "text": batch["tokens"], "mask": batch["mask"]}
 
     def check_sampling(self, config: ArSamplingConfig) -> None:
-        """Accepts every configuration."""
+        """Raises UserError for a ``top_k`` of more codes than there are."""
+        if config.top_k is not None and config.top_k > self.model.buckets:
+            raise UserError(f"top_k {config.top_k} is more than the {self.model.buckets} codes of stage {self.name}")
 
     def plan(self, config: ArSamplingConfig | None = None, *, absent: Drops | None = None) -> ArSamplingPlan:
         """Returns the plan of `sample`.
@@ -157,7 +173,15 @@ class ArPriorStage(StageDefaults):
           absent: {"text": examples without a caption}.
         """
         config = self.sampling if config is None else config
-        return ArSamplingPlan(config.guidance != 1.0, config.guidance, config.dot_quantile, dict(absent or {}))
+        return ArSamplingPlan(
+            config.guidance != 1.0,
+            config.guidance,
+            config.dot_quantile,
+            dict(absent or {}),
+            temperature=config.temperature,
+            top_p=None if config.top_p == 1.0 else config.top_p,
+            top_k=config.top_k,
+        )
 
     def sample(
         self, variables: Variables, keys: Key[Array, "B"], condition: Condition, plan: ArSamplingPlan
@@ -173,9 +197,10 @@ class ArPriorStage(StageDefaults):
         drop = plan.absent.get("text", jnp.zeros(keys.shape, bool))
         dot_keys = jax.vmap(lambda key: rng.stream(key, "dot"))(keys)
         dot = top_dots(dot_keys, self.model.buckets, plan.dot_quantile)
-        if plan.guided:  # both branches in one batched call, the second without the caption
-            condition = {name: twice(value) for name, value in condition.items()}
-            drop = jnp.concatenate([drop, jnp.ones(keys.shape, bool)])
+        if plan.guided:  # both branches in one batched call, the second without the caption, or with the negative one
+            second = condition if plan.negative is None else plan.negative
+            condition = {name: jnp.concatenate([value, second[name]]) for name, value in condition.items()}
+            drop = jnp.concatenate([drop, jnp.full(keys.shape, plan.negative is None)])
             dot = twice(dot)
         code_keys = jax.vmap(lambda key: rng.stream(key, "codes"))(keys)
         call = functools.partial(apply, self.network, variables.params)
@@ -184,6 +209,7 @@ class ArPriorStage(StageDefaults):
             if plan.guided:
                 conditional, unconditional = jnp.split(logits, 2)
                 logits = unconditional + jnp.asarray(plan.guidance, jnp.float32) * (conditional - unconditional)
+            logits = truncated(logits / jnp.asarray(plan.temperature, jnp.float32), plan.top_k, plan.top_p)
             step_keys = jax.vmap(rng.at_step, in_axes=(0, None))(code_keys, index)
             return jax.vmap(jax.random.categorical)(step_keys, logits).astype(jnp.int32)
 
@@ -197,6 +223,25 @@ class ArPriorStage(StageDefaults):
         (logits, _), sampled = jax.lax.scan(advance, start, jnp.arange(last))
         sampled = jnp.concatenate([sampled, sample_code(logits, last)[None]]).T
         return codes.decode(variables.stats, sampled)
+
+
+def truncated(
+    logits: Float[Array, "B Q"], top_k: int | None, top_p: float | Float[Array, ""] | None
+) -> Float[Array, "B Q"]:
+    """Returns logits in which codes that are not to be sampled have probability 0; see `ArSamplingConfig`.
+
+    Of the ``top_k`` most likely codes, the fewest most likely ones are kept that together have at least the probability
+    ``top_p``. Codes that are as likely as the last of them are kept too.
+    """
+    if top_k is None and top_p is None:
+        return logits
+    ordered = jnp.sort(logits, axis=-1, descending=True)[:, :top_k]
+    last = ordered[:, -1:]
+    if top_p is not None:
+        shares = jax.nn.softmax(ordered, axis=-1)
+        kept = jnp.cumsum(shares, axis=-1) - shares < jnp.asarray(top_p, jnp.float32)  # always the first
+        last = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= last, logits, -jnp.inf)
 
 
 def top_dots(keys: Key[Array, "B"], buckets: int, quantile: float | Float[Array, ""]) -> Int[Array, "B"]:

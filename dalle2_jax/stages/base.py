@@ -140,6 +140,10 @@ class Stage(Protocol):
         """Returns the embedding contract of these CLIP weights; None for a stage that is no CLIP."""
         ...
 
+    def adapted(self, params: Params) -> Params:
+        """Returns the weights of the stage that a run starts from, for this stage's network."""
+        ...
+
     def merged(self, frozen: Mapping[str, Variables], variables: Variables) -> Variables:
         """Returns the variables to sample with: those given, or for a LoRA the base weights with the change added."""
         ...
@@ -206,6 +210,10 @@ class StageDefaults:
     def contract(self, params: Params) -> EmbeddingContract | None:
         """Returns None: the stage is no CLIP."""
         return None
+
+    def adapted(self, params: Params) -> Params:
+        """Returns the weights unchanged: the networks are the same."""
+        return params
 
     def merged(self, frozen: Mapping[str, Variables], variables: Variables) -> Variables:
         """Returns the variables unchanged."""

@@ -68,6 +68,13 @@ def fit(image_emb: Float[np.ndarray, "M E"], dots: Float[np.ndarray, "M"], compo
     return {name: np.asarray(value, np.float32) for name, value in stats.items()}
 
 
+def components_needed(image_emb: Float[np.ndarray, "M E"], share: float) -> int:
+    """Returns the least number of principal components that retain a share of the variance of embeddings."""
+    centred = image_emb.astype(np.float64) - image_emb.mean(axis=0, dtype=np.float64)
+    retained = np.cumsum(np.linalg.eigvalsh(centred.T @ centred)[::-1])
+    return min(len(retained), int(np.searchsorted(retained, share * retained[-1] * (1 - 1e-9))) + 1)
+
+
 def _equal_buckets(values: np.ndarray, buckets: int) -> tuple[np.ndarray, np.ndarray]:
     """Splits each column of [M, K] into equal shares; returns their edges and means, [K, Q - 1] and [K, Q]."""
     values = np.sort(values, axis=0)

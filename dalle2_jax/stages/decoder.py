@@ -18,7 +18,7 @@ from dalle2_jax import rng
 from dalle2_jax.errors import UserError
 from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
 from dalle2_jax.ranges import Fraction
-from dalle2_jax.stages import images
+from dalle2_jax.stages import images, known_pixels
 from dalle2_jax.stages.base import Variables, apply
 from dalle2_jax.stages.clip import CAPTION_FEATURES, NULL_FEATURES, ClipStage, without_captions
 from dalle2_jax.stages.diffusion import DiffusionStage
@@ -31,7 +31,7 @@ class DecoderStage(DiffusionStage):
     """Diffuses images of ``model.unet.image_size``, conditioned on image_emb and the caption.
 
     ``clip`` is None where no embedding of CLIP is part of the condition. With ``inpaint`` the network has the known
-    pixels as additional input (``images.with_known_pixels``).
+    pixels as additional input (``images.with_known_pixels``, ``known_pixels``).
 
     Raises:
       UserError: channels, ``clip`` or ``empty_caption`` that do not fit the model.
@@ -91,7 +91,7 @@ class DecoderStage(DiffusionStage):
             "clip": jnp.zeros((1, length, self.model.text_width or 0)),
             None: None,
         }[self.model.text_input]
-        return self.network.init(
+        params = self.network.init(
             key,
             jnp.zeros((1, unet.image_size, unet.image_size, unet.in_channels)),
             jnp.zeros(1, jnp.int32),
@@ -100,6 +100,15 @@ class DecoderStage(DiffusionStage):
             text,
             jnp.ones((1, length), bool),
         )["params"]
+        if not self.inpaint:
+            return params
+        return {**params, "unet": known_pixels.silenced(params["unet"], unet, self.channels)}
+
+    def adapted(self, params: Params) -> Params:
+        """Returns the weights of a decoder without known pixels, for one with ``inpaint``; others unchanged."""
+        if not self.inpaint:
+            return params
+        return {**params, "unet": known_pixels.widened(params["unet"], self.model.unet, self.channels)}
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -125,7 +134,7 @@ class DecoderStage(DiffusionStage):
         image = images.resize(images.to_float(batch["image"]), self.model.unet.image_size)
         condition = self.condition(batch)
         if self.inpaint:
-            visible = images.visible_region(rng.stream(key, "known"), image.shape[0], image.shape[1])
+            visible = known_pixels.visible_region(rng.stream(key, "known"), image.shape[0], image.shape[1])
             condition = {**condition, "known": image, "known_mask": visible}
         return image, condition
 

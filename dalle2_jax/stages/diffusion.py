@@ -269,20 +269,23 @@ class DiffusionStage(StageDefaults):
 
     def _guided(self, params: Any, condition: Condition, plan: SamplingPlan) -> Denoiser:
         """Returns the network under guidance; only the branches with a non-zero weight are evaluated."""
-        names, branches = tuple(self.drop_rates), plan.branches
         given = self._drops(condition, plan.absent)
-        if branches == (len(names),):
+        if plan.branches == (len(plan.parts),):
             return self.bind(params, condition, given, None)
-        repeated = {name: jnp.concatenate([value] * len(branches)) for name, value in condition.items()}
-        # Branch k has the first k parts of the condition.
-        drops = {
-            name: jnp.concatenate([given[name] if place < k else jnp.ones_like(given[name]) for k in branches])
-            for place, name in enumerate(names)
-        }
+
+        def branch(k: int) -> tuple[Condition, Drops]:
+            """Returns the condition and drops of branch k, which has the first k parts of the condition."""
+            present = plan.parts[:k]
+            drops = {name: drop if name in present else jnp.ones_like(drop) for name, drop in given.items()}
+            if plan.negative is None or "text" in present or "text" not in given:
+                return condition, drops
+            return plan.negative, {**drops, "text": jnp.zeros_like(given["text"])}
+
+        condition, drops = jax.tree.map(lambda *rows: jnp.concatenate(rows), *(branch(k) for k in plan.branches))
         return diffusion.guided(
-            self.bind(params, repeated, drops, None),
-            [plan.scales[name] for name in names],
-            branches,
+            self.bind(params, condition, drops, None),
+            [plan.scales[name] for name in plan.parts],
+            plan.branches,
             self.diffusion.num_steps,
             plan.config.scale_schedule,
             self.diffusion.variance in LEARNED,

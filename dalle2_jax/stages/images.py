@@ -1,16 +1,12 @@
-"""Image preprocessing on the device: uint8 to [-1, 1], resizing, blur, crops, inpainting masks."""
+"""Image preprocessing on the device: uint8 to [-1, 1], resizing, blur, crops."""
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
-from dalle2_jax import rng
 from dalle2_jax.errors import UserError
-
-UNKNOWN_RATE = 0.15
-"""Share of training images without known pixels, so that an inpainting network can also generate from noise alone."""
 
 
 def to_float(image: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -89,21 +85,6 @@ def image_channels(in_channels: int, inpaint: bool, conditioning_images: int = 0
         mask = " and a mask" if inpaint else ""
         raise UserError(f"in_channels {in_channels} is not {count} images of the same channels{mask}")
     return channels
-
-
-def visible_region(key: Key[Array, ""], batch: int, side: int) -> Bool[Array, "B S S 1"]:
-    """Samples the mask of known pixels of training images: all but a random box, or none for ``UNKNOWN_RATE`` of them.
-
-    Nichol et al. 2021 (GLIDE), section 3.2, erases random regions; their shape is not specified.
-    """
-    sides = jax.random.randint(rng.stream(key, "sides"), (batch, 2), 1, side + 1)
-    start = jax.random.uniform(rng.stream(key, "start"), (batch, 2))
-    first = jnp.floor(start * (side - sides + 1).astype(jnp.float32)).astype(jnp.int32)
-    position = jnp.arange(side, dtype=jnp.int32)[None, None]
-    within = (position >= first[:, :, None]) & (position < (first + sides)[:, :, None])  # [B, rows or columns, S]
-    erased = within[:, 0, :, None] & within[:, 1, None, :]
-    nothing = jax.random.bernoulli(rng.stream(key, "nothing"), UNKNOWN_RATE, (batch, 1, 1))
-    return ~(erased | nothing)[..., None]
 
 
 def with_known_pixels(x_t: Float[Array, "B H W C"], condition: Mapping[str, jax.Array]) -> Float[Array, "B H W D"]:

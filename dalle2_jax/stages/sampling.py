@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from dalle2_jax import diffusion
 from dalle2_jax.diffusion import GuidanceSchedule, SamplerConfig, SamplingOptions
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, choose
 from dalle2_jax.ranges import Fraction, GuidanceScale, Range
 
 Condition = Mapping[str, jax.Array]
@@ -21,6 +21,9 @@ Condition = Mapping[str, jax.Array]
 
 Drops = Mapping[str, Bool[Array, "B"]]
 """Examples for which a part of the condition ("image", "text") is dropped."""
+
+GUIDANCE_ORDERS = {"image,text": ("image", "text"), "text,image": ("text", "image")}
+"""Values of ``SamplingConfig.guidance_order`` -> the parts of a condition in this order."""
 
 Scalar = float | Float[Array, ""]
 
@@ -39,6 +42,8 @@ class SamplingConfig(SamplerConfig):
       guidance_schedule: how scales change over the steps, see ``GuidanceSchedule.kind``.
       guidance_interval: the (lowest, highest) u at which guidance applies, see ``GuidanceSchedule.interval``.
       guidance_rescale: from 0 to 1, see ``GuidanceSchedule.rescale``.
+      guidance_order: the parts c_1, c_2 of eq. (2) of ``diffusion.guidance``, "image,text" or "text,image". In the
+        second order an ``image_guidance`` of 0 leaves guidance by the caption only.
     """
 
     guidance: GuidanceScale = 1.0
@@ -47,9 +52,11 @@ class SamplingConfig(SamplerConfig):
     guidance_schedule: str = "constant"
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     guidance_rescale: Fraction = 0.0
+    guidance_order: str = "image,text"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        choose("guidance_order", self.guidance_order, GUIDANCE_ORDERS)
         _ = self.scale_schedule  # raises UserError for wrong values
 
     @property
@@ -79,14 +86,25 @@ class ArSamplingConfig:
       guidance: the scale of classifier-free guidance on the logits; 1 is no guidance.
       dot_quantile: the dot product of image and text embedding that the samples are conditioned on is sampled from
         those of the training pairs above this quantile (the paper tried 0.5, 0.7, 0.85 and 0.95; 0.5 was best).
+      temperature: divides the logits, after guidance; below 1 the likely codes are sampled more often.
+      top_k: each code is sampled from this many most likely ones; None is all.
+      top_p: each code is sampled from the most likely ones that together have this probability (Holtzman et al. 2020,
+        nucleus sampling); 1 is all.
     """
 
     guidance: GuidanceScale = 1.0
     dot_quantile: Annotated[float, Range(0, 1, exclusive_max=True)] = 0.5
+    temperature: Annotated[float, Range(0, 1_000, exclusive_min=True)] = 1.0
+    top_k: Annotated[int, Range(1, 65_536)] | None = None
+    top_p: Annotated[float, Range(0, 1, exclusive_min=True)] = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dot_quantile < 1.0:
             raise UserError(f"sampling.dot_quantile {self.dot_quantile} must be at least 0 and below 1")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"sampling.top_p {self.top_p} must be above 0 and at most 1")
+        if self.temperature <= 0.0:
+            raise UserError(f"sampling.temperature {self.temperature} must be above 0")
 
 
 @jax.tree_util.register_dataclass
@@ -97,26 +115,37 @@ class SamplingPlan:
     Attributes:
       config: the sampler, its eta and scales replaced by the leaves below. Static.
       branches: the branches of the network that guidance evaluates (``diffusion.branches``). Static.
+      parts: the parts of the condition that guidance drops, c_1 .. c_n of eq. (2) of ``diffusion.guidance``. Static.
       scales: the guidance scale of each part of the condition.
       absent: examples that lack a part of the condition; a missing part is present in all.
       options: optional inputs of the sampling loop; its ``eta`` is that of "ddim".
+      negative: the condition with other captions, which replace the captions in branches without them; None drops the
+        captions there.
     """
 
     config: SamplingConfig = dataclasses.field(metadata=STATIC)
     branches: tuple[int, ...] = dataclasses.field(metadata=STATIC)
+    parts: tuple[str, ...] = dataclasses.field(metadata=STATIC)
     scales: Mapping[str, Scalar]
     absent: Drops
     options: SamplingOptions
+    negative: Condition | None = None
+
+    @property
+    def guides_by_text(self) -> bool:
+        """Whether guidance evaluates the network without the captions too."""
+        return "text" in self.parts and any("text" not in self.parts[:branch] for branch in self.branches)
 
 
 def make_plan(config: SamplingConfig, parts: tuple[str, ...], absent: Drops, options: SamplingOptions) -> SamplingPlan:
-    """Returns the plan of a configuration for a stage whose condition has ``parts``, in their order."""
+    """Returns the plan of a configuration for a stage whose condition has ``parts``."""
+    parts = tuple(name for name in GUIDANCE_ORDERS[config.guidance_order] if name in parts)
     if config.name == "ddim" and options.eta is None:
         options = dataclasses.replace(options, eta=config.eta)
     scales = {name: config.scales[name] for name in parts}
     program = dataclasses.replace(config, eta=0.0, guidance=1.0, image_guidance=None, text_guidance=None)
     branches = diffusion.branches([*scales.values()], config.scale_schedule)
-    return SamplingPlan(program, branches, scales, dict(absent), options)
+    return SamplingPlan(program, branches, parts, scales, dict(absent), options)
 
 
 @jax.tree_util.register_dataclass
@@ -129,9 +158,22 @@ class ArSamplingPlan:
       guidance: the scale of classifier-free guidance.
       dot_quantile: see `ArSamplingConfig`.
       absent: {"text": the examples without a caption}; empty if all have one.
+      negative: the condition with other captions, which guidance moves away from; None: without captions.
+      temperature: see `ArSamplingConfig`.
+      top_p: see `ArSamplingConfig`; None is all codes.
+      top_k: see `ArSamplingConfig`. Static.
     """
 
     guided: bool = dataclasses.field(metadata=STATIC)
     guidance: Scalar
     dot_quantile: Scalar
     absent: Drops
+    negative: Condition | None = None
+    temperature: Scalar = 1.0
+    top_p: Scalar | None = None
+    top_k: int | None = dataclasses.field(default=None, metadata=STATIC)
+
+    @property
+    def guides_by_text(self) -> bool:
+        """Whether guidance evaluates the network without the captions too."""
+        return self.guided

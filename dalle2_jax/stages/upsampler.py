@@ -23,7 +23,7 @@ from dalle2_jax.errors import UserError, choose
 from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
 from dalle2_jax.models.unet import UNet, UNetConfig
 from dalle2_jax.ranges import Fraction, Range, Side
-from dalle2_jax.stages import images
+from dalle2_jax.stages import images, known_pixels
 from dalle2_jax.stages.base import Variables, apply
 from dalle2_jax.stages.diffusion import DiffusionStage
 from dalle2_jax.stages.sampling import Condition, Drops, SamplingPlan
@@ -156,7 +156,19 @@ class UpsamplerStage(DiffusionStage):
         x, t = jnp.zeros((1, side, side, self.unet.in_channels)), jnp.zeros(1, jnp.int32)
         text = (None, None, *self._empty_text(1).values()) if self.reads_text else ()
         level: dict[str, Any] = {"noise_level": t} if self.noise_augmentation else {}
-        return self.network.init(key, x, t, *text, **level)["params"]
+        params = self.network.init(key, x, t, *text, **level)["params"]
+        return self._with_unet(params, known_pixels.silenced) if self.inpaint else params
+
+    def adapted(self, params: Params) -> Params:
+        """Returns the weights of an upsampler without known pixels, for one with ``inpaint``; others unchanged."""
+        return self._with_unet(params, known_pixels.widened) if self.inpaint else params
+
+    def _with_unet(self, params: Params, change: Callable[[Params, UNetConfig, int], Params]) -> Params:
+        """Returns the parameters with those of the U-Net changed."""
+        channels = images.image_channels(self.unet.in_channels, True, conditioning_images=1)
+        if not self.reads_text:
+            return change(params, self.unet, channels)
+        return {**params, "unet": change(params["unet"], self.unet, channels)}
 
     def init(self, key: jax.Array) -> Variables:
         params, stats = super().init(key)
@@ -177,7 +189,7 @@ class UpsamplerStage(DiffusionStage):
             level = jax.random.randint(rng.stream(key, "noise_level"), image.shape[:1], 0, max_level + 1)
             condition = self._noised(condition, level, jax.random.normal(rng.stream(key, "augmentation"), image.shape))
         if self.inpaint:
-            visible = images.visible_region(rng.stream(key, "known"), image.shape[0], self.crop_side)
+            visible = known_pixels.visible_region(rng.stream(key, "known"), image.shape[0], self.crop_side)
             condition = {**condition, "known": image, "known_mask": visible}
         return image, condition
 

@@ -68,11 +68,13 @@ class Settings:
       seed: the random seed.
       sampling: the sampling configuration of each stage, by name.
       candidates: embeddings sampled for each image; None for the prior's own number.
+      negative: a caption that guidance moves away from, in place of no caption; "" for none.
     """
 
     seed: int
     sampling: Mapping[str, SamplingConfig | ArSamplingConfig]
     candidates: int | None = None
+    negative: str = ""
 
 
 class Cascade:
@@ -128,7 +130,8 @@ class Cascade:
         batch_size: int,
         known: Known,
         resample: tuple[int, int] | None = None,
-        image_emb: Float[Array, "1 E"] | None = None,
+        image_emb: Float[np.ndarray, "1 E"] | None = None,
+        drop_image: bool = False,
         callback: StepCallback | None = None,
     ) -> Images:
         """Yields images whose known pixels are unchanged.
@@ -140,6 +143,7 @@ class Cascade:
           resample: RePaint's (jump, times) for the decoder, see ``diffusion.SamplingOptions``; the upsamplers are
             consistent without, as they are conditioned on the low-resolution image.
           image_emb: the embedding of all images, in place of the prior's.
+          drop_image: whether the decoder is conditioned on the prompts only, without an image embedding.
           callback: as in `text2image`.
 
         Raises:
@@ -150,43 +154,16 @@ class Cascade:
             resampling(steps_of(self._decoder.schedule, config).num_steps, *resample)
 
         def generate(requests: Sequence[Request], keys: jax.Array) -> jax.Array:
-            if image_emb is None:
+            if drop_image:
+                emb = None
+            elif image_emb is None:
                 emb = self._image_emb(keys, requests)
             else:
-                emb = jnp.broadcast_to(image_emb, (len(requests), image_emb.shape[1]))
+                emb = jnp.broadcast_to(jnp.asarray(image_emb), (len(requests), image_emb.shape[1]))
             options = {"inpainting": known.get("decoder"), "resample": resample}
             return self._upsample(
                 keys, requests, self._decode(keys, requests, emb, callback, **options), callback, known
             )
-
-        return self._in_batches(requests, batch_size, generate)
-
-    def variations(
-        self,
-        requests: Sequence[Request],
-        batch_size: int,
-        given: Mapping[str, UInt8[np.ndarray, "N S S C"]],
-        inverted: bool,
-        skip_last: bool = True,
-        callback: StepCallback | None = None,
-    ) -> Images:
-        """Yields images generated from the CLIP embeddings of given images.
-
-        Args:
-          requests: ``index`` is the number of the given image.
-          batch_size: images at a time.
-          given: the images at the size of "clip", and of "decoder" if ``inverted``.
-          inverted: whether to start from the noise from which DDIM reconstructs the image (Ramesh et al. 2022, section
-            3.1: the difference then grows with eta), instead of fresh noise.
-          skip_last: of the inversion, see ``diffusion.invert``.
-          callback: as in `text2image`.
-        """
-
-        def generate(requests: Sequence[Request], keys: jax.Array) -> jax.Array:
-            index = np.asarray([request.index for request in requests], np.int64)
-            emb = self.embed_images(given["clip"][index])
-            x_T = self._invert(requests, emb, given["decoder"][index], skip_last) if inverted else None
-            return self._upsample(keys, requests, self._decode(keys, requests, emb, callback, x_T=x_T), callback)
 
         return self._in_batches(requests, batch_size, generate)
 
@@ -307,6 +284,7 @@ class Cascade:
             self._stream(keys, name),
             batch,
             plan,
+            self._negative(name, batch, len(requests)),
         )
 
     def _plan(self, name: str, absent: Mapping[str, jax.Array], **options: Any) -> SamplingPlan:
@@ -319,8 +297,11 @@ class Cascade:
     ) -> Float[Array, "B H W C"]:
         loaded = self._stages[name]
         stage, stage_keys = cast(DiffusionStage, loaded.stage), self._stream(keys, name)
+        negative = self._negative(name, batch, keys.shape[0])
         with programs.observed(callback) as observer:
-            return programs.sample_images(stage, loaded.variables, self._clip, stage_keys, batch, plan, observer)
+            return programs.sample_images(
+                stage, loaded.variables, self._clip, stage_keys, batch, plan, negative, observer
+            )
 
     def _decode(
         self,
@@ -386,6 +367,13 @@ class Cascade:
             raise UserError(f"stage {name} has no tokenizer: import it again with --tokenizer FOLDER")
         tokens, mask, absent = self._put(tokens, mask, absent)
         return Batch(tokens=tokens, mask=mask), absent
+
+    def _negative(self, name: str, batch: Batch, size: int) -> Batch | None:
+        """Returns a batch with the negative caption in place of each caption; None without one, or without captions."""
+        if not self._settings.negative or not self._stages[name].context_length:
+            return None
+        captions, _ = self._captions(name, [Request(self._settings.negative, 0, 0)] * size)
+        return cast(Batch, {**batch, **captions})
 
     def _put(self, *arrays: np.ndarray) -> list[jax.Array]:
         return [jax.device_put(array, self._sharding) for array in arrays]

@@ -12,10 +12,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from dalle2_jax.errors import UsageError
 from dalle2_jax.files import captioned_grid, write_atomically, write_png
+from dalle2_jax.ranges import Range
 
-_GAP, _BACKGROUND = 2, 235
-"""Space between the images of a grid without captions, in pixels, and its grey level."""
+_GAP, _BACKGROUND, _CELL = 2, 235, 144
+"""Of grids without captions: space between images in pixels, grey level; and the least width of an animated image."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -69,6 +71,38 @@ class Images(Sequence[Image.Image]):
             return Image.fromarray(captioned_grid(list(self.numpy), self.captions, columns))
         return Image.fromarray(_plain_grid(self.numpy, columns))
 
+    def animate(self, path: str | os.PathLike[str], *, fps: float = 8.0, boomerang: bool = True) -> Path:
+        """Writes the images as an animation; of several sequences, all side by side.
+
+        Args:
+          path: a file that ends in .webp or .gif.
+          fps: frames per second, from 0.1 to 100.
+          boomerang: whether the frames are shown backwards after the last one.
+
+        Returns:
+          The path.
+
+        Raises:
+          UsageError: the name has another ending, or ``fps`` is out of range.
+        """
+        target = Path(path).expanduser()
+        kind = {".webp": "WEBP", ".gif": "GIF"}.get(target.suffix.lower())
+        if kind is None:
+            raise UsageError(f"{target} is no animation: give a file that ends in .webp or .gif")
+        if fps not in Range(0.1, 100):
+            raise UsageError(f"fps must be {Range(0.1, 100)}, got {fps}")
+        columns = min(self.columns, len(self))
+        frames = [_plain_grid(_enlarged(self.numpy[frame::columns]), len(self)) for frame in range(columns)]
+        if boomerang:
+            frames += frames[-2:0:-1]
+        first, *others = (Image.fromarray(frame) for frame in frames)
+        content = io.BytesIO()
+        first.save(
+            content, kind, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, lossless=True
+        )
+        write_atomically(target, content.getvalue())
+        return target
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes ``<index>_<sample>.png`` for each image, ``grid.png`` and ``samples.json``; returns the folder.
 
@@ -90,6 +124,12 @@ class Images(Sequence[Image.Image]):
         content = io.BytesIO()
         self.grid().save(content, "PNG")
         return content.getvalue()
+
+
+def _enlarged(images: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N H2 W2 3"]:
+    """Returns images of fewer than `_CELL` pixels enlarged by an integer factor."""
+    factor = max(1, round(_CELL / images.shape[2]))
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def _plain_grid(images: UInt8[np.ndarray, "N H W 3"], columns: int) -> UInt8[np.ndarray, "H2 W2 3"]:

@@ -45,6 +45,11 @@ class InputImage(NamedTuple):
     pixels: UInt8[np.ndarray, "H W 3"]
     name: str
 
+    @property
+    def short_name(self) -> str:
+        """The name without folders."""
+        return self.name.rpartition("/")[2]
+
 
 def read_images(images: ImagesLike) -> list[InputImage]:
     """Reads one or several images.
@@ -132,6 +137,11 @@ def check_caption(caption: Any, what: str = "the caption") -> None:
         raise UsageError(f"{what} has {len(caption)} characters: the maximum is {MAX_CAPTION}")
     if any("\ud800" <= character <= "\udfff" for character in caption):
         raise UsageError(f"{what} is not UTF-8 text: {ascii(caption)[:100]}")
+
+
+def fit(pixels: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """Scales an image so that its shorter side is ``side``."""
+    return decoding.fit(pixels, side)
 
 
 def square(pixels: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "S S 3"]:

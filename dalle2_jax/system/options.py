@@ -12,6 +12,7 @@ from dalle2_jax.errors import ConfigError, UsageError, UserError, choose, shown
 from dalle2_jax.ranges import BatchSize, Range, Seed, alternatives
 from dalle2_jax.stages import ArPriorStage, ArSamplingConfig, DiffusionStage, SamplingConfig
 from dalle2_jax.system.cascade import PRIORS
+from dalle2_jax.system.inputs import check_caption
 from dalle2_jax.system.loaded_stage import LoadedStage
 from dalle2_jax.system.programs import StepCallback
 
@@ -34,6 +35,8 @@ class SampleOptions(TypedDict, total=False):
       batch_size: images that are generated at a time.
       candidates: image embeddings that the prior samples for each image, of which the one closest to the caption is
         used; None is the prior's own number (2 for diffusion, 1 for the autoregressive prior).
+      negative: a caption that guidance moves away from. It takes the place of "no caption" in every stage that is
+        guided by its caption.
       prior: settings of the prior.
       decoder: settings of the decoder.
       upsampler_1: settings of the first upsampler.
@@ -49,6 +52,7 @@ class SampleOptions(TypedDict, total=False):
     seed: int
     batch_size: int
     candidates: int | None
+    negative: str
     prior: StageSettings
     decoder: StageSettings
     upsampler_1: StageSettings
@@ -70,6 +74,7 @@ class Options:
     seed: int = 0
     batch_size: int = 16
     candidates: int | None = None
+    negative: str = ""
     prior: StageSettings = dataclasses.field(default_factory=dict)
     decoder: StageSettings = dataclasses.field(default_factory=dict)
     upsampler_1: StageSettings = dataclasses.field(default_factory=dict)
@@ -84,6 +89,7 @@ class Options:
         check_number("batch_size", self.batch_size, _range(BatchSize))
         if self.candidates is not None:
             check_number("candidates", self.candidates, Range(1, MAX_CANDIDATES))
+        check_caption(self.negative, "negative")
         for stage, settings in self.settings.items():
             if not isinstance(settings, Mapping):
                 raise ConfigError(f"{stage} must be a dict of settings, not {shown(settings)}", stage)
@@ -143,6 +149,21 @@ def sampling_configs(
     return {name: _with_settings(used[name], argument) for name, argument in by_stage.items()}
 
 
+def check_negative(
+    used: Mapping[str, LoadedStage], negative: str, configs: Mapping[str, SamplingConfig | ArSamplingConfig]
+) -> None:
+    """Raises ConfigError for a negative caption that changes nothing: no stage is guided by its caption."""
+    if not negative:
+        return
+    stages = {name: cast(DiffusionStage, used[name].stage) for name in configs}
+    if not any(stages[name].plan(cast(SamplingConfig, config)).guides_by_text for name, config in configs.items()):
+        raise ConfigError(
+            "negative needs guidance by the caption: set guidance or text_guidance of the decoder to another number "
+            "than 1",
+            "negative",
+        )
+
+
 def _with_settings(member: LoadedStage, settings: StageSettings) -> SamplingConfig | ArSamplingConfig:
     """Returns a stage's sampling config with other values for some fields."""
     stage = cast(DiffusionStage | ArPriorStage, member.stage)
@@ -176,6 +197,15 @@ def check_number(name: str, value: Any, within: Range) -> None:
     """Raises ConfigError unless ``value`` is an integer of a range."""
     if isinstance(value, bool) or not isinstance(value, int) or value not in within:
         raise ConfigError(f"{name} must be an integer {within}, got {shown(value)}", name)
+
+
+def check_interval(name: str, value: Any) -> None:
+    """Raises ConfigError unless ``value`` is two ascending numbers from 0 to 1."""
+    numbers = value if isinstance(value, tuple | list) else ()
+    for number in numbers:
+        check_fraction(name, number)
+    if len(numbers) != 2 or numbers[0] > numbers[1]:
+        raise ConfigError(f"{name} must be two ascending numbers from 0 to 1, got {shown(value)}", name)
 
 
 def check_fraction(name: str, value: Any) -> None:

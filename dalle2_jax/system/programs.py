@@ -40,18 +40,20 @@ def sample_embeddings(
     keys: Key[Array, "B"],
     batch: Batch,
     plan: SamplingPlan | ArSamplingPlan,
+    negative: Batch | None = None,
 ) -> Float[Array, "B E"]:
     """Samples image embeddings from the prior, in the space of the embedding contract.
 
     Of ``candidates`` samples for each caption, the one with the largest dot product with the text embedding is returned
-    (Ramesh et al. 2022, section 2.2).
+    (Ramesh et al. 2022, section 2.2). ``negative`` has the captions that guidance moves away from.
     """
     batch = stage.prepare_captions(clip, batch)
     # Candidate c of example b is row b * candidates + c.
     repeat = functools.partial(jnp.repeat, repeats=candidates, axis=0)
-    condition, absent = jax.tree.map(repeat, (stage.condition(batch), plan.absent))
+    conditions = stage.condition(batch), negative and stage.condition(stage.prepare_captions(clip, negative))
+    condition, other, absent = jax.tree.map(repeat, (*conditions, plan.absent))
     candidate_keys = jax.vmap(lambda key: jax.random.split(key, candidates))(keys).reshape(-1)
-    plan = dataclasses.replace(plan, absent=absent)
+    plan = dataclasses.replace(plan, absent=absent, negative=other)
     samples = stage.sample(variables, candidate_keys, condition, plan)  # pyright: ignore[reportArgumentType]
     embedding = stage.clip.embedding
     samples = embedding.apply(samples / embedding.scale).reshape(keys.shape[0], candidates, -1)
@@ -68,6 +70,7 @@ def sample_images(
     keys: Key[Array, "B"],
     batch: Batch,
     plan: SamplingPlan,
+    negative: Batch | None = None,
     observer: Int[Array, ""] | None = None,
 ) -> Float[Array, "B H W C"]:
     """Samples images in [-1, 1] from the decoder or an upsampler.
@@ -79,14 +82,16 @@ def sample_images(
       keys: one an image.
       batch: "image_emb" for a decoder, "low_res" float32[B, h, w, C] in [-1, 1] for an upsampler, and the captions.
       plan: with the known pixels as ``options.inpainting``, [1 or B, H, W, C].
+      negative: ``batch`` with the captions that guidance moves away from.
       observer: of `observed`, for a callback after each step.
     """
-    condition = stage.condition(stage.prepare_captions(clip, batch))
-    inpainting, size = plan.options.inpainting, keys.shape[0]
+    inpainting, parts = plan.options.inpainting, {}
     if inpainting is not None and stage.inpainting_network:
-        parts = {"known": inpainting.image, "known_mask": inpainting.mask}
-        repeated = {name: jnp.broadcast_to(part, (size, *part.shape[1:])) for name, part in parts.items()}
-        condition = {**condition, **repeated}
+        known = {"known": inpainting.image, "known_mask": inpainting.mask}
+        parts = {name: jnp.broadcast_to(part, (*keys.shape, *part.shape[1:])) for name, part in known.items()}
+    condition = {**stage.condition(stage.prepare_captions(clip, batch)), **parts}
+    if negative is not None:
+        plan = dataclasses.replace(plan, negative={**stage.condition(stage.prepare_captions(clip, negative)), **parts})
     if observer is not None:
         on_step = functools.partial(jax.debug.callback, _observe, observer)
         plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, on_step=on_step))

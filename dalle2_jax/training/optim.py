@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import re
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -47,6 +48,7 @@ class OptimConfig:
       weight_decay: decoupled, times the learning rate.
       clip_norm: maximal global norm of the gradients; 0 turns clipping off.
       ema_decay: largest decay of the averaged weights, see `ema_update`.
+      sam_rho: rho of sharpness-aware minimisation, see `sharpness_aware`; 0 turns it off. The paper's CLIP has 0.1.
     """
 
     lr: Annotated[float, Range(0, 1_000, exclusive_min=True)] = 1e-4
@@ -58,6 +60,7 @@ class OptimConfig:
     weight_decay: Annotated[float, Range(0, 1_000)] = 0.0
     clip_norm: NonNegativeFloat = 1.0
     ema_decay: BelowOne = 0.9999
+    sam_rho: Annotated[float, Range(0, 1_000)] = 0.0
 
 
 class Optimizer(NamedTuple):
@@ -67,11 +70,13 @@ class Optimizer(NamedTuple):
       init: parameters -> state.
       update: (gradients, state, parameters) -> (changes of the parameters, state).
       learning_rate: number of finished steps, int32[] -> the learning rate of the next step, float32[].
+      sam_rho: see `OptimConfig`.
     """
 
     init: optax.TransformInitFn
     update: optax.TransformUpdateFn
     learning_rate: optax.Schedule
+    sam_rho: float = 0.0
 
 
 def learning_rate(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -175,7 +180,34 @@ def _optimizer(config: OptimConfig, warmup: int, total_steps: int, decay_rules: 
         with jax.numpy_dtype_promotion("standard"):
             return jnp.asarray(schedule(done), jnp.float32)
 
-    return Optimizer(chain.init, update, rate)
+    return Optimizer(chain.init, update, rate, config.sam_rho)
+
+
+def sharpness_aware(loss: Callable[..., Any], rho: float) -> Callable[..., Any]:
+    """Returns the value and gradient of a loss for sharpness-aware minimisation (Foret et al. 2021, eq. 2 and 3).
+
+    With g the gradient at the parameters w, the result has the gradient at w + rho g / ||g||, and the value and outputs
+    at w. Both have the same randomness. The perturbation is that of the global batch: the paper's CLIP has one for each
+    replica of 64 examples.
+
+    Args:
+      loss: ``Stage.loss``.
+      rho: norm of the perturbation; 0 gives the gradient at w.
+
+    Returns:
+      A function of the arguments of ``loss``, with the result of ``jax.value_and_grad(loss, has_aux=True)``.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if not rho:
+        return value_and_grad
+
+    def perturbed(params: Params, stats: Params, frozen: Any, key: jax.Array, batch: Any) -> Any:
+        value, grads = value_and_grad(params, stats, frozen, key, batch)
+        step = rho / jnp.maximum(optax.tree.norm(grads), 1e-12)
+        sharp = jax.tree.map(lambda param, grad: param + step * grad, params, grads)
+        return value, value_and_grad(sharp, stats, frozen, jax.random.clone(key), batch)[1]
+
+    return perturbed
 
 
 def state_structure(config: OptimConfig) -> Any:

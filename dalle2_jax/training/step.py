@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from dalle2_jax import rng
 from dalle2_jax.stages.base import Stage, Variables, abstract_variables
-from dalle2_jax.training.optim import Optimizer, ema_decay_at, ema_update
+from dalle2_jax.training.optim import Optimizer, ema_decay_at, ema_update, sharpness_aware
 from dalle2_jax.training.sharding import logical_axes, replicated, tree_shardings
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.types import Batch, Metrics, Params
@@ -40,7 +40,7 @@ def train_step(
     """
     step_key = rng.at_step(rng.stream(key, "train"), state.step)
     batch = stage.prepare(frozen, batch)
-    grad_fn = jax.value_and_grad(stage.loss, has_aux=True)
+    grad_fn = sharpness_aware(stage.loss, optimizer.sam_rho)
     (loss, outputs), grads = grad_fn(state.params, state.stats, frozen, step_key, batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     rules = stage.training_rules

@@ -6,6 +6,7 @@
         contract.json            the embedding contract it was trained under
         base.json                of a fine-tuned stage: a fingerprint of the weights that it started from
         noise_statistics.json    statistics of the predicted noise, and the step of the checkpoint they were measured on
+        components.json          of a CLIP: principal components of its image embeddings
         tokenizer/               the tokenizer of its captions
         digests.json             checksums of the files above, to detect damage; each checkpoint has its own
         run.json                 the --config it was trained with, with which versions, and what a resumed run changed

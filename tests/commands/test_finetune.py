@@ -18,7 +18,7 @@ from written_system import write_system
 from dalle2_jax.config import inherit, sources
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.config.stored import stored_experiment
-from dalle2_jax.errors import ContractError, DataError, UserError
+from dalle2_jax.errors import ConfigError, ContractError, DataError, UserError
 from dalle2_jax.run import build_job, record_contract
 from dalle2_jax.stages import LoraStage, Variables, fingerprint
 from dalle2_jax.stages.lora import merge
@@ -111,6 +111,25 @@ def test_inherited():
     assert merged.spec.diffusion == dataclasses.replace(base.spec.diffusion, k=2.0)
     assert merged.spec.sampling == run.spec.sampling and merged.run == run.run and merged.data == run.data
     assert dataclasses.replace(merged, spec=run.spec) == run
+
+
+def test_known_pixels_are_added_to_a_base_without_them():
+    """A run with inpaint widens the first layer of its base; one without keeps what the base has."""
+    tiny = tiny_system.get_config("decoder").to_dict()
+    base = Experiment.from_config(tiny)
+    run = Experiment.from_config({**tiny, "conditioning": {**tiny["conditioning"], "inpaint": True}})
+    merged = inherit.inherited(run, base)
+    assert merged.spec.model.unet.in_channels == 7 and merged.spec.conditioning.inpaint
+    assert inherit.inherited(base, merged).spec.conditioning.inpaint
+    assert inherit.inherited(run, merged).spec.model == merged.spec.model
+    enlarging = tiny_system.get_config("upsampler_1").to_dict()
+    wider = {**enlarging, "conditioning": {**enlarging["conditioning"], "inpaint": True}}
+    parts = inherit.inherited(Experiment.from_config(wider), Experiment.from_config(enlarging)).spec
+    assert parts.model.in_channels == 10 and parts.conditioning.inpaint
+    tuned = {"conditioning": {**tiny["conditioning"], "inpaint": True}, "lora": {"rank": 2}, "init_from": "base"}
+    lora = Experiment.from_config({**tiny, **tuned})
+    with pytest.raises(ConfigError, check=mentions("lora", field="conditioning.inpaint")):
+        inherit.inherited(lora, base)
 
 
 OTHER = {

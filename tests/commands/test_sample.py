@@ -6,7 +6,7 @@ import pytest
 from raised import mentions
 
 from dalle2_jax import testing
-from dalle2_jax.cli import sample
+from dalle2_jax.cli import sample, stage_options
 from dalle2_jax.diffusion import SAMPLERS, NoiseStatistics
 from dalle2_jax.errors import ConfigError, UsageError
 from dalle2_jax.stages import ArSamplingConfig, SamplingConfig, Variables
@@ -21,11 +21,11 @@ def sampling_of(*words, **stages):
     stages = {name: stages.get(name, testing.tiny_stage(kind)) for name, kind in STAGES.items()}
     members = {name: LoadedStage(stage, Variables({}, {}), 1, None, None, 0) for name, stage in stages.items()}
     given = ["text2image", "--system", "s", "--out", "o", *words]
-    settings = sample.stage_settings(sample.make_parser().parse_args(given), list(members))
+    settings = stage_options.stage_settings(sample.make_parser().parse_args(given), list(members))
     try:
         return sampling_configs(members, {**dict.fromkeys(STAGES, {}), **settings})
     except ConfigError as error:
-        raise UsageError(sample.as_option(error)) from error
+        raise UsageError(stage_options.as_option(error)) from error
 
 
 def test_left_out_all_is_as_the_config_says():
@@ -48,6 +48,7 @@ WORDS = {
     "guidance_schedule": ("cosine", {"guidance_schedule": "cosine"}),
     "guidance_interval": ("0.2,0.8", {"guidance_interval": (0.2, 0.8)}),
     "guidance_rescale": ("0.7", {"guidance_rescale": 0.7}),
+    "guidance_order": ("text,image", {"guidance_order": "text,image"}),
 }
 
 
@@ -59,14 +60,20 @@ def test_each_word_decides_its_field_of_its_stage_alone(option):
 
 
 def test_every_field_of_a_sampling_has_a_word():
-    fields = {field for field, _ in sample.DIFFUSION_OPTIONS.values()}
+    fields = {field for field, _ in stage_options.DIFFUSION_OPTIONS.values()}
     assert fields == {field.name for field in dataclasses.fields(SamplingConfig)}
-    assert {*sample.DIFFUSION_OPTIONS} == {*WORDS, "variance"}
-    assert {field for field, _ in sample.AR_OPTIONS.values()} == {f.name for f in dataclasses.fields(ArSamplingConfig)}
+    assert {*stage_options.DIFFUSION_OPTIONS} == {*WORDS, "variance"}
+    assert {field for field, _ in stage_options.AR_OPTIONS.values()} == {
+        f.name for f in dataclasses.fields(ArSamplingConfig)
+    }
 
 
 def test_help_names_what_there_is():
-    assert sample.SAMPLERS == SAMPLERS and sample.PRIORS == (*PRIORS,) and {*sample.STAGES} < {*sample.OPTIONS}
+    assert (
+        stage_options.SAMPLERS == SAMPLERS
+        and sample.PRIORS == (*PRIORS,)
+        and {*stage_options.STAGES} < {*stage_options.OPTIONS}
+    )
 
 
 def test_another_sampler_leaves_behind_what_belonged_to_the_first():

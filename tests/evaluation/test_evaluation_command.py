@@ -42,7 +42,7 @@ def system(tmp_path_factory):
 
 
 def test_the_command_has_the_options_of_the_function():
-    assert command.sample.PRIORS == (*PRIORS,) and {*command.DIFFUSED} == {*SPECS} - {"clip", "ar_prior"}
+    assert command.PRIORS == (*PRIORS,) and {*command.DIFFUSED} == {*SPECS} - {"clip", "ar_prior"}
     assert command.DIFFUSED == likelihood.STAGES
     assert {*command.PASSED} <= EvaluateOptions.__annotations__.keys() == Options.__annotations__.keys()
     assert {*command.PASSED} <= vars(parse("shapes")).keys()

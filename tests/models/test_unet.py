@@ -10,6 +10,7 @@ from raised import mentions
 from tiny import close, differ, jitted, normal, random_variables, same
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.models.attention import CrossAttention
 from dalle2_jax.models.layers import (
     average_pool,
     fold_patches,
@@ -55,6 +56,7 @@ VARIANTS = {
     "convolution up and down": replace(PLAIN, resblock_updown=False),
     "wide embedding": replace(PLAIN, emb_dim=20),
     "count of heads": replace(CONFIG, num_heads=8),
+    "cross attention": replace(CONFIG, context_attention="cross"),
 }
 
 
@@ -132,6 +134,37 @@ def test_context_mask(net):
     shown = apply(params, x, t, emb, context, ALL)
     differ(out, shown)
     close(apply(params, x, t, emb, context, None), shown)
+
+
+def test_cross_attention_reads_the_context_only():
+    """Equal to softmax(q k^T / sqrt(K)) v in numpy, where the keys are those of the visible context."""
+    x, context = normal(0, 2, 2, 3, 8), normal(1, 2, 3, 6)
+    layer = CrossAttention(heads=2)
+    params = random_variables(layer, x, context, MASK)["params"]
+    found = jax.jit(layer.apply)({"params": params}, x, context, MASK)
+    params, context = jax.tree.map(np.asarray, (params, context))
+    queries = np.einsum("bsc,cnk->bsnk", x.reshape(2, 6, 8), params["q"]["kernel"]) + params["q"]["bias"]
+    joined = np.einsum("bsd,dpnk->bspnk", context, params["context_kv"]["kernel"]) + params["context_kv"]["bias"]
+    logits = np.einsum("bqnk,bsnk->bnqs", queries, joined[:, :, 0]) / 2
+    weights = np.exp(logits) * np.asarray(MASK)[:, None, None]
+    mixed = np.einsum("bnqs,bsnk->bqnk", weights / weights.sum(axis=-1, keepdims=True), joined[:, :, 1])
+    close(found, (np.einsum("bqnk,nkc->bqc", mixed, params["out"]["kernel"]) + params["out"]["bias"]).reshape(x.shape))
+
+
+def test_both_kinds_of_context_attention(net):
+    """Cross attention has parameters of its own after the image's attention, and hides what the mask hides."""
+    config = replace(CONFIG, context_attention="cross")
+    x, t, emb, context, _ = net[1]
+    params = random_variables(UNet(config), *net[1])
+    block = params["params"]["mid_attn"]
+    assert {*block} == {"norm", "attn", "cross"} and {*block["cross"]} == {"norm", "attn"}
+    assert "context_kv" in block["cross"]["attn"] and "context_kv" not in block["attn"]
+    apply = jitted(UNet(config))
+    out = apply(params, x, t, emb, context, MASK)
+    same(out, apply(params, x, t, emb, jnp.where(MASK[:, :, None], context, 50.0), MASK))
+    differ(out, apply(params, x, t, emb, context, ALL))
+    with pytest.raises(UserError, check=mentions("context_attention", "'crossed'", "'cross'")):
+        replace(CONFIG, context_attention="crossed")
 
 
 def test_dropout(net):

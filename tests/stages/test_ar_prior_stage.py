@@ -14,7 +14,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.models.ar_prior import ArPriorConfig, ArPriorNetwork
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.stages import ArPriorStage, ArSamplingConfig, ArSamplingPlan, Variables, codes
-from dalle2_jax.stages.ar_prior import top_dots
+from dalle2_jax.stages.ar_prior import top_dots, truncated
 from dalle2_jax.stages.base import Stage
 from dalle2_jax.training.loop import Job, RunConfig, train
 from dalle2_jax.training.optim import OptimConfig, make_optimizer
@@ -196,6 +196,22 @@ def test_new_numbers_compile_nothing(toy, generate):
     assert jax.tree.structure(plan) == jax.tree.structure(other) != jax.tree.structure(unguided)
 
 
+def test_truncated_logits():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]]))
+
+    def kept(top_k, top_p):
+        return np.isfinite(truncated(logits, top_k, top_p)).tolist()
+
+    assert truncated(logits, None, None) is logits
+    assert kept(2, None) == [[True, True, False, False], [False, False, True, True]]
+    assert kept(None, 0.6) == [[True, True, False, False], [False, False, True, True]]
+    assert kept(None, 0.45) == [[True, False, False, False], [False, False, True, True]]
+    assert kept(3, 0.5) == [[True, False, False, False], [False, False, True, True]]  # 0.4 and 0.3 of 0.9
+    assert kept(4, 0.999) == [[True] * 4] * 2 and kept(1, 0.01)[0] == [True, False, False, False]
+    same = np.where(np.isfinite(truncated(logits, 3, None)), logits, 0)
+    np.testing.assert_array_equal(same[np.nonzero(same)], np.asarray(logits)[np.nonzero(same)])
+
+
 @pytest.mark.parametrize("quantile", [0.0, 0.5, 0.85])
 def test_dots_are_uniform_above_the_quantile(quantile):
     samples = np.asarray(top_dots(keys(8192), 32, quantile))
@@ -269,6 +285,39 @@ def test_contract():
         dataclasses.replace(STAGE, model=dataclasses.replace(MODEL, buckets=33))
     with pytest.raises(UserError, check=mentions("sampling.dot_quantile", 1.0)):
         ArSamplingConfig(dot_quantile=1.0)
+    with pytest.raises(UserError, check=mentions("sampling.top_p", 0.0)):
+        ArSamplingConfig(top_p=0.0)
+    with pytest.raises(UserError, check=mentions("sampling.temperature", 0.0)):
+        ArSamplingConfig(temperature=0.0)
+    with pytest.raises(UserError, check=mentions("top_k 3", "2 codes", "stage ar_prior")):
+        STAGE.check_sampling(ArSamplingConfig(top_k=3))
+
+
+def test_the_likeliest_codes_are_the_samples_at_top_k_of_one():
+    """Whatever the key; and at a high temperature the samples are spread."""
+    stage = dataclasses.replace(STAGE, model=dataclasses.replace(MODEL, buckets=8, layers=1))
+    variables, batch = testing.tiny_variables(stage), toy_batch()
+    condition = {name: jnp.repeat(value[:1], 16, axis=0) for name, value in stage.condition(batch).items()}
+    generate = jax.jit(stage.sample)
+
+    def distinct(**fields):
+        plan = stage.plan(ArSamplingConfig(dot_quantile=0.99, **fields))
+        return len(np.unique(np.asarray(generate(variables, keys(16), condition, plan)).round(4), axis=0))
+
+    assert distinct(top_k=1) == distinct(top_p=1e-6) == distinct(temperature=1e-5) == 1
+    assert distinct(temperature=100.0) == 16
+
+
+def test_components_must_retain_the_required_variance():
+    batch = toy_batch()
+    share = 0.999  # eight embeddings of rank 7, of which six components are kept
+    demanding = dataclasses.replace(STAGE, retained_variance=share)
+    with pytest.raises(
+        UserError, check=mentions("config.model.components", 6, share, "conditioning.retained_variance", 7)
+    ):
+        demanding.calibrate({}, iter([batch] * 4))
+    content = dataclasses.replace(STAGE, retained_variance=0.5).calibrate({}, iter([batch] * 4))
+    assert content["basis"].shape == (16, 6)
 
 
 def test_calibration_fills_what_init_left_empty():

@@ -100,6 +100,15 @@ def test_directions_without_variance_are_harmless():
     np.testing.assert_allclose(codes.decode(stats, codes.encode(stats, jnp.asarray(flat)))[:, -1], 1, atol=1e-5)
 
 
+def test_components_for_a_share_of_the_variance(fitted):
+    image_emb, _ = fitted
+    shares = np.cumsum(np.square(DEVIATIONS)) / np.square(DEVIATIONS).sum()
+    for count in range(1, 6):
+        between = (shares[count - 1] + (shares[count - 2] if count > 1 else 0.0)) / 2
+        assert codes.components_needed(image_emb, between) == count
+    assert codes.components_needed(image_emb, 0.0) == 1 and codes.components_needed(image_emb, 1.0) == 8
+
+
 def test_unfit_data():
     image_emb, _ = gaussians(16)
     with pytest.raises(UserError, check=mentions("16 examples", "17 buckets")):

@@ -72,28 +72,6 @@ def test_corners_cover_the_grid_evenly():
     assert not images.random_corners(jax.random.key(0), 9, side=8, crop_side=8, grid=2).any()
 
 
-def test_what_is_known_is_all_but_a_box_or_nothing():
-    seen = np.asarray(images.visible_region(jax.random.key(0), 4000, side=6))
-    assert seen.shape == (4000, 6, 6, 1) and seen.dtype == bool
-    erased = ~seen[..., 0]
-    rows, columns = erased.any(axis=2), erased.any(axis=1)
-    np.testing.assert_array_equal(erased, rows[:, :, None] & columns[:, None, :])  # a box,
-    for line in (rows, columns):  # in one piece
-        starts = np.diff(line.astype(int), axis=1, prepend=0) == 1
-        assert (starts.sum(axis=1) == 1).all()
-    whole = erased.all(axis=(1, 2))
-    share = images.UNKNOWN_RATE + (1 - images.UNKNOWN_RATE) / 36  # or by chance
-    assert abs(whole.mean() - share) < 4 * (share / 4000) ** 0.5
-    removed = erased[~whole]
-    for flipped in (
-        removed[:, ::-1],
-        removed[:, :, ::-1],
-        removed.transpose(0, 2, 1),
-    ):  # anywhere, of any form
-        assert abs(flipped.mean(axis=0) - removed.mean(axis=0)).max() < 0.05
-    assert set(rows[~whole].sum(axis=1)) == set(range(1, 7))
-
-
 def test_images_and_masks_among_the_channels():
     assert images.image_channels(3, inpaint=False) == images.image_channels(7, inpaint=True) == 3
     assert (

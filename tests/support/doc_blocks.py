@@ -27,6 +27,7 @@ TINY = {
     "--num": "2",
     "--measure": "retrieval",
     "--frames": "2",
+    "--components": "1,2",
     "--batch_size": "2",
     "--decoder.steps": "8",
     "--config.total_steps": "2",

@@ -55,6 +55,25 @@ def test_grey_and_transparent():
     assert read_image(deep).pixels.max() == round(29 * 2000 / 257)
 
 
+def test_every_mode_of_a_file(tmp_path):
+    """Palettes, transparency, CMYK, 16 bits and EXIF's orientation; nothing is squashed."""
+    image = Image.fromarray(RGB)
+    palette, exif = image.quantize(16), Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png").pixels, np.rot90(RGB, -1))
+    palette.save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "palette.png").pixels, np.asarray(palette.convert("RGB")))
+    image.convert("CMYK").save(tmp_path / "inks.tif")
+    assert np.abs(read_image(tmp_path / "inks.tif").pixels.astype(int) - RGB).max() <= 1
+    half = Image.fromarray(np.stack([RGB[..., 0], np.full((6, 5), 128, np.uint8)], axis=-1), "LA")
+    half.save(tmp_path / "half.png")
+    expected = RGB[..., 0] * (128 / 255) + 255 * (127 / 255)
+    assert np.abs(read_image(tmp_path / "half.png").pixels - expected[..., None]).max() <= 1
+    Image.fromarray(RGB[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "deep.png").pixels[..., 0], RGB[..., 0])
+
+
 def test_several(file):
     batch = np.stack([RGB, RGB[::-1]])
     for images in (batch, list(batch), (file, Image.fromarray(RGB[::-1]))):

@@ -10,7 +10,7 @@ from raised import mentions
 
 from dalle2_jax.diffusion import NoiseStatistics
 from dalle2_jax.errors import ConfigError, DataError, SystemWarning, UsageError, UserError
-from dalle2_jax.system.editing import slerp
+from dalle2_jax.system.editing.geometry import path, positions, slerp, text_direction, weighted_mean
 from dalle2_jax.system.images import Images
 
 PROMPT = "a large red circle"
@@ -168,6 +168,34 @@ def test_slerp():
         slerp(a, -a, theta)
 
 
+def test_a_path_through_several_points():
+    """Each point is met once, and neighbours are interpolated by themselves."""
+    points = np.array([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
+    way = path(points, 3)
+    np.testing.assert_allclose(way[::2], points, atol=1e-6)
+    np.testing.assert_allclose(way[:3], slerp(points[0], points[1], np.linspace(0, 1, 3)), atol=1e-6)
+    np.testing.assert_allclose(positions(3, 3), [0, 0.5, 1, 1.5, 2])
+    assert len(positions(4, 8)) == len(path(np.eye(4), 8)) == 22
+
+
+def test_weighted_means():
+    """Of directions, at the mean norm; negative weights move away; what cancels has no direction."""
+    emb = np.array([[2.0, 0.0], [0.0, 4.0]])
+    np.testing.assert_allclose(weighted_mean(emb, np.array([1.0, 1.0])), 3 * np.array([1, 1]) / 2**0.5, rtol=1e-6)
+    np.testing.assert_allclose(weighted_mean(emb, np.array([1.0, 0.0])), emb[0], rtol=1e-6)
+    assert weighted_mean(emb, np.array([1.0, -0.5]))[1] < 0
+    with pytest.raises(UsageError):
+        weighted_mean(np.array([[1.0, 0.0], [2.0, 0.0]]), np.array([1.0, -1.0]))
+
+
+def test_text_directions():
+    after, before = np.array([3.0, 1.0]), np.array([[1.0, 1.0], [0.0, 1.0], [2.0, 1.0]])
+    np.testing.assert_allclose(text_direction(after, before, 5.0), [5.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(text_direction(after, None, 1.0), after / 10**0.5, rtol=1e-6)
+    with pytest.raises(UserError):
+        text_direction(after, after[None], 1.0)
+
+
 def test_long_captions_warn(system):
     with pytest.warns(SystemWarning, match="prompt 1 .* 8 tokens") as warned:
         system.text2image(["red", "word " * 100], num=1, **STEPS)
@@ -194,6 +222,8 @@ def test_repr_is_short(system):
         ({"num": 2.0}, "num"),
         ({"seed": -1}, "seed"),
         ({"candidates": 0}, "candidates"),
+        ({"negative": "red", "decoder": {"guidance": 1.0}, "prior": {"guidance": 1.0}}, "negative"),
+        ({"decoder": {"guidance_order": "text"}}, "decoder"),
         ({"batch_sise": 3}, "batch_sise"),
     ],
 )
@@ -223,6 +253,12 @@ def test_calls_that_are_rejected(system, image):
         (lambda: system.text2image(PROMPT, num=100_000, batch_size=1, prior={"steps": 0}), ConfigError),
         (lambda: system.text2image([PROMPT] * 2, num=60_000), UsageError),
         (lambda: system.interpolate([image]), UsageError),
+        (lambda: system.interpolate(captions=["red"]), UsageError),
+        (lambda: system.interpolate([image] * 2, image_emb="none"), UsageError),
+        (lambda: system.mix(), UsageError),
+        (lambda: system.mix(image, weights=[1, 2]), UsageError),
+        (lambda: system.text_diff(image, [], "red"), UsageError),
+        (lambda: system.text2image(PROMPT, image_emb="nothing"), UsageError),
         (lambda: system.interpolate([image] * 2, frames=1), ConfigError),
         (lambda: system.variations(image / 255), DataError),
         (lambda: system.embed_image(image / 255), DataError),

@@ -9,10 +9,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from dalle2_jax import data
-from dalle2_jax.errors import ConfigError, DataError
+from dalle2_jax.errors import ConfigError, DataError, UserError
 from dalle2_jax.evaluation import examples
 from dalle2_jax.evaluation.context import Context, unit
+from dalle2_jax.evaluation.distances.moments import Moments
 from dalle2_jax.evaluation.figures import Figure, Figures, share_of
+from dalle2_jax.evaluation.registry import MEASURES
+from dalle2_jax.system.editing.components import Components
+from dalle2_jax.workdir.folder import StageFolder
 
 RANKS = (1, 5, 10)
 """k of recall@k."""
@@ -25,6 +29,9 @@ SHAPES_TEMPLATES = ("a small {}", "a large {}")
 
 MAX_CLASSES = 10_000
 """Classes of a classification, and examples whose classes are known to it in addition to those that are measured."""
+
+RETAINED = (90, 95, 99)
+"""Percentages of the variance of embeddings."""
 
 PROBED = 4
 """Training examples of the linear probe for each example that it is measured on, where the data have as many."""
@@ -104,6 +111,30 @@ def linear_probe(context: Context, num: int) -> Figures:
     most = max({*known}, key=known.count)
     common = share_of([label == most for label in labels])
     return {"accuracy": share_of(np.equal(read, labels)).compared(common, "the most common class")}
+
+
+def components(context: Context, num: int) -> Figures:
+    """Measures the principal components of image embeddings, and stores them with CLIP for ``reconstruct``.
+
+    The figures are the numbers of components that retain 90, 95 and 99 % of the variance, and the rank.
+
+    Raises:
+      UserError: fewer than two examples, or embeddings that do not vary.
+    """
+    source = context.open("clip", context.options.split or MEASURES["components"].split)
+    num = num if context.options.num is not None else min(num, len(source))
+    examples.check_count(num, source)
+    images, clip, moments = source.select(("image",)), context.stage("clip"), Moments()
+    for start in range(0, num, examples.CHUNK):
+        indices = range(start, min(num, start + examples.CHUNK))
+        moments.update(context.system.embed_image(images.fetch(indices)["image"]))
+    statistics = moments.statistics()
+    found = Components.of(statistics.mean, statistics.covariance, num)
+    if not found.variances[0] > 0:
+        raise UserError(f"the embeddings of {num} images do not vary: they have no principal components")
+    found.write(StageFolder(context.system.path, "clip"), clip.step)
+    figures: Figures = {f"components_{percent}": Figure(found.needed(percent / 100), num) for percent in RETAINED}
+    return {**figures, "rank": Figure(found.rank, num)}
 
 
 def _scaled(emb: np.ndarray) -> np.ndarray:

@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dalle2_jax.diffusion import resampling
-from dalle2_jax.errors import ConfigError, UsageError
+from dalle2_jax.errors import ConfigError, UsageError, UserError
 from dalle2_jax.ranges import Range
 from dalle2_jax.system.cascade import PRIORS
-from dalle2_jax.system.editing import difference_target, slerp, with_inversion
-from dalle2_jax.system.generation import provenance
+from dalle2_jax.system.editing.embedding_edits import MAX_FRAMES
+from dalle2_jax.system.editing.frames import with_inversion
+from dalle2_jax.system.editing.geometry import slerp, text_direction
+from dalle2_jax.system.generation import NO_IMAGE_EMB, clip_input, provenance
 from dalle2_jax.system.inputs import ImageLike, InputImage, read_captions, read_image, read_mask
 from dalle2_jax.system.options import SampleOptions, check_fraction, check_number
 from dalle2_jax.system.rows.sampler import Row, RowSampler, known_pixels
-from dalle2_jax.system.system import MAX_FRAMES, System
+from dalle2_jax.system.system import System
 
 
 class RowCall(NamedTuple):
@@ -85,7 +87,9 @@ def inpaint(
         resampling(sampler.steps("decoder"), *resample)
     emb = _embedding(sampler, given) if prompt is None and system.embeds_images else None
     known = known_pixels(sampler, given, regenerated)
-    fields = {"prompt": _caption(prompt or ""), "image_emb": emb, "known": known, "resample": resample}
+    shape = given.pixels.shape[:2]
+    fields = {"prompt": _caption(prompt or ""), "image_emb": emb, "known": known, "known_shape": shape}
+    fields["resample"] = resample
     return _rows(sampler, [fields])
 
 
@@ -135,7 +139,8 @@ def text_diff(
     inputs = {"image": given.name, "from": _caption(before), "to": _caption(after), "frames": frames, "theta": theta}
     sampler = RowSampler(with_inversion(system.call("text_diff", options, inputs=inputs, num=1), 0.0))
     emb = _embedding(sampler, given)
-    target = difference_target(emb, system.embed_text([before, after]))
+    text_emb = system.embed_text([before, after])
+    target = text_direction(text_emb[1], text_emb[:1], float(np.linalg.norm(emb)))
     x_T = _inverted(sampler, given, emb, prompt)
     rotated = slerp(emb, target, np.linspace(0.0, theta, frames))
     return _rows(sampler, [_frame(prompt, rotated[i], x_T) for i in range(frames)], shared_noise=True)
@@ -193,8 +198,10 @@ def _frame(prompt: str, image_emb: np.ndarray, x_T: np.ndarray | None) -> dict[s
 
 
 def _embedding(sampler: RowSampler, image: InputImage) -> np.ndarray:
-    """Returns the CLIP embedding of an image, [E]."""
-    return np.asarray(sampler.embed_images(sampler.clip_input([image])))[0]
+    """Returns the CLIP embedding of an image, [E]. UserError for a decoder that reads none."""
+    if "image_emb" not in sampler.call.stages["decoder"].stage.inputs:
+        raise UserError(NO_IMAGE_EMB)
+    return np.asarray(sampler.embed_images(clip_input(sampler.call.stages["clip"], [image])))[0]
 
 
 def _inverted(sampler: RowSampler, image: InputImage, image_emb: np.ndarray, prompt: str) -> np.ndarray:

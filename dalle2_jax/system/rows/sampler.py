@@ -23,7 +23,9 @@ from dalle2_jax.diffusion import Inpainting, steps_of
 from dalle2_jax.stages import SamplingConfig
 from dalle2_jax.system import programs
 from dalle2_jax.system.cascade import PRIORS, Request
+from dalle2_jax.system.editing import inpainting
 from dalle2_jax.system.generation import IMAGE_STAGES, Call, Generator
+from dalle2_jax.system.inputs import InputImage
 from dalle2_jax.system.programs import StepCallback
 
 
@@ -46,6 +48,7 @@ class Row(Request):
       image_emb: the image embedding, given or sampled by the prior; None before, or for a decoder without one.
       x_T: where the decoder starts; None for fresh noise.
       known: the known pixels for each stage that generates images; None unless a part of an image is regenerated.
+      known_shape: height and width of the image that they are from, which the result is cropped to.
       resample: RePaint's (jump, times) for the decoder.
       image: in [-1, 1], what the last stage returned; None before the decoder.
     """
@@ -55,6 +58,7 @@ class Row(Request):
     image_emb: Float32[np.ndarray, "E"] | None = None
     x_T: Float32[np.ndarray, "H W C"] | None = None
     known: Mapping[str, KnownPixels] | None = None
+    known_shape: tuple[int, int] | None = None
     resample: tuple[int, int] | None = None
     image: Float32[np.ndarray, "H W C"] | None = None
 
@@ -62,7 +66,8 @@ class Row(Request):
     def pixels(self) -> UInt8[np.ndarray, "H W C"]:
         """The image of the last stage, rounded as `stages.images.to_uint8` does it."""
         image = np.clip(cast(np.ndarray, self.image), np.float32(-1), np.float32(1))
-        return np.round((image + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
+        pixels = np.round((image + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
+        return pixels if self.known_shape is None else pixels[inpainting.extent(self.known_shape, len(pixels))]
 
 
 class RowSampler(Generator):
@@ -80,9 +85,9 @@ class RowSampler(Generator):
         stage = row.remaining[0]
         loaded, config = self.call.stages[stage], self.sampling[stage]
         if stage in PRIORS.values():
-            return stage, id(loaded), config, self.candidates
+            return stage, id(loaded), config, self.candidates, self.call.options.negative
         given = [value is None for value in (row.image_emb, row.x_T, row.known)]
-        return stage, id(loaded), config, *given, row.resample
+        return stage, id(loaded), config, *given, row.resample, self.call.options.negative
 
     def side(self, stage: str) -> int:
         """Returns the side of the images that a stage generates, in pixels."""
@@ -121,7 +126,7 @@ class RowSampler(Generator):
             field, result = "image", self._upsample(keys, padded, low_res, callback, every, (stage,))
         arrays = np.asarray(result)
         return [
-            dataclasses.replace(row, remaining=row.remaining[1:], **cast(Any, {field: array}))
+            dataclasses.replace(row, remaining=row.remaining[1:], **cast(Any, {field: _finished(row, array)}))
             for row, array in zip(rows, arrays, strict=False)
         ]
 
@@ -144,6 +149,14 @@ class RowSampler(Generator):
         return self._put(np.stack(given))[0] if given else None
 
 
+def _finished(row: Row, result: np.ndarray) -> np.ndarray:
+    """Returns what a row's next stage made of it, with the known pixels of an image that is complete."""
+    if row.known is None or len(row.remaining) > 1:
+        return result
+    known = row.known[row.remaining[0]]
+    return np.where(known.mask, known.image, result)
+
+
 @jax.jit
 def _row_keys(seed: jax.Array, index: jax.Array, sample: jax.Array) -> Key[Array, "B"]:
     """Returns the key of each row: that of `programs.request_keys` for a root key of its seed."""
@@ -151,7 +164,8 @@ def _row_keys(seed: jax.Array, index: jax.Array, sample: jax.Array) -> Key[Array
     return jax.vmap(lambda root, i, j: programs.request_keys(root, i[None], j[None])[0])(roots, index, sample)
 
 
-def known_pixels(sampler: RowSampler, image: Any, regenerated: np.ndarray) -> dict[str, KnownPixels]:
+def known_pixels(sampler: RowSampler, image: InputImage, regenerated: np.ndarray) -> dict[str, KnownPixels]:
     """Returns the known pixels of an image for each stage, see `Generator.known`."""
-    known = sampler.known(image, regenerated)
+    padded = InputImage(inpainting.squared(image.pixels), image.name)
+    known = sampler.known(padded, inpainting.squared(regenerated))
     return {name: KnownPixels(np.asarray(part.image)[0], np.asarray(part.mask)[0]) for name, part in known.items()}

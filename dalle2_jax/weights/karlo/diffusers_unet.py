@@ -243,13 +243,17 @@ def _attending(config: Section, way: str, levels: int) -> list[int]:
     return [level for level in range(levels) if attends[level if way == "down" else levels - 1 - level]]
 
 
+_PLAIN_FIELDS = (("patch_size", 1), ("input_skip", False), ("resblock_updown", True), ("context_attention", "joined"))
+"""Fields of a U-Net, each with the only value that diffusers has."""
+
+
 def unet_config_file(unet: UNetConfig, where: str) -> dict[str, Any]:
     """Returns the config file of a U-Net: a UNet2DConditionModel with a context, a UNet2DModel without.
 
     Raises:
       WeightsError: diffusers has no such U-Net; the message begins with ``where``.
     """
-    for field, plain in (("patch_size", 1), ("input_skip", False), ("resblock_updown", True)):
+    for field, plain in _PLAIN_FIELDS:
         if getattr(unet, field) != plain:
             raise WeightsError(f"{where}: diffusers' U-Nets do not support {field} {getattr(unet, field)!r}")
     levels = range(len(unet.channel_mult))

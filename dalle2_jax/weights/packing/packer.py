@@ -27,7 +27,7 @@ from dalle2_jax.workdir.folder import StageFolder
 
 _DTYPES: Mapping[str, Any] = dict(zip(PACK_DTYPES, (ml_dtypes.bfloat16, np.float32), strict=True))
 
-COPIED = ("run.json", "source.json", "base.json", "noise_statistics.json", "moments.json")
+COPIED = ("run.json", "source.json", "base.json", "noise_statistics.json", "moments.json", "components.json")
 """Files of a stage that a packed copy has unchanged, where the stage has them."""
 
 
