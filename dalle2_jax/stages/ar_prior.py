@@ -123,7 +123,7 @@ class ArPriorStage(StageDefaults):
         image_emb = batch["image_emb"]
         target = codes.encode(stats, image_emb)
         dot = codes.encode_dot(stats, image_emb, batch["text_emb"])
-        drop = jax.random.bernoulli(rng.stream(key, "drop_text"), self.drop_text, dot.shape)
+        drop = rng.bernoulli(rng.stream(key, "drop_text"), self.drop_text, dot.shape)
         logits = apply(self.network, params, target, dot, **self.condition(batch), drop_text=drop)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
         error = jnp.mean(jnp.square(codes.decode(stats, target) - image_emb))

@@ -68,7 +68,7 @@ def crop(image: Float[Array, "B H W C"], corners: Int[Array, "B 2"], side: int) 
 
 def random_corners(key: Key[Array, ""], batch: int, side: int, crop_side: int, grid: int) -> Int[Array, "B 2"]:
     """Samples crop corners on a grid, so that crops consist of full low-resolution pixels."""
-    return grid * jax.random.randint(key, (batch, 2), 0, (side - crop_side) // grid + 1)
+    return grid * rng.randint(key, (batch, 2), 0, (side - crop_side) // grid + 1)
 
 
 def image_channels(in_channels: int, inpaint: bool, conditioning_images: int = 0) -> int:
@@ -96,13 +96,13 @@ def visible_region(key: Key[Array, ""], batch: int, side: int) -> Bool[Array, "B
 
     Nichol et al. 2021 (GLIDE), section 3.2, erases random regions; their shape is not specified.
     """
-    sides = jax.random.randint(rng.stream(key, "sides"), (batch, 2), 1, side + 1)
-    start = jax.random.uniform(rng.stream(key, "start"), (batch, 2))
+    sides = rng.randint(rng.stream(key, "sides"), (batch, 2), 1, side + 1)
+    start = rng.per_row(jax.random.uniform, rng.stream(key, "start"), (batch, 2))
     first = jnp.floor(start * (side - sides + 1).astype(jnp.float32)).astype(jnp.int32)
     position = jnp.arange(side, dtype=jnp.int32)[None, None]
     within = (position >= first[:, :, None]) & (position < (first + sides)[:, :, None])  # [B, rows or columns, S]
     erased = within[:, 0, :, None] & within[:, 1, None, :]
-    nothing = jax.random.bernoulli(rng.stream(key, "nothing"), UNKNOWN_RATE, (batch, 1, 1))
+    nothing = rng.bernoulli(rng.stream(key, "nothing"), UNKNOWN_RATE, (batch, 1, 1))
     return ~(erased | nothing)[..., None]
 
 
