@@ -26,13 +26,14 @@ from dalle2_jax.system.requirements import find_clip, find_tokenizer
 from dalle2_jax.system.system import System
 from dalle2_jax.system.system import load as load_stages
 from dalle2_jax.training import hosts, loop
+from dalle2_jax.training.accumulation import check_accumulation
 from dalle2_jax.training.hooks import Hooks
 from dalle2_jax.training.loop import Job, Start
 from dalle2_jax.training.metrics import from_all_hosts
-from dalle2_jax.training.optim import OptimConfig, make_optimizer, state_structure
+from dalle2_jax.training.optim import OptimConfig, changed_state_field, make_optimizer
 from dalle2_jax.training.reporting import held_out, provenance
 from dalle2_jax.training.reporting.trackers import make_tracker
-from dalle2_jax.training.sharding import MeshConfig, make_mesh
+from dalle2_jax.training.sharding import MeshConfig, check_host_memory, make_mesh, on_devices
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.types import Batch, Degrading, Params
 from dalle2_jax.workdir.claim import RESUME_CHANGES, claim
@@ -78,7 +79,7 @@ def train_stage(
         hooks = dataclasses.replace(job.hooks, log=callback)
         job = dataclasses.replace(job, show_progress=show_progress, hooks=hooks)
         state = loop.train(job)
-        record_contract(job, state.ema)
+        record_contract(job, on_devices(state.ema))
     return state
 
 
@@ -166,6 +167,8 @@ def build_job(
     tokenizer = find_tokenizer(experiment, folder, base, source, clip)
     clip_stage = None if clip is None else cast(ClipStage, clip.stage)
     stage = experiment.build(tokenizer.vocab_size if tokenizer else None, clip_stage)
+    check_accumulation(stage, optim.accumulate, run.batch_size, mesh)
+    check_host_memory(mesh, experiment.host_memory_fields)
     prepared, inputs = _prepare(experiment, stage, source, tokenizer, stage.degrading)
     process = jax.process_index(), jax.process_count()
     frozen = {"clip": clip.variables} if clip and clip.variables.params else {}
@@ -184,6 +187,8 @@ def build_job(
         examples=len(source),
         config=page,
         tracker=make_tracker(run.tracker),
+        accumulate=optim.accumulate,
+        ema_memory=optim.ema_memory,
     )
     job, identity = _from_base(job, base, experiment, clip_stage) if base else (job, None)
     evaluate = _make_evaluation(experiment, job, stage, tokenizer)
@@ -379,10 +384,13 @@ def _claim(
 
 def _check_optimizer_state(folder: StageFolder, stored: OptimConfig, optim: OptimConfig) -> None:
     """Raises ConfigError if the optimizer cannot continue from the state in a folder's checkpoints."""
-    if state_structure(stored) != state_structure(optim):
+    field = changed_state_field(stored, optim)
+    if field is not None:
+        values = (getattr(config, field) for config in (stored, optim))
+        before, after = (f"{value:g}" if isinstance(value, float) else value for value in values)
         raise ConfigError(
-            f"config.optim.clip_norm cannot change from {stored.clip_norm:g} to {optim.clip_norm:g} in {folder.path}: "
-            "gradient clipping is either on in all of a run or off in all of it. Give another value, or start another "
+            f"config.optim.{field} cannot change from {before} to {after} in "
+            f"{folder.path}: the optimizer's state there has another form. Give the stored value, or start another "
             f"--workdir from these weights with --config.init_from={folder.root}",
-            "optim.clip_norm",
+            f"optim.{field}",
         )
