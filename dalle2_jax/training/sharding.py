@@ -33,6 +33,7 @@ TENSOR_RULES = (
     (r"attn\w*/out/(kernel|lora_a)$", -3),  # [N, K, D]: heads
     (r"(^|/)fc/(kernel|lora_b)$", -1),  # [D, 4D]: hidden units
     (r"blocks/proj/(kernel|lora_a)$", -2),  # [4D, D]: hidden units
+    (r"(^|/)emb_proj/(kernel|lora_b)$", -1),  # [E, 2C]: scales and shifts of a residual block's channels
 )
 
 CONVOLUTION_RULES = (
