@@ -150,17 +150,15 @@ def build_job(
 ) -> Job:
     """Finds or makes everything that a run needs, and claims its folder; errors are raised before anything is written.
 
-    With ``init_from``, the run starts from that system's stage (`inherit`), and the stages that the workdir lacks are
-    linked from there.
+    With ``init_from``, the run starts from that system's stage; stages that the workdir lacks are linked from there.
 
     Args:
-      experiment, page, data, resume_changes: see `train_stage`.
-      root: the system's workdir.
+      experiment, root, page, data, resume_changes: see `train_stage`, where ``root`` is ``workdir``.
     """
     experiment, base = inherit.with_base(_with_data(experiment, data), root)
     optim, mesh_config = experiment.check_trainable()
     folder = StageFolder(root, experiment.stage)
-    mesh, run = _make_mesh(mesh_config, experiment.run.batch_size), experiment.run
+    mesh, run = _make_mesh(experiment, mesh_config), experiment.run
     folder.reject_links()
     source = sources.open_source(experiment.data, "train", experiment.preprocessing) if data is None else data
     clip = find_clip(experiment, folder, base, source, mesh, page)
@@ -168,7 +166,6 @@ def build_job(
     clip_stage = None if clip is None else cast(ClipStage, clip.stage)
     stage = experiment.build(tokenizer.vocab_size if tokenizer else None, clip_stage)
     check_accumulation(stage, optim.accumulate, run.batch_size, mesh)
-    check_host_memory(mesh, experiment.host_memory_fields)
     prepared, inputs = _prepare(experiment, stage, source, tokenizer, stage.degrading)
     process = jax.process_index(), jax.process_count()
     frozen = {"clip": clip.variables} if clip and clip.variables.params else {}
@@ -191,8 +188,7 @@ def build_job(
         ema_memory=optim.ema_memory,
     )
     job, identity = _from_base(job, base, experiment, clip_stage) if base else (job, None)
-    evaluate = _make_evaluation(experiment, job, stage, tokenizer)
-    job = dataclasses.replace(job, hooks=dataclasses.replace(job.hooks, evaluate=evaluate))
+    job = _with_evaluation(experiment, job, stage, tokenizer)
     if jax.process_index() == 0:
         if base and folder.is_link_to(base):
             folder.path.unlink()
@@ -256,10 +252,8 @@ def _make_preview(
     return make_preview(stage, frozen, batch, captions, folder.path / "samples")
 
 
-def _make_evaluation(
-    experiment: Experiment, job: Job, stage: Stage, tokenizer: text.Tokenizer | None
-) -> Callable[[Variables, int], Mapping[str, float]] | None:
-    """Returns the hook that measures examples of split "val" in training; None if the run or its data have none.
+def _with_evaluation(experiment: Experiment, job: Job, stage: Stage, tokenizer: text.Tokenizer | None) -> Job:
+    """Returns the job with the hook that measures examples of split "val", unless the run or its data have none.
 
     Args:
       experiment: of the run.
@@ -268,12 +262,12 @@ def _make_evaluation(
       tokenizer: of the captions.
     """
     if not experiment.run.eval_every or isinstance(experiment.data, PythonDataConfig):
-        return None
+        return job
     try:
         source = sources.open_source(experiment.data, "val", experiment.preprocessing)
     except DataError as error:
         warnings.warn(f"config.eval_every has no effect: {error}", SystemWarning, stacklevel=2)
-        return None
+        return job
     prepared, inputs = _prepare(experiment, stage, source, tokenizer, stage.degrading)
     selected = prepared.select(inputs)
     rows = held_out.batch_rows(len(source), job.run.batch_size, job.mesh)
@@ -282,7 +276,8 @@ def _make_evaluation(
         for indices in rows:
             yield Batch(**selected.fetch(indices[jax.process_index() :: jax.process_count()]))
 
-    return held_out.make_evaluation(job.stage, job.frozen, batches, job.mesh) if rows else None
+    evaluate = held_out.make_evaluation(job.stage, job.frozen, batches, job.mesh) if rows else None
+    return dataclasses.replace(job, hooks=dataclasses.replace(job.hooks, evaluate=evaluate))
 
 
 def _count_rejected(source: Source) -> Callable[[], Mapping[str, int]]:
@@ -298,8 +293,9 @@ def _count_rejected(source: Source) -> Callable[[], Mapping[str, int]]:
     return count
 
 
-def _make_mesh(config: MeshConfig, batch_size: int) -> jax.sharding.Mesh:
-    mesh = make_mesh(config)
+def _make_mesh(experiment: Experiment, config: MeshConfig) -> jax.sharding.Mesh:
+    mesh, batch_size = make_mesh(config), experiment.run.batch_size
+    check_host_memory(mesh, experiment.host_memory_fields)
     if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ConfigError(f"batch_size {batch_size} does not divide over the mesh {dict(mesh.shape)}", "batch_size")
     return mesh

@@ -1,6 +1,6 @@
 """Low-rank changes of a network's layers, computed from activations: y = x W + s (x A) B (Hu et al. 2021, eq. 3).
 
-The factors A and B stand beside the kernel W in a layer's parameters, as "lora_a" and "lora_b". The changed kernel
+The factors A and B stand next to the kernel W in a layer's parameters, as "lora_a" and "lora_b". The changed kernel
 W + s A B is never computed, and no gradient has its size.
 """
 
@@ -47,7 +47,7 @@ def _convolved(layer: nn.Conv, x: jax.Array, a: jax.Array) -> jax.Array:
 
 
 def with_factors(params: Mapping[str, Any], factors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns parameters with the factors of some kernels beside them; both trees have the same paths."""
+    """Returns parameters with the factors of some kernels next to them; both trees have the same paths."""
     nested = {
         name: with_factors(params[name], inner) if isinstance(inner, Mapping) else inner
         for name, inner in factors.items()

@@ -201,7 +201,7 @@ class LoraStage:
         return self.inner.measure(self.merged(frozen, variables), frozen, key, batch)
 
     def _factored(self, frozen: Mapping[str, Variables], params: Params, stats: Params) -> Variables:
-        """Returns the base weights with the factors beside their kernels, and all statistics."""
+        """Returns the base weights with the factors next to their kernels, and all statistics."""
         base = frozen[self.name]
         return Variables(with_factors(base.params, params), {**stats, **self.frozen_part(base).stats})
 
