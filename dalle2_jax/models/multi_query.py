@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 from dalle2_jax.errors import UserError
 from dalle2_jax.models.attention import KeyValues
 from dalle2_jax.models.layers import NORM_EPSILON
+from dalle2_jax.models.remat import block_input, rematerialised
 from dalle2_jax.ranges import Depth, Range, Width
 
 _BUCKETS, _FARTHEST = 32, 128  # of the position bias: half the buckets are single distances, half grow to _FARTHEST

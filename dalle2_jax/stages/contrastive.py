@@ -80,7 +80,9 @@ def softmax_loss(
     """
     chunks = math.gcd(chunks, len(image_emb))
     if chunks > 1:
-        return Contrast(*_softmax(chunks, image_emb, text_emb, scale))
+        in_chunks = jax.custom_vjp(lambda *args: _softmax_forward(chunks, *args)[0])
+        in_chunks.defvjp(functools.partial(_softmax_forward, chunks), functools.partial(_softmax_backward, chunks))
+        return Contrast(*in_chunks(image_emb, text_emb, scale))
     logits = scale * image_emb @ text_emb.T
     labels = jnp.arange(logits.shape[0])
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -88,12 +90,11 @@ def softmax_loss(
     return Contrast(loss, logits.argmax(axis=1) == labels, logits.argmax(axis=0) == labels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _softmax(chunks: int, x: jax.Array, y: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return _softmax_forward(chunks, x, y, scale)[0]
+def _softmax_forward(
+    chunks: int, x: jax.Array, y: jax.Array, scale: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple]:
+    """Returns the parts of `Contrast`, by eq. (1), and what the gradients need."""
 
-
-def _softmax_forward(chunks: int, x: jax.Array, y: jax.Array, scale: jax.Array) -> tuple[tuple, tuple]:
     def sums(of: jax.Array, to: jax.Array) -> tuple[jax.Array, jax.Array]:
         def part(rows: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits = scale * rows @ to.T
@@ -127,9 +128,6 @@ def _softmax_backward(chunks: int, saved: tuple, cotangents: tuple) -> tuple[jax
     return of_x, of_y, of_scale
 
 
-_softmax.defvjp(_softmax_forward, _softmax_backward)
-
-
 def _by_chunks(chunks: int, function: Callable, *columns: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Applies a function of rows to columns [B, ...] in ``chunks`` parts, each of rows from every device."""
     size = len(columns[0]) // chunks
@@ -154,20 +152,13 @@ def sigmoid_loss(
     count = math.prod(mesh.shape[name] for name in axes)
     # One scale and bias a device: their gradients are summed outside of the manual region.
     parameters = tuple(jnp.broadcast_to(value, (count, 1)) for value in (scale, bias))
-    ring = functools.partial(_ring, axes, count)
+    ring = jax.custom_vjp(lambda *args: _ring_forward(axes, count, *args)[0])
+    ring.defvjp(functools.partial(_ring_forward, axes, count), functools.partial(_ring_backward, axes, count))
     if axes:
         rows = PartitionSpec(axes)
         ring = jax.shard_map(ring, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False)
     total, image_hit, text_hit = ring(image_emb, text_emb, *parameters)
     return Contrast(total.sum() / len(image_emb), image_hit, text_hit)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ring(
-    axes: tuple[str, ...], count: int, x: jax.Array, y: jax.Array, scale: Float[Array, "1 1"], bias: Float[Array, "1 1"]
-) -> tuple[Float[Array, "1 1"], Bool[Array, "b"], Bool[Array, "b"]]:
-    """Returns B times eq. (2) of one device's images with the captions of all ``count`` devices, and its hits."""
-    return _ring_forward(axes, count, x, y, scale, bias)[0]
 
 
 def _signs(size: int, at_home: jax.Array) -> Float[Array, "b b"]:
@@ -185,7 +176,12 @@ def _passed_on(axes: tuple[str, ...], count: int, values: tuple) -> tuple:
 
 def _ring_forward(
     axes: tuple[str, ...], count: int, x: jax.Array, y: jax.Array, scale: jax.Array, bias: jax.Array
-) -> tuple[tuple, tuple]:
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple]:
+    """Returns B times eq. (2) of one device's images with the captions of all ``count`` devices, and its hits.
+
+    Scale and bias are [1, 1], the loss too; hits are bool[b] of the device's b images and captions.
+    """
+
     def turn(carry: tuple, index: jax.Array) -> tuple[tuple, None]:
         captions, column_max, row_max, own, total = carry
         logits = scale * (x @ captions.T) + bias
@@ -218,6 +214,3 @@ def _ring_backward(
     start = (y, *(jnp.zeros_like(value) for value in (y, x, scale, bias)))
     (_, of_y, of_x, of_scale, of_bias), _ = jax.lax.scan(turn, start, jnp.arange(count))
     return of_x, of_y, of_scale, of_bias
-
-
-_ring.defvjp(_ring_forward, _ring_backward)

@@ -36,7 +36,7 @@ def test_fields_that_need_host_memory_are_named():
     assert experiment.host_memory_fields == ("model.remat", "optim.ema_memory")
     assert Experiment.from_config({**CONFIG, "model": {}, "optim": {}}).host_memory_fields == ()
     unet = {"stage": "decoder", "data": {"kind": "shapes"}, "text": {}, "diffusion": {}, "sampling": {}, "mesh": {}}
-    decoder = Experiment.from_config({**unet, "model": {"unet": {"remat": "offload"}}, "optim": {}})
+    decoder = Experiment.from_config({**unet, "model": {"unet": {"remat": "offload", "context_dim": 16}}, "optim": {}})
     assert decoder.host_memory_fields == ("model.unet.remat",)
 
 
