@@ -28,7 +28,8 @@ import numpy as np
 from common import build_with_clip, emit
 
 from dalle2_jax import rng
-from dalle2_jax.cli import args, run_cli
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.errors import UsageError
 from dalle2_jax.training.optim import OptimConfig, make_optimizer
 from dalle2_jax.training.sharding import MeshConfig, make_mesh

@@ -30,7 +30,8 @@ from data_peer import BATCH_SIZE, CONTEXT_LENGTH, SIDE, measure
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from dalle2_jax.cli import args, run_cli
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.data import (
     EmbeddingSource,
     ImageSource,

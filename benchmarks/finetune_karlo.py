@@ -17,7 +17,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from common import command, emit
 from ml_collections import ConfigDict
 
-from dalle2_jax.cli import args, run_cli
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.config.stored import stored_experiment
 from dalle2_jax.system import load
 from dalle2_jax.training.sharding import MeshConfig, make_mesh

@@ -15,7 +15,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from common import command, emit
 
-from dalle2_jax.cli import args, run_cli
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
 
 FORMS = {"webdataset": "webdataset", "tfds": "arrayrecord"}
 """Kinds of data, and what `convert` calls their format."""

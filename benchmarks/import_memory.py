@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from common import emit
 
-from dalle2_jax.cli import args, run_cli
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.errors import UserError
 from dalle2_jax.models.prior import PriorConfig, PriorNetwork
 from dalle2_jax.weights.karlo.priors import prior_config_file, prior_rules

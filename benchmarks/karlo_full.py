@@ -22,7 +22,8 @@ import jax
 import numpy as np
 
 from dalle2_jax import compilation, text
-from dalle2_jax.cli import args, run_cli
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.errors import UserError
 from dalle2_jax.stages import Stage

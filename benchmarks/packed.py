@@ -14,7 +14,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import numpy as np
 from common import emit
 
-from dalle2_jax.cli import args, run_cli
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.evaluation import examples
 from dalle2_jax.evaluation.intervals import in_percent, wilson
 from dalle2_jax.system.system import load

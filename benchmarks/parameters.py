@@ -10,7 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from common import build_with_clip
 
-from dalle2_jax.cli import run_cli
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.training.step import parameter_count
 
 PAPER = {

@@ -22,7 +22,8 @@ from common import (
 )
 
 from dalle2_jax import rng
-from dalle2_jax.cli import args, run_cli
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.diffusion import NoiseStatistics
 from dalle2_jax.errors import UsageError
 from dalle2_jax.stages import DiffusionStage, UpsamplerStage

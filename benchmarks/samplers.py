@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax import compilation, data, diffusion, rng
-from dalle2_jax.cli import args, run_cli
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.config import sources
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.config.stored import stored_experiment

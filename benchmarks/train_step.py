@@ -20,7 +20,8 @@ from common import (
 )
 
 from dalle2_jax import rng
-from dalle2_jax.cli import args, run_cli
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.training.optim import OptimConfig, make_optimizer
 from dalle2_jax.training.sharding import MeshConfig, make_mesh, shard_batch
 from dalle2_jax.training.step import (

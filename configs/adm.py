@@ -43,7 +43,7 @@ def common(total_steps: int, batch_size: int, lr: float, schedule: str, **unet) 
     text = {"kind": "labels", "vocab_size": 1000, "context_length": 1}
     optim = {"lr": lr, "clip_norm": 0.0, "ema_decay": 0.9999}
     config = pod_config(total_steps, batch_size, unet["image_size"], text, optim, crop="center")
-    shared = {"out_channels": 6, "attention_resolutions": (32, 16, 8), "remat": True, "dtype": "bfloat16"}
+    shared = {"out_channels": 6, "attention_resolutions": (32, 16, 8), "remat": "blocks", "dtype": "bfloat16"}
     config.model = {"unet": {**shared, **unet}, "image_emb_dim": None, "text_input": "label"}
     config.conditioning = {"drop_text": 0.0}
     config.diffusion = {

@@ -138,7 +138,13 @@ def decoder() -> ConfigDict:
         "text": {"width": 96, "layers": 2, "heads": 4, "activation": "gelu"},
     }
     config.conditioning = {"drop_image": 0.1, "drop_text": 0.3}
-    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0", "weighting": "snr", "max_weight": 5.0}
+    config.diffusion = {
+        "schedule": "cosine",
+        "num_steps": 1000,
+        "prediction": "x0",
+        "weighting": "snr",
+        "max_weight": 5.0,
+    }
     config.sampling = {"name": "dpmpp_2m", "steps": "logsnr20", "guidance": 2.0, "clip_sample": 1.0}
     return config
 
@@ -184,7 +190,13 @@ def upsampler_1() -> ConfigDict:
         "scale_shift": False,
     }
     config.conditioning = {"low_size": 32, "crop_fraction": 0.5}
-    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0", "weighting": "snr", "max_weight": 5.0}
+    config.diffusion = {
+        "schedule": "cosine",
+        "num_steps": 1000,
+        "prediction": "x0",
+        "weighting": "snr",
+        "max_weight": 5.0,
+    }
     config.sampling = {"name": "ddim", "steps": 8, "clip_sample": 1.0}
     return config
 

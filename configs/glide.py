@@ -57,7 +57,7 @@ def network(**unet) -> dict:
             "head_channels": 64,
             "context_dim": 512,
             "dropout": 0.1,
-            "remat": True,
+            "remat": "blocks",
             "dtype": "bfloat16",
             **unet,
         },

@@ -63,7 +63,7 @@ def clip() -> ConfigDict:
         "embed_dim": 768,
         "text": {"width": 768, "layers": 12, "heads": 12},
         "vision": {"kind": "vit", "image_size": 224, "patch_size": 14, "width": 1024, "layers": 24, "heads": 16},
-        "remat": True,
+        "remat": "blocks",
         "dtype": "bfloat16",
     }
     config.embedding = {"normalisation": "raw", "scale": 1.0}
@@ -79,7 +79,7 @@ def prior() -> ConfigDict:
         "heads": 32,
         "text_input": "clip",
         "learned_null": False,
-        "remat": True,
+        "remat": "blocks",
         "dtype": "bfloat16",
     }
     config.conditioning = {"drop_text": 0.2, "whiten": True}
@@ -91,7 +91,7 @@ def prior() -> ConfigDict:
 def unet(image_size: int, **fields) -> dict:
     """What the two U-Nets share."""
     sizes = {"channels": 320, "channel_mult": (1, 2, 3, 4), "num_res_blocks": 3}
-    return {"image_size": image_size, **sizes, "remat": True, "dtype": "bfloat16", **fields}
+    return {"image_size": image_size, **sizes, "remat": "blocks", "dtype": "bfloat16", **fields}
 
 
 def decoder() -> ConfigDict:

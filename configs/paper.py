@@ -64,7 +64,7 @@ def clip() -> ConfigDict:
         "embed_dim": 1024,
         "text": {"width": 1024, "layers": 24, "heads": 16},
         "vision": {"kind": "vit", "image_size": 256, "patch_size": 16, "width": 1280, "layers": 32, "heads": 16},
-        "remat": True,
+        "remat": "blocks",
         "dtype": "bfloat16",
     }
     config.embedding = {"normalisation": "unit", "scale": 17.2}
@@ -85,7 +85,7 @@ def prior() -> ConfigDict:
         "layers": 24,
         "heads": 32,
         "text_input": "tokens",
-        "remat": True,
+        "remat": "blocks",
         "dtype": "bfloat16",
     }
     config.conditioning = {"drop_text": 0.1}
@@ -108,7 +108,7 @@ def decoder() -> ConfigDict:
             "head_channels": 64,
             "dropout": 0.1,
             "context_dim": 2048,
-            "remat": True,
+            "remat": "blocks",
             "dtype": "bfloat16",
         },
         "image_tokens": 4,
@@ -133,7 +133,7 @@ def _upsampler(config: ConfigDict, schedule: str, steps: int, low_size: int, **m
         "in_channels": 6,
         "attention_resolutions": (),
         "middle_attention": False,
-        "remat": True,
+        "remat": "blocks",
         "dtype": "bfloat16",
         **model,
     }

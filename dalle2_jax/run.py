@@ -26,13 +26,14 @@ from dalle2_jax.system.requirements import find_clip, find_tokenizer
 from dalle2_jax.system.system import System
 from dalle2_jax.system.system import load as load_stages
 from dalle2_jax.training import hosts, loop
+from dalle2_jax.training.accumulation import check_accumulation
 from dalle2_jax.training.hooks import Hooks
 from dalle2_jax.training.loop import Job, Start
 from dalle2_jax.training.metrics import from_all_hosts
-from dalle2_jax.training.optim import OptimConfig, make_optimizer, state_structure
+from dalle2_jax.training.optim import OptimConfig, changed_state_field, make_optimizer
 from dalle2_jax.training.reporting import held_out, provenance
 from dalle2_jax.training.reporting.trackers import make_tracker
-from dalle2_jax.training.sharding import MeshConfig, make_mesh
+from dalle2_jax.training.sharding import MeshConfig, check_host_memory, make_mesh, on_devices
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.types import Batch, Degrading, Params
 from dalle2_jax.workdir.claim import RESUME_CHANGES, claim
@@ -78,7 +79,7 @@ def train_stage(
         hooks = dataclasses.replace(job.hooks, log=callback)
         job = dataclasses.replace(job, show_progress=show_progress, hooks=hooks)
         state = loop.train(job)
-        record_contract(job, state.ema)
+        record_contract(job, on_devices(state.ema))
     return state
 
 
@@ -149,23 +150,22 @@ def build_job(
 ) -> Job:
     """Finds or makes everything that a run needs, and claims its folder; errors are raised before anything is written.
 
-    With ``init_from``, the run starts from that system's stage (`inherit`), and the stages that the workdir lacks are
-    linked from there.
+    With ``init_from``, the run starts from that system's stage; stages that the workdir lacks are linked from there.
 
     Args:
-      experiment, page, data, resume_changes: see `train_stage`.
-      root: the system's workdir.
+      experiment, root, page, data, resume_changes: see `train_stage`, where ``root`` is ``workdir``.
     """
     experiment, base = inherit.with_base(_with_data(experiment, data), root)
     optim, mesh_config = experiment.check_trainable()
     folder = StageFolder(root, experiment.stage)
-    mesh, run = _make_mesh(mesh_config, experiment.run.batch_size), experiment.run
+    mesh, run = _make_mesh(experiment, mesh_config), experiment.run
     folder.reject_links()
     source = sources.open_source(experiment.data, "train", experiment.preprocessing) if data is None else data
     clip = find_clip(experiment, folder, base, source, mesh, page)
     tokenizer = find_tokenizer(experiment, folder, base, source, clip)
     clip_stage = None if clip is None else cast(ClipStage, clip.stage)
     stage = experiment.build(tokenizer.vocab_size if tokenizer else None, clip_stage)
+    check_accumulation(stage, optim.accumulate, run.batch_size, mesh)
     prepared, inputs = _prepare(experiment, stage, source, tokenizer, stage.degrading)
     process = jax.process_index(), jax.process_count()
     frozen = {"clip": clip.variables} if clip and clip.variables.params else {}
@@ -184,10 +184,11 @@ def build_job(
         examples=len(source),
         config=page,
         tracker=make_tracker(run.tracker),
+        accumulate=optim.accumulate,
+        ema_memory=optim.ema_memory,
     )
     job, identity = _from_base(job, base, experiment, clip_stage) if base else (job, None)
-    evaluate = _make_evaluation(experiment, job, stage, tokenizer)
-    job = dataclasses.replace(job, hooks=dataclasses.replace(job.hooks, evaluate=evaluate))
+    job = _with_evaluation(experiment, job, stage, tokenizer)
     if jax.process_index() == 0:
         if base and folder.is_link_to(base):
             folder.path.unlink()
@@ -251,10 +252,8 @@ def _make_preview(
     return make_preview(stage, frozen, batch, captions, folder.path / "samples")
 
 
-def _make_evaluation(
-    experiment: Experiment, job: Job, stage: Stage, tokenizer: text.Tokenizer | None
-) -> Callable[[Variables, int], Mapping[str, float]] | None:
-    """Returns the hook that measures examples of split "val" in training; None if the run or its data have none.
+def _with_evaluation(experiment: Experiment, job: Job, stage: Stage, tokenizer: text.Tokenizer | None) -> Job:
+    """Returns the job with the hook that measures examples of split "val", unless the run or its data have none.
 
     Args:
       experiment: of the run.
@@ -263,12 +262,12 @@ def _make_evaluation(
       tokenizer: of the captions.
     """
     if not experiment.run.eval_every or isinstance(experiment.data, PythonDataConfig):
-        return None
+        return job
     try:
         source = sources.open_source(experiment.data, "val", experiment.preprocessing)
     except DataError as error:
         warnings.warn(f"config.eval_every has no effect: {error}", SystemWarning, stacklevel=2)
-        return None
+        return job
     prepared, inputs = _prepare(experiment, stage, source, tokenizer, stage.degrading)
     selected = prepared.select(inputs)
     rows = held_out.batch_rows(len(source), job.run.batch_size, job.mesh)
@@ -277,7 +276,8 @@ def _make_evaluation(
         for indices in rows:
             yield Batch(**selected.fetch(indices[jax.process_index() :: jax.process_count()]))
 
-    return held_out.make_evaluation(job.stage, job.frozen, batches, job.mesh) if rows else None
+    evaluate = held_out.make_evaluation(job.stage, job.frozen, batches, job.mesh) if rows else None
+    return dataclasses.replace(job, hooks=dataclasses.replace(job.hooks, evaluate=evaluate))
 
 
 def _count_rejected(source: Source) -> Callable[[], Mapping[str, int]]:
@@ -293,8 +293,9 @@ def _count_rejected(source: Source) -> Callable[[], Mapping[str, int]]:
     return count
 
 
-def _make_mesh(config: MeshConfig, batch_size: int) -> jax.sharding.Mesh:
-    mesh = make_mesh(config)
+def _make_mesh(experiment: Experiment, config: MeshConfig) -> jax.sharding.Mesh:
+    mesh, batch_size = make_mesh(config), experiment.run.batch_size
+    check_host_memory(mesh, experiment.host_memory_fields)
     if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ConfigError(f"batch_size {batch_size} does not divide over the mesh {dict(mesh.shape)}", "batch_size")
     return mesh
@@ -380,10 +381,13 @@ def _claim(
 
 def _check_optimizer_state(folder: StageFolder, stored: OptimConfig, optim: OptimConfig) -> None:
     """Raises ConfigError if the optimizer cannot continue from the state in a folder's checkpoints."""
-    if state_structure(stored) != state_structure(optim):
+    field = changed_state_field(stored, optim)
+    if field is not None:
+        values = (getattr(config, field) for config in (stored, optim))
+        before, after = (f"{value:g}" if isinstance(value, float) else value for value in values)
         raise ConfigError(
-            f"config.optim.clip_norm cannot change from {stored.clip_norm:g} to {optim.clip_norm:g} in {folder.path}: "
-            "gradient clipping is either on in all of a run or off in all of it. Give another value, or start another "
+            f"config.optim.{field} cannot change from {before} to {after} in "
+            f"{folder.path}: the optimizer's state there has another form. Give the stored value, or start another "
             f"--workdir from these weights with --config.init_from={folder.root}",
-            "optim.clip_norm",
+            f"optim.{field}",
         )

@@ -82,6 +82,7 @@ GROUPS: Mapping[str, tuple[tuple[str, str, type, tuple[str, ...]], ...]] = {
         ("`model.vision` of kind `resnet`", "clip", ResNetConfig, ()),
         ("`embedding`", "clip", stages.EmbeddingConfig, ()),
         ("`preprocessing`", "clip", Preprocessing, ()),
+        ("`objective`", "clip", stages.ContrastiveConfig, ()),
     ),
     "Networks": (
         ("`model`", "prior", PriorConfig, ("embed_dim", "context_length", "vocab_size", "text_width")),

@@ -31,7 +31,7 @@ BOUNDARIES = {
     "lock": ("files", "signals"),
     "text": ("reading", "files"),
     "diffusion": ("rng",),
-    "models": (),
+    "models": ("rng",),
     "data": ("reading", "files", "signals", "lock", "text"),
     "workdir": ("reading", "files"),
     "pretrained": ("files", "lock", "data.storage.remote", "data.storage.retry", "workdir"),

@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(dalle2_jax.__version__)
         return 0
-    from dalle2_jax.cli.quiet import silence_libraries
-    from dalle2_jax.cli.run_cli import run_cli
+    from dalle2_jax.cli.process.quiet import silence_libraries
+    from dalle2_jax.cli.process.run_cli import run_cli
 
     def run() -> None:
         from dalle2_jax.errors import choose
@@ -81,6 +81,6 @@ def start(*command: str) -> NoReturn:
     """
     signals.start_quietly()
     code = main([*command, *sys.argv[1:]])
-    from dalle2_jax.cli.run_cli import exit_process
+    from dalle2_jax.cli.process.run_cli import exit_process
 
     exit_process(code)

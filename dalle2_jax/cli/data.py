@@ -158,7 +158,7 @@ def run_embed(options: argparse.Namespace) -> None:
 
 def embed_on_hosts(options: argparse.Namespace) -> int | None:
     """Embeds this host's part of a split together with the other hosts of a pod; see `embed`."""
-    from dalle2_jax.cli.supervise import supervise
+    from dalle2_jax.cli.process.supervise import supervise
 
     supervise()
     from dalle2_jax.training import hosts

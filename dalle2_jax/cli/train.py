@@ -46,7 +46,7 @@ def main() -> None:
     if not values.multihost:
         run(values)
         return
-    from dalle2_jax.cli.supervise import supervise
+    from dalle2_jax.cli.process.supervise import supervise
 
     supervise()
     from dalle2_jax.training import hosts

@@ -19,7 +19,7 @@ from dalle2_jax.config.specs import SPECS, ClipSpec
 from dalle2_jax.errors import ConfigError, UsageError, choose, shown
 from dalle2_jax.stages import ClipStage, LoraConfig, LoraStage, Stage
 from dalle2_jax.training.loop import RunConfig
-from dalle2_jax.training.optim import OptimConfig
+from dalle2_jax.training.optim import HOST, OptimConfig
 from dalle2_jax.training.sharding import MeshConfig
 from dalle2_jax.types import Preprocessing
 
@@ -121,6 +121,15 @@ class Experiment:
         """Side of the images in the section ``data``; None without any."""
         return resolution_of(self.data)
 
+    @property
+    def host_memory_fields(self) -> tuple[str, ...]:
+        """Dotted names of the fields that keep arrays in the memory of the host."""
+        model = self.to_json()["model"]
+        section, network = ("model.unet", model["unet"]) if "unet" in model else ("model", model)
+        offloaded = (f"{section}.remat",) if network["remat"] == "offload" else ()
+        on_host = self.optim is not None and self.optim.ema_memory == HOST
+        return (*offloaded, *(("optim.ema_memory",) if on_host else ()))
+
     def with_data(self, config: SourceConfig) -> "Experiment":
         """Returns the experiment with another data set."""
         spec = self.spec
@@ -140,6 +149,11 @@ class Experiment:
                 "config.lora changes a trained stage: name its system, as in --config.init_from=runs/demo", "lora"
             )
         self.spec.check_steps()
+        if isinstance(self.spec, ClipSpec) and self.run.batch_size % self.spec.objective.chunks:
+            raise ConfigError(
+                f"config.objective.chunks {self.spec.objective.chunks} must divide batch_size {self.run.batch_size}",
+                "objective.chunks",
+            )
         return cast(OptimConfig, self.optim), cast(MeshConfig, self.mesh)
 
 

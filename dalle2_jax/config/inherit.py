@@ -27,6 +27,7 @@ OWN = {
     "text": (),
     "embedding": (),
     "preprocessing": (),
+    "objective": ("chunks",),
     "conditioning": (
         *("drop_image", "drop_text", "crop_fraction"),
         *("blur_sigma", "blur_rate", "degradation", "sample_noise"),

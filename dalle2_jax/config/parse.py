@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from dalle2_jax.errors import ConfigError, UserError, choose, shown
+from dalle2_jax.models.remat import POLICIES, policy_name
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.models.vit import VisionConfig
 from dalle2_jax.ranges import alternatives
@@ -15,8 +16,8 @@ from dalle2_jax.ranges import alternatives
 VISION = {"vit": VisionConfig, "resnet": ResNetConfig}
 """The one union of dataclasses in a network's config, by the name that a section gives as ``kind``."""
 
-DTYPES = ("float32", "bfloat16")
-"""Values of every field that is called ``dtype``."""
+NAMES = {"dtype": ("float32", "bfloat16"), "mu_dtype": ("float32", "bfloat16"), "remat": POLICIES}
+"""Values of every field of one of these names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +135,11 @@ def _expand(cls: type, section: Mapping[str, Any], place: Place, derived: Mappin
         if key in derived:
             raise here.error("follows from the rest of the system: leave it out")
         here.choose(f"field of {place}", key, known)
+        if key == "remat" and hints[key] is str and isinstance(value, bool):  # in configs of earlier versions
+            value = policy_name(value)
         values[key] = _convert(hints[key], value, here)
-        if key == "dtype":
-            here.choose(str(here), values[key], dict.fromkeys(DTYPES))
+        if key in NAMES and hints[key] is str:
+            here.choose(str(here), values[key], dict.fromkeys(NAMES[key]))
     missing = [key for key, field in known.items() if key not in values and _is_required(field)]
     if missing:
         raise ConfigError(f"{place} lacks {', '.join(missing)}", (place / missing[0]).field)

@@ -20,7 +20,7 @@ from dalle2_jax.config.spec import (
     without,
 )
 from dalle2_jax.models.clip import ClipConfig
-from dalle2_jax.stages import ClipStage, EmbeddingConfig
+from dalle2_jax.stages import ClipStage, ContrastiveConfig, EmbeddingConfig
 from dalle2_jax.types import Preprocessing
 
 
@@ -32,6 +32,7 @@ class ClipSpec:
       preprocessing: how images of any size become CLIP's input; None for a CLIP that is trained here, whose images
         have the ``resolution`` of the data.
       resolution: of the images in the section ``data``.
+      objective: the loss.
     """
 
     model: ClipConfig
@@ -39,8 +40,12 @@ class ClipSpec:
     embedding: EmbeddingConfig = EmbeddingConfig()
     preprocessing: Preprocessing | None = None
     resolution: int | None = None
+    objective: ContrastiveConfig = ContrastiveConfig()
 
-    sections: ClassVar[Mapping[str, bool]] = {"model": True, "text": True, "embedding": False, "preprocessing": False}
+    sections: ClassVar[Mapping[str, bool]] = {
+        **{"model": True, "text": True},
+        **{"embedding": False, "preprocessing": False, "objective": False},
+    }
     derived: ClassVar[tuple[str, ...]] = TOWER_SIZES
 
     @classmethod
@@ -50,7 +55,8 @@ class ClipSpec:
         tower = parse_tower(config["model"].get("text", {}), text)
         model = expand(ClipConfig, without(config["model"], "text"), "model", text=tower)
         embedding = optional(EmbeddingConfig, config, "embedding") or EmbeddingConfig()
-        return cls(model, text, embedding, optional(Preprocessing, config, "preprocessing"), resolution)
+        objective = optional(ContrastiveConfig, config, "objective") or ContrastiveConfig()
+        return cls(model, text, embedding, optional(Preprocessing, config, "preprocessing"), resolution, objective)
 
     @property
     def requires(self) -> tuple[str, ...]:
@@ -75,7 +81,7 @@ class ClipSpec:
     def build(self, vocab_size: int | None, clip: ClipStage | None) -> ClipStage:
         """See `Spec.build`."""
         model = with_sizes(self.model, text=dataclasses.replace(self.model.text, vocab_size=vocab_size))
-        return ClipStage(model, self.embedding, self.images)
+        return ClipStage(model, self.embedding, self.images, objective=self.objective)
 
     def check_steps(self) -> None:
         """CLIP is not sampled."""

@@ -143,7 +143,7 @@ def training_loss(
     if noise is None:
         if key is None:
             raise ValueError("training_loss needs a key, or the noise")
-        noise = jax.random.normal(rng.stream(key, "eps"), x_0.shape, jnp.float32)
+        noise = rng.per_row(jax.random.normal, rng.stream(key, "eps"), x_0.shape).astype(jnp.float32)
     eps = noise
     x_t = process.q_sample(schedule, x_0, t, eps)
     output = denoiser(x_t, jnp.asarray(schedule.levels.timestep)[t]).astype(jnp.float32)

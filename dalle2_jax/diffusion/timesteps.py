@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from dalle2_jax import rng
 from dalle2_jax.types import WeightedMean
 
 HISTORY, UNIFORM = 10, 0.001
@@ -64,9 +65,10 @@ def sample_timesteps(
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """Samples t uniformly or, with a history, by eq. (1); returns t and the weight 1 / (T p_t) of each example."""
     if history is None:
-        t = jax.random.randint(key, (batch,), 0, num_steps)
+        t = rng.randint(key, (batch,), 0, num_steps)
     else:
-        t = jax.random.categorical(key, jnp.log(probabilities(history)), shape=(batch,))
+        logits = jnp.log(probabilities(history))
+        t = rng.per_row(lambda key, shape: jax.random.categorical(key, logits, shape=shape), key, (batch,))
     return t, importance(t, num_steps, history)
 
 

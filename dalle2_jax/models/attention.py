@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -28,8 +29,39 @@ def attend(
 ) -> Float[Array, "B Q N K"]:
     """Softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, eq. 1), the softmax in float32.
 
-    ``mask`` broadcasts against [B, N, Q, S].
+    Where the default devices are CUDA's, the shapes that cuDNN's fused attention takes are computed by it, without
+    logits in memory.
+
+    Args:
+      queries: in the compute dtype, as are keys and values.
+      keys: of all tokens.
+      values: of the same tokens.
+      mask: true where a key is visible; broadcasts against [B, N, Q, S].
     """
+    if _has_cudnn() and fits_cudnn(queries, keys, mask):
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (*mask.shape[:2], queries.shape[1], keys.shape[1]))
+        return jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="cudnn")
+    return _attend(queries, keys, values, mask)
+
+
+CUDNN_HEAD_WIDTH = 128
+"""Largest head width of cuDNN's fused attention on all supported devices."""
+
+
+def fits_cudnn(queries: jax.Array, keys: jax.Array, mask: jax.Array | None) -> bool:
+    """Whether cuDNN's fused attention takes these arguments: half precision, and with a mask even lengths."""
+    width, lengths = queries.shape[-1], (queries.shape[1], keys.shape[1])
+    even = mask is None or all(length % 2 == 0 for length in lengths)
+    return queries.dtype == jnp.bfloat16 and width <= CUDNN_HEAD_WIDTH and width % 8 == 0 and even
+
+
+def _has_cudnn() -> bool:
+    """Whether the default devices are CUDA's."""
+    return "cuda" in jax.extend.backend.get_backend().platform_version
+
+
+def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None) -> jax.Array:
     logits = jnp.einsum("bqnk,bsnk->bnqs", queries, keys, preferred_element_type=jnp.float32)
     logits = logits * queries.shape[-1] ** -0.5
     if mask is not None:

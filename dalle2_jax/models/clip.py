@@ -36,7 +36,7 @@ class ClipConfig:
     vision: VisionConfig | ResNetConfig | None = field(default_factory=VisionConfig)
     image_mean: tuple[AnyFloat, AnyFloat, AnyFloat] = CLIP_IMAGE_MEAN
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = CLIP_IMAGE_STD
-    remat: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
     @property
@@ -56,7 +56,7 @@ class TextTransformer(nn.Module):
 
     config: TextConfig
     embed_dim: int
-    remat: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
     @nn.compact
@@ -87,13 +87,15 @@ class Clip(nn.Module):
     """Both towers and the temperature. Params: ``visual`` (where there is one), ``text``, ``logit_scale``.
 
     ``logit_scale`` is a scalar, a logarithm. Training starts it at ln(1 / 0.07); towers that are published apart
-    come without theirs, and keep that.
+    come without theirs, and keep that. With ``sigmoid`` it starts at ln 10, and the scalar ``logit_bias`` at -10
+    (Zhai et al. 2023, arXiv 2303.15343, section 3.2).
 
     A ResNet tower also keeps the collection ``batch_stats``; apply with ``train=True`` and
     ``mutable=["batch_stats"]`` updates it.
     """
 
     config: ClipConfig
+    sigmoid: bool = False  # whether the logits are those of SigLIP's loss, with an offset
 
     def setup(self) -> None:
         config = self.config
@@ -102,7 +104,10 @@ class Clip(nn.Module):
         elif config.vision is not None:
             self.visual = VisionTransformer(config.vision, config.embed_dim, config.remat, config.dtype)
         self.text = TextTransformer(config.text, config.embed_dim, config.remat, config.dtype)
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+        scale = 10.0 if self.sigmoid else 1 / 0.07
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(scale)), ())
+        if self.sigmoid:
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(-10.0), ())
 
     def encode_image(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B E"]:
         """Maps images in [-1, 1], of the tower's own size, to raw embeddings float32[B, E].

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.models.layers import LayerNorm
+from dalle2_jax.models.remat import Remat
 from dalle2_jax.models.transformer import TextConfig, Transformer
 from dalle2_jax.models.unet import UNet, UNetConfig
 from dalle2_jax.ranges import Range, VocabSize, Width
@@ -97,7 +98,7 @@ class CaptionEncoder(nn.Module):
     """
 
     config: TextConfig
-    remat: bool
+    remat: Remat
     dtype: str
 
     @nn.compact

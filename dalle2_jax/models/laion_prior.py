@@ -62,7 +62,7 @@ class LaionPriorConfig:
     final_proj: bool = True
     nulls: str = "learned"
     attention: str = "cosine"
-    remat: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:

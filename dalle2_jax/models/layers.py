@@ -14,6 +14,7 @@ from flax.linen.spmd import RulesFallback, with_logical_constraint
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from dalle2_jax import rng
 from dalle2_jax.errors import UserError
 
 NORM_EPSILON = 1e-5
@@ -81,6 +82,23 @@ class GroupNorm(nn.Module):
         by_group = x.mean(axis=(1, 2)).reshape(batch, self.groups, channels // self.groups)
         means = jnp.broadcast_to(by_group.mean(axis=-1, keepdims=True), by_group.shape)
         return means.reshape(batch, 1, 1, channels)
+
+
+class Dropout(nn.Module):
+    """Sets a share ``rate`` of the values to zero when ``train``, and scales the others by 1 / (1 - rate).
+
+    The mask comes from the rng collection "dropout", by `rng.bernoulli`.
+    """
+
+    rate: float
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *shape"]) -> Float[Array, "B *shape"]:
+        if not self.train or self.rate == 0.0:
+            return x
+        kept = rng.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
+        return jnp.where(kept, x / (1.0 - self.rate), jnp.zeros_like(x))
 
 
 def timestep_embedding(t: Int[Array, "B"], dim: int) -> Float[Array, "B {dim}"]:

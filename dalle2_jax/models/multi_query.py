@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 from dalle2_jax.errors import UserError
 from dalle2_jax.models.attention import KeyValues
 from dalle2_jax.models.layers import NORM_EPSILON
+from dalle2_jax.models.remat import block_input, rematerialised
 from dalle2_jax.ranges import Depth, Range, Width
 
 _BUCKETS, _FARTHEST = 32, 128  # of the position bias: half the buckets are single distances, half grow to _FARTHEST
@@ -51,7 +52,7 @@ class MultiQueryConfig:
     norm_in: bool
     norm_out: bool
     attention: str
-    remat: bool
+    remat: str
     dtype: str
 
     def __post_init__(self) -> None:
@@ -162,6 +163,7 @@ class MultiQueryBlock(nn.Module):
         self, x: jax.Array, mask: jax.Array, positions: Positions, past: KeyValues | None
     ) -> tuple[jax.Array, KeyValues | None]:
         config, normal = self.config, nn.initializers.normal
+        x = block_input(x)
         h, own = MultiQueryAttention(config, name="attn")(
             ScaleLayerNorm(config.dtype, name="ln_1")(x), mask, positions, past
         )
@@ -195,7 +197,7 @@ class MultiQueryTransformer(nn.Module):
     def setup(self) -> None:
         config = self.config
         # inside a scan no two copies of a layer meet, so the barrier against their merging is not needed
-        block = nn.remat(MultiQueryBlock, prevent_cse=False) if config.remat else MultiQueryBlock
+        block = rematerialised(MultiQueryBlock, config.remat, prevent_cse=False)
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -52,7 +52,7 @@ class PriorConfig:
     activation: str = "gelu"
     final_norm: bool = True
     time_token: bool = True
-    remat: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
     # The stage also uses these members of any prior's config, besides embed_dim, context_length, text_input, text_width

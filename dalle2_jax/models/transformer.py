@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from dalle2_jax.errors import UserError
 from dalle2_jax.models.attention import KeyValues, SelfAttention
 from dalle2_jax.models.layers import LayerNorm, activation
+from dalle2_jax.models.remat import Remat, block_input, policy_name, rematerialised
 from dalle2_jax.ranges import Depth, Length, MlpRatio, VocabSize, Width
 
 
@@ -23,7 +24,8 @@ class TransformerConfig:
     """Width, depth and heads of a transformer.
 
     Raises:
-      UserError: the heads do not divide the width, the MLP has no hidden unit, or the activation is unknown.
+      UserError: the heads do not divide the width, the MLP has no hidden unit, or the activation or the
+        policy of rematerialisation is unknown.
     """
 
     width: Width = 512
@@ -31,7 +33,7 @@ class TransformerConfig:
     heads: Depth = 8
     activation: str = "gelu"  # or "quick_gelu"
     mlp_ratio: MlpRatio = 4.0
-    remat: bool = False  # recompute each layer in the backward pass: less memory, about a third more time
+    remat: Remat = "none"  # what is stored for the backward pass, see `remat`
     dtype: str = "float32"  # compute dtype; parameters are float32
 
     def __post_init__(self) -> None:
@@ -40,6 +42,7 @@ class TransformerConfig:
         if int(self.width * self.mlp_ratio) < 1:
             raise UserError(f"mlp_ratio {self.mlp_ratio} leaves no hidden unit of width {self.width}: raise it")
         activation(self.activation)
+        policy_name(self.remat)
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,9 @@ class TextConfig:
     mlp_ratio: MlpRatio = 4.0
 
     def __post_init__(self) -> None:
-        self.transformer(remat=False, dtype="float32")
+        self.transformer(remat="none", dtype="float32")
 
-    def transformer(self, remat: bool, dtype: str) -> TransformerConfig:
+    def transformer(self, remat: Remat, dtype: str) -> TransformerConfig:
         """Returns the transformer of this text encoder."""
         return TransformerConfig(
             self.width, self.layers, self.heads, self.activation, self.mlp_ratio, remat=remat, dtype=dtype
@@ -78,6 +81,7 @@ class Block(nn.Module):
         self, x: jax.Array, mask: jax.Array | None, past: KeyValues | None
     ) -> tuple[jax.Array, KeyValues | None]:
         config, normal = self.config, nn.initializers.normal
+        x = block_input(x)
         # CLIP's initial deviations: residual branches shrink with depth (Radford et al. 2019, section 2.3)
         residual_std = config.width**-0.5 * (2 * config.layers) ** -0.5
         h, own = SelfAttention(config.heads, config.width**-0.5, residual_std, config.dtype, name="attn")(
@@ -103,7 +107,7 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         # inside a scan no two copies of a layer meet, so the barrier against their merging is not needed
-        block = nn.remat(Block, prevent_cse=False) if self.config.remat else Block
+        block = rematerialised(Block, self.config.remat, prevent_cse=False)
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},

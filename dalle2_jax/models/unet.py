@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dalle2_jax.errors import UserError, choose
 from dalle2_jax.models.attention import ContextAttention, CrossAttention
 from dalle2_jax.models.layers import (
+    Dropout,
     GroupNorm,
     TimeMLP,
     average_pool,
@@ -25,6 +26,7 @@ from dalle2_jax.models.layers import (
     unfold_patches,
     upsample_nearest,
 )
+from dalle2_jax.models.remat import block_input, policy_name, rematerialised
 from dalle2_jax.ranges import Depth, Range, Side, Width
 
 _MAX_LEVELS = 12
@@ -64,7 +66,7 @@ class UNetConfig:
     input_skip: bool = False  # adds shares of the input to the output, learned from the time embedding
     patch_size: Side = 1  # images are folded, patch x patch pixels to a position: space to depth, and back
     norm_groups: Width = 32
-    remat: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -82,6 +84,7 @@ class UNetConfig:
                 f"input_skip adds images: in_channels {self.in_channels} must be a multiple of "
                 f"out_channels {self.out_channels}, or one more for a mask after the second image"
             )
+        policy_name(self.remat)
         for level in range(len(self.channel_mult)):
             channels = self.level_channels(level)
             if channels < 1:
@@ -140,6 +143,7 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"]) -> Float[Array, "B h w D"]:
         config = self.config
+        x = block_input(x)
         conv = {"kernel_size": (3, 3), "padding": 1, "dtype": config.dtype}
         h = nn.silu(GroupNorm(config.norm_groups, config.dtype, name="norm_1")(x))
         if self.resample == "up":
@@ -155,7 +159,7 @@ class ResBlock(nn.Module):
             h = norm(h) * (1 + scale) + shift
         else:
             h = norm(h + shift)
-        h = nn.Dropout(config.dropout, deterministic=not self.train)(nn.silu(h))
+        h = Dropout(config.dropout, self.train)(nn.silu(h))
         h = nn.Conv(self.features, **conv, kernel_init=nn.initializers.zeros, name="conv_2")(h)
         if x.shape[-1] != self.features:
             x = nn.Conv(self.features, (1, 1), dtype=config.dtype, name="skip")(x)
@@ -195,7 +199,7 @@ class AttentionBlock(nn.Module):
         context: Float[Array, "B S Dc"] | None,
         context_mask: Bool[Array, "B S"] | None,
     ) -> Float[Array, "B H W C"]:
-        config = self.config
+        config, x = self.config, block_input(x)
         h = GroupNorm(config.norm_groups, config.dtype, name="norm")(x)
         heads = config.heads(x.shape[-1])
         attention = ContextAttention(heads, config.dtype, name="attn")
@@ -335,11 +339,11 @@ class UNet(nn.Module):
         features: int | None = None,
         resample: str | None = None,
     ) -> jax.Array:
-        block = nn.remat(ResBlock) if self.config.remat else ResBlock
+        block = rematerialised(ResBlock, self.config.remat)
         return block(self.config, features or h.shape[-1], train, resample, name=name)(h, step)
 
     def _attend(self, name: str, h: jax.Array, context: jax.Array | None, mask: jax.Array | None) -> jax.Array:
-        block = nn.remat(AttentionBlock) if self.config.remat else AttentionBlock
+        block = rematerialised(AttentionBlock, self.config.remat)
         return block(self.config, name=f"{name}_attn")(h, context, mask)
 
     def _sample(self, name: str, h: jax.Array, step: jax.Array, train: bool, direction: str) -> jax.Array:

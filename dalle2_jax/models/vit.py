@@ -33,9 +33,9 @@ class VisionConfig:
             raise UserError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: change one of them"
             )
-        self.transformer(remat=False, dtype="float32")
+        self.transformer(remat="none", dtype="float32")
 
-    def transformer(self, remat: bool, dtype: str) -> TransformerConfig:
+    def transformer(self, remat: str, dtype: str) -> TransformerConfig:
         """Returns the transformer of this tower."""
         return TransformerConfig(
             self.width, self.layers, self.heads, self.activation, self.mlp_ratio, remat=remat, dtype=dtype
@@ -52,7 +52,7 @@ class VisionTransformer(nn.Module):
 
     config: VisionConfig
     embed_dim: int
-    remat: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
     @nn.compact

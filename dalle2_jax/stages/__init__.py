@@ -4,6 +4,7 @@ from dalle2_jax.stages.ar_prior import ArPriorStage
 from dalle2_jax.stages.base import Outputs, Stage, Variables, abstract_variables
 from dalle2_jax.stages.clip import ClipStage, EmbeddingConfig
 from dalle2_jax.stages.contract import EmbeddingContract, fingerprint
+from dalle2_jax.stages.contrastive import ContrastiveConfig
 from dalle2_jax.stages.decoder import DecoderStage
 from dalle2_jax.stages.diffusion import DiffusionConfig, DiffusionStage
 from dalle2_jax.stages.lora import LoraConfig, LoraStage
@@ -22,6 +23,7 @@ __all__ = [
     "ArSamplingConfig",
     "ArSamplingPlan",
     "ClipStage",
+    "ContrastiveConfig",
     "DecoderStage",
     "DiffusionConfig",
     "DiffusionStage",

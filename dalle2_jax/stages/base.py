@@ -34,11 +34,14 @@ class TrainingRules:
       averaged_stats: names of the statistics that are averaged as the weights are, because the averaged weights are
         used with them: running means and variances of batch norms.
       project: maps the parameters to the nearest allowed ones, after every update. It is traced.
+      whole_batch: why the loss of a batch is not that of its micro-batches, for the error message of
+        ``optim.accumulate``; empty if it is.
     """
 
     decay: tuple[tuple[str, bool], ...] = ()
     averaged_stats: tuple[str, ...] = ()
     project: Callable[[Params], Params] = unchanged
+    whole_batch: str = ""
 
 
 class Network(Protocol):
@@ -57,6 +60,10 @@ class Outputs(NamedTuple):
 
     metrics: Metrics
     stats: Params
+
+
+Embeddings = Mapping[str, jax.Array]
+"""What ``Stage.embed`` returns: float32[B, E] by name."""
 
 
 class Stage(Protocol):
@@ -130,6 +137,21 @@ class Stage(Protocol):
         """Returns the float32 scalar to minimise over a prepared batch, with metrics and the new statistics."""
         ...
 
+    @property
+    def contrastive(self) -> bool:
+        """Whether the loss compares the examples of a batch with each other: it is ``contrast`` of ``embed``."""
+        ...
+
+    def embed(self, params: Params, stats: Params, frozen: Mapping[str, Variables], batch: Batch) -> Embeddings:
+        """Returns the embeddings of a prepared batch, each of which depends on its own example only."""
+        ...
+
+    def contrast(
+        self, params: Params, stats: Params, frozen: Mapping[str, Variables], embeddings: Embeddings
+    ) -> tuple[jax.Array, Outputs]:
+        """Returns what ``loss`` does, from the embeddings of the whole batch."""
+        ...
+
     def measure(
         self, variables: Variables, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch
     ) -> Metrics:
@@ -200,6 +222,21 @@ class StageDefaults:
     def prepare(self, frozen: Mapping[str, Variables], batch: Batch) -> Batch:
         """Returns the batch unchanged."""
         return batch
+
+    @property
+    def contrastive(self) -> bool:
+        """The loss of an example depends on no other example."""
+        return False
+
+    def embed(self, params: Params, stats: Params, frozen: Mapping[str, Variables], batch: Batch) -> Embeddings:
+        """Raises NotImplementedError: ``contrastive`` is False."""
+        raise NotImplementedError(f"{type(self).__name__} is not contrastive")
+
+    def contrast(
+        self, params: Params, stats: Params, frozen: Mapping[str, Variables], embeddings: Embeddings
+    ) -> tuple[jax.Array, Outputs]:
+        """Raises NotImplementedError: ``contrastive`` is False."""
+        raise NotImplementedError(f"{type(self).__name__} is not contrastive")
 
     def measure(
         self, variables: Variables, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch

@@ -4,7 +4,8 @@ Radford et al. 2021, section 2.3: with unit embeddings z_i, z_t and temperature 
 exp(s) z_i z_t^T over all pairs of the batch, and the loss is the mean of the cross entropies over
 rows and over columns. Under jit with a sharded batch the product is over the global batch: XLA
 gathers what it needs. Section 2.5: s is clipped after every update, so that logits are scaled by
-at most 100; weight decay applies to "all weights that are not gains or biases".
+at most 100; weight decay applies to "all weights that are not gains or biases". ``contrastive`` has the loss in parts,
+and SigLIP's.
 """
 
 import dataclasses
@@ -14,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from dalle2_jax.errors import UserError
@@ -22,8 +22,9 @@ from dalle2_jax.models.clip import Clip, ClipConfig
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.ranges import EmbeddingScale
 from dalle2_jax.stages import images
-from dalle2_jax.stages.base import Outputs, StageDefaults, TrainingRules, Variables, clip_columns
+from dalle2_jax.stages.base import Embeddings, Outputs, StageDefaults, TrainingRules, Variables, clip_columns
 from dalle2_jax.stages.contract import EmbeddingContract, fingerprint
+from dalle2_jax.stages.contrastive import ContrastiveConfig, sigmoid_loss, softmax_loss
 from dalle2_jax.stages.held_out import retrieval, unit
 from dalle2_jax.types import Batch, Metrics, Params, Preprocessing
 
@@ -31,10 +32,11 @@ MIN_LOG_SCALE, MAX_LOG_SCALE = 0.0, math.log(100.0)
 """Range of the parameter ``logit_scale``. The lower end is that of OpenCLIP's training."""
 
 DECAY_RULES = (
-    (r"(^|/)(bias|scale|logit_scale)$", False),
+    (r"(^|/)(bias|scale|logit_scale|logit_bias)$", False),
     (r"", True),  # the token, class and positional embeddings too
 )
-"""CLIP's weight decay (Radford et al. 2021, section 2.5). ``logit_scale`` is the gain of the logits."""
+"""CLIP's weight decay (Radford et al. 2021, section 2.5). ``logit_scale`` and ``logit_bias`` are the gain
+and bias of the logits."""
 
 CAPTION_FEATURES = ("text_emb", "text_seq")
 """Columns that CLIP computes from a caption."""
@@ -75,10 +77,11 @@ class ClipStage(StageDefaults):
     embedding: EmbeddingConfig = EmbeddingConfig()
     preprocessing: Preprocessing = Preprocessing()
     name: str = "clip"
+    objective: ContrastiveConfig = ContrastiveConfig()
 
     @property
     def network(self) -> Clip:
-        return Clip(self.model)
+        return Clip(self.model, self.objective.loss == "sigmoid")
 
     def init(self, key: jax.Array) -> Variables:
         """Returns initial variables."""
@@ -98,33 +101,54 @@ class ClipStage(StageDefaults):
     @property
     def training_rules(self) -> TrainingRules:
         """The range of the temperature, CLIP's weight decay, and the average of a ResNet's batch-norm statistics."""
-        averaged = ("visual",) if isinstance(self.model.vision, ResNetConfig) else ()
-        return TrainingRules(DECAY_RULES, averaged, clip_log_scale)
+        if not isinstance(self.model.vision, ResNetConfig):
+            return TrainingRules(DECAY_RULES, project=clip_log_scale)
+        reason = "the batch norm of a ResNet tower normalises over the whole batch"
+        return TrainingRules(DECAY_RULES, ("visual",), clip_log_scale, reason)
 
     def loss(
         self, params: Params, stats: Params, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch
     ) -> tuple[jax.Array, Outputs]:
-        """Returns the symmetric contrastive loss; metrics: recall@1 in the batch in both directions, temperature."""
+        """Returns the loss of ``objective``; metrics: recall@1 in the batch in both directions, temperature."""
         image = self._fit(batch["image"])
         variables = {"params": params} | ({"batch_stats": stats} if stats else {})
         (image_emb, text_emb, _), updated = self.network.apply(
             variables, image, batch["tokens"], batch["mask"], train=True, mutable=["batch_stats"]
         )
+        stats = updated["batch_stats"] if "batch_stats" in updated else stats
+        return self.contrast(params, stats, frozen, {"image_emb": image_emb, "text_emb": text_emb})
+
+    @property
+    def contrastive(self) -> bool:
+        """Each image is compared with all captions of the batch."""
+        return True
+
+    def embed(self, params: Params, stats: Params, frozen: Mapping[str, Variables], batch: Batch) -> Embeddings:
+        """Returns raw image_emb and text_emb of a batch, as in training."""
+        args = self._fit(batch["image"]), batch["tokens"], batch["mask"]
+        image_emb, text_emb, _ = self.network.apply({"params": params}, *args, train=True)
+        return {"image_emb": image_emb, "text_emb": text_emb}
+
+    def contrast(
+        self, params: Params, stats: Params, frozen: Mapping[str, Variables], embeddings: Embeddings
+    ) -> tuple[jax.Array, Outputs]:
+        """Returns the loss of raw embeddings of a batch; metrics as of `loss`."""
+        image_emb, text_emb = embeddings["image_emb"], embeddings["text_emb"]
         # Imported weights, and the base weights of a LoRA, may be above the maximum. The value is clipped but not its
         # gradient, which would otherwise vanish and leave the temperature above the maximum.
         log_scale = params["logit_scale"]
         clipped = jax.lax.stop_gradient(jnp.clip(log_scale, MIN_LOG_SCALE, MAX_LOG_SCALE))
         scale = jnp.exp(clipped + (log_scale - jax.lax.stop_gradient(log_scale)))
-        logits = scale * unit(image_emb) @ unit(text_emb).T
-        labels = jnp.arange(logits.shape[0])
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-        loss = 0.5 * (cross_entropy(logits, labels).mean() + cross_entropy(logits.T, labels).mean())
+        if self.objective.loss == "sigmoid":
+            contrast = sigmoid_loss(unit(image_emb), unit(text_emb), scale, params["logit_bias"])
+        else:
+            contrast = softmax_loss(unit(image_emb), unit(text_emb), scale, self.objective.chunks)
         metrics = {
-            "image_to_text": (logits.argmax(axis=1) == labels).astype(jnp.float32).mean(),
-            "text_to_image": (logits.argmax(axis=0) == labels).astype(jnp.float32).mean(),
+            "image_to_text": contrast.image_to_text.astype(jnp.float32).mean(),
+            "text_to_image": contrast.text_to_image.astype(jnp.float32).mean(),
             "temperature": scale,
         }
-        return loss, Outputs(metrics, updated["batch_stats"] if "batch_stats" in updated else stats)
+        return contrast.loss, Outputs(metrics, stats)
 
     def measure(
         self, variables: Variables, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch

@@ -51,10 +51,15 @@ class EmbeddingContract:
 
 @jax.jit
 def _checksum(leaf: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    # The index in row-major order, axis by axis: flattening a sharded array would gather it.
+    index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        place = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        index, stride = index + place * jnp.uint32(stride % 2**32), stride * leaf.shape[axis]
     # Each value is hashed with its index (MurmurHash3's finaliser), so that exchanged values and flipped signs change
     # the sum. It wraps at 2^32, and does not depend on the order of summation.
-    mixed = bits ^ jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2_654_435_761)
+    mixed = bits ^ index * jnp.uint32(2_654_435_761)
     for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13), (1, 16)):
         mixed = (mixed ^ (mixed >> jnp.uint32(shift))) * jnp.uint32(multiplier)
     return jnp.sum(mixed, dtype=jnp.uint32)

@@ -191,7 +191,7 @@ class DiffusionStage(StageDefaults):
         """
         x_0, condition = self.example(stats, rng.stream(key, "example"), batch)
         drops = {
-            name: jax.random.bernoulli(rng.stream(key, f"drop_{name}"), rate, x_0.shape[:1])
+            name: rng.bernoulli(rng.stream(key, f"drop_{name}"), rate, x_0.shape[:1])
             for name, rate in self.drop_rates.items()
         }
         denoiser = self.bind(params, condition, drops, rng.stream(key, "dropout"))

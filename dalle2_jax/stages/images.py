@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from dalle2_jax import rng
 from dalle2_jax.errors import UserError
 
 
@@ -64,7 +65,7 @@ def crop(image: Float[Array, "B H W C"], corners: Int[Array, "B 2"], side: int) 
 
 def random_corners(key: Key[Array, ""], batch: int, side: int, crop_side: int, grid: int) -> Int[Array, "B 2"]:
     """Samples crop corners on a grid, so that crops consist of full low-resolution pixels."""
-    return grid * jax.random.randint(key, (batch, 2), 0, (side - crop_side) // grid + 1)
+    return grid * rng.randint(key, (batch, 2), 0, (side - crop_side) // grid + 1)
 
 
 def image_channels(in_channels: int, inpaint: bool, conditioning_images: int = 0) -> int:

@@ -32,25 +32,26 @@ _MAX_BORDER = 0.7
 
 def visible_region(key: Key[Array, ""], batch: int, side: int) -> Bool[Array, "B S S 1"]:
     """Samples the known pixels of training images: all but a shape, or with probability `UNKNOWN_RATE` none."""
-    kind = jax.random.randint(rng.stream(key, "kind"), (batch, 1, 1), 0, 3)
+    kind = rng.randint(rng.stream(key, "kind"), (batch, 1, 1), 0, 3)
     box, stroke = (erase(rng.stream(key, name), batch, side) for name, erase in (("box", boxes), ("stroke", strokes)))
     erased = jnp.select([kind == 0, kind == 1], [box, stroke], borders(rng.stream(key, "border"), batch, side))
-    nothing = jax.random.bernoulli(rng.stream(key, "nothing"), UNKNOWN_RATE, (batch, 1, 1))
+    nothing = rng.bernoulli(rng.stream(key, "nothing"), UNKNOWN_RATE, (batch, 1, 1))
     return ~(erased | nothing)[..., None]
 
 
 def boxes(key: Key[Array, ""], batch: int, side: int) -> Bool[Array, "B S S"]:
     """Samples boxes of any height and width, anywhere."""
-    sides = jax.random.randint(rng.stream(key, "sides"), (batch, 2), 1, side + 1)
-    start = jax.random.uniform(rng.stream(key, "start"), (batch, 2))
+    sides = rng.randint(rng.stream(key, "sides"), (batch, 2), 1, side + 1)
+    start = rng.per_row(jax.random.uniform, rng.stream(key, "start"), (batch, 2))
     first = jnp.floor(start * (side - sides + 1).astype(jnp.float32)).astype(jnp.int32)
     return _box(first, first + sides, side)
 
 
 def strokes(key: Key[Array, ""], batch: int, side: int) -> Bool[Array, "B S S"]:
     """Samples strokes: all pixels whose distance from a path of straight lines is at most a radius."""
-    points = side * jax.random.uniform(rng.stream(key, "points"), (batch, _POINTS, 2))
-    share = jax.random.uniform(rng.stream(key, "radius"), (batch, 1, 1), minval=_MIN_RADIUS, maxval=_MAX_RADIUS)
+    points = side * rng.per_row(jax.random.uniform, rng.stream(key, "points"), (batch, _POINTS, 2))
+    share = rng.per_row(jax.random.uniform, rng.stream(key, "radius"), (batch, 1, 1))
+    share = _MIN_RADIUS + (_MAX_RADIUS - _MIN_RADIUS) * share
     centres = jnp.arange(side, dtype=jnp.float32) + 0.5
     grid = jnp.stack(jnp.meshgrid(centres, centres, indexing="ij"), axis=-1)[None]  # [1, S, S, 2]
     distance = jnp.full((batch, side, side), jnp.inf)
@@ -64,9 +65,9 @@ def strokes(key: Key[Array, ""], batch: int, side: int) -> Bool[Array, "B S S"]:
 
 def borders(key: Key[Array, ""], batch: int, side: int) -> Bool[Array, "B S S"]:
     """Samples borders of random widths on one to four sides of the image."""
-    chosen = jax.random.bernoulli(rng.stream(key, "sides"), 0.4, (batch, 4))
-    one = jax.nn.one_hot(jax.random.randint(rng.stream(key, "one"), (batch,), 0, 4), 4, dtype=bool)
-    width = jax.random.uniform(rng.stream(key, "width"), (batch, 4), maxval=_MAX_BORDER * side)
+    chosen = rng.bernoulli(rng.stream(key, "sides"), 0.4, (batch, 4))
+    one = jax.nn.one_hot(rng.randint(rng.stream(key, "one"), (batch,), 0, 4), 4, dtype=bool)
+    width = _MAX_BORDER * side * rng.per_row(jax.random.uniform, rng.stream(key, "width"), (batch, 4))
     margins = jnp.where(chosen | one, jnp.ceil(width), 0.0).astype(jnp.int32)
     return ~_box(margins[:, :2], side - margins[:, 2:], side)
 

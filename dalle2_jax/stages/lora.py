@@ -7,6 +7,9 @@ A kernel W is a matrix from its input axes to its output axes, [in, out]. It is 
 (x W here is W x in the paper, so A and B are the paper's, transposed and in their order of use). Only A and B are
 trained and saved. B is zero at first, so the initial output is exactly that of the base. The kernels of a scanned
 transformer are a stack [layers, ...], factored layer by layer.
+
+In training W' is never computed: a changed layer adds alpha / rank (x A) B to its output (``models.low_rank``), so
+that no gradient has the size of a kernel. For sampling and evaluation the weights are merged.
 """
 
 import dataclasses
@@ -21,8 +24,9 @@ from jaxtyping import Array, Float, Key
 
 from dalle2_jax import rng
 from dalle2_jax.errors import UserError
+from dalle2_jax.models.low_rank import low_rank_changes, with_factors
 from dalle2_jax.ranges import PositiveFloat, Width
-from dalle2_jax.stages.base import Outputs, Stage, TrainingRules, Variables, unchanged
+from dalle2_jax.stages.base import Embeddings, Outputs, Stage, TrainingRules, Variables, unchanged
 from dalle2_jax.stages.contract import EmbeddingContract
 from dalle2_jax.types import Batch, Degrading, Metrics, Params
 
@@ -168,9 +172,26 @@ class LoraStage:
     def loss(
         self, params: Params, stats: Params, frozen: Mapping[str, Variables], key: Key[Array, ""], batch: Batch
     ) -> tuple[jax.Array, Outputs]:
-        """Returns the inner stage's loss at the merged weights; only the factors are differentiated."""
-        variables = self.merged(frozen, Variables(params, stats))
-        loss, outputs = self.inner.loss(variables.params, variables.stats, frozen, key, batch)
+        """Returns the inner stage's loss with changed layers; only the factors are differentiated."""
+        with low_rank_changes(self.config.alpha / self.config.rank):
+            loss, outputs = self.inner.loss(*self._factored(frozen, params, stats), frozen, key, batch)
+        return loss, Outputs(outputs.metrics, self._own(outputs.stats))
+
+    @property
+    def contrastive(self) -> bool:
+        """The inner stage's."""
+        return self.inner.contrastive
+
+    def embed(self, params: Params, stats: Params, frozen: Mapping[str, Variables], batch: Batch) -> Embeddings:
+        """Returns the inner stage's embeddings with changed layers."""
+        with low_rank_changes(self.config.alpha / self.config.rank):
+            return self.inner.embed(*self._factored(frozen, params, stats), frozen, batch)
+
+    def contrast(
+        self, params: Params, stats: Params, frozen: Mapping[str, Variables], embeddings: Embeddings
+    ) -> tuple[jax.Array, Outputs]:
+        """Returns the inner stage's loss of embeddings."""
+        loss, outputs = self.inner.contrast(*self._factored(frozen, params, stats), frozen, embeddings)
         return loss, Outputs(outputs.metrics, self._own(outputs.stats))
 
     def measure(
@@ -178,6 +199,11 @@ class LoraStage:
     ) -> Metrics:
         """Returns the inner stage's measures of the merged weights."""
         return self.inner.measure(self.merged(frozen, variables), frozen, key, batch)
+
+    def _factored(self, frozen: Mapping[str, Variables], params: Params, stats: Params) -> Variables:
+        """Returns the base weights with the factors next to their kernels, and all statistics."""
+        base = frozen[self.name]
+        return Variables(with_factors(base.params, params), {**stats, **self.frozen_part(base).stats})
 
     def _own(self, stats: Params) -> Params:
         return {name: value for name, value in stats.items() if name not in self.inner.constant_stats}

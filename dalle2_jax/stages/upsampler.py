@@ -186,8 +186,9 @@ class UpsamplerStage(DiffusionStage):
         condition = self.low_res_condition(low_res, batch)
         if self.noise_augmentation:
             max_level = self._level(self.noise_augmentation)
-            level = jax.random.randint(rng.stream(key, "noise_level"), image.shape[:1], 0, max_level + 1)
-            condition = self._noised(condition, level, jax.random.normal(rng.stream(key, "augmentation"), image.shape))
+            level = rng.randint(rng.stream(key, "noise_level"), image.shape[:1], 0, max_level + 1)
+            noise = rng.per_row(jax.random.normal, rng.stream(key, "augmentation"), image.shape)
+            condition = self._noised(condition, level, noise)
         if self.inpaint:
             visible = known_pixels.visible_region(rng.stream(key, "known"), image.shape[0], self.crop_side)
             condition = {**condition, "known": image, "known_mask": visible}
@@ -211,7 +212,7 @@ class UpsamplerStage(DiffusionStage):
         corners = images.random_corners(corner_key, image.shape[0], image.shape[1], self.crop_side, self.factor)
         image = images.crop(image, corners, self.crop_side)
         low_res = images.resize(image, self.crop_side // self.factor)
-        blurred = jax.random.bernoulli(blur_key, self.blur_rate, (image.shape[0], 1, 1, 1))
+        blurred = rng.bernoulli(blur_key, self.blur_rate, (image.shape[0], 1, 1, 1))
         return image, jnp.where(blurred, images.gaussian_blur(low_res, self.blur_sigma), low_res)
 
     def condition(self, batch: Batch) -> Condition:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.training.metrics import mean_of_finite
+from dalle2_jax.training.sharding import on_devices
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.types import Metrics
 from dalle2_jax.workdir.checkpoints import Checkpoints
@@ -33,7 +34,7 @@ def _is_finite(leaf: jax.Array) -> jax.Array:
 
 def _finite_leaves(tree: Any) -> list[jax.Array]:
     """Returns bool[] on the devices for each array of floats."""
-    return [_is_finite(leaf) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return [_is_finite(on_devices(leaf)) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
 def not_finite(state: TrainState) -> str | None:

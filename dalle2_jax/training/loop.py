@@ -24,7 +24,7 @@ from dalle2_jax.training.meter import Meter
 from dalle2_jax.training.metrics import MetricWriter
 from dalle2_jax.training.optim import Optimizer
 from dalle2_jax.training.reporting.trackers import TRACKERS, Tracker, Tracking
-from dalle2_jax.training.sharding import shard_batch, with_shardings
+from dalle2_jax.training.sharding import on_devices, shard_batch, with_shardings
 from dalle2_jax.training.state import Start, TrainState
 from dalle2_jax.training.step import abstract_state, init_state, make_train_step, parameter_count, state_shardings
 from dalle2_jax.types import Batch, Metrics, Params
@@ -90,6 +90,8 @@ class Job:
       config: the config page, for the banner.
       tracker: gets the metrics too; None for no tracker.
       show_progress: whether a banner and a progress bar are printed.
+      accumulate: number of micro-batches in which the gradients of a batch are computed.
+      ema_memory: where the averaged weights are, see `state_shardings`.
     """
 
     run: RunConfig
@@ -108,6 +110,8 @@ class Job:
     config: str = ""
     tracker: Tracker | None = None
     show_progress: bool = True
+    accumulate: int = 1
+    ema_memory: str = "device"
 
 
 def train(job: Job) -> TrainState:
@@ -169,7 +173,11 @@ class Loop:
         """
         job, run, first = self._job, self._job.run, int(state.step)
         step_fn = make_train_step(
-            job.stage, job.optimizer, job.ema_decay, state_shardings(job.stage, job.optimizer, job.mesh)
+            job.stage,
+            job.optimizer,
+            job.ema_decay,
+            state_shardings(job.stage, job.optimizer, job.mesh, job.ema_memory),
+            job.accumulate,
         )
         batches = prefetched(job.stream, job.mesh) if first < run.total_steps else iter(())
         for step in range(first + 1, run.total_steps + 1):
@@ -197,7 +205,7 @@ class Loop:
                 self._save(step, state)
             if job.hooks.preview and _due(job.hooks.preview, run.sample_every, step, last):
                 with self._meter.paused(metrics):
-                    job.hooks.preview(state.averaged, step)
+                    job.hooks.preview(on_devices(state.averaged), step)
             if stop and not last:
                 raise interrupted(step, stop)
         return state
@@ -218,7 +226,7 @@ class Loop:
         if evaluate and hooks.evaluate:
             try:
                 with self._meter.paused(metrics):
-                    means |= hooks.evaluate(state.averaged, step)
+                    means |= hooks.evaluate(on_devices(state.averaged), step)
             except FloatingPointError as error:
                 raise self._checkpoints.diverged(str(error)) from error
         means |= self._meter.rates(step)
@@ -283,11 +291,12 @@ def restore_or_init(job: Job, key: jax.Array, checkpoints: Checkpoints) -> tuple
 
     The stream moves to the checkpoint's position.
     """
-    shardings = state_shardings(job.stage, job.optimizer, job.mesh)
+    shardings = state_shardings(job.stage, job.optimizer, job.mesh, job.ema_memory)
     target = with_shardings(abstract_state(job.stage, job.optimizer), shardings)
     restored = checkpoints.restore(target.trees(), optional=("ema_stats",))
     if restored is None:
-        return init_state(job.stage, job.optimizer, key, job.mesh, calibrated(job), job.start.params), []
+        start = calibrated(job), job.start.params
+        return init_state(job.stage, job.optimizer, key, job.mesh, *start, job.ema_memory), []
     if restored.skipped:
         checkpoints.discard_after(restored.step)
     job.stream.set_state(restored.data_state)

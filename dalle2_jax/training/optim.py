@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dalle2_jax.errors import ConfigError, SystemWarning
+from dalle2_jax.errors import ConfigError, SystemWarning, choose
 from dalle2_jax.ranges import BelowOne, Fraction, NonNegativeFloat, NonNegativeInt, Range
 from dalle2_jax.types import Params
 
@@ -34,6 +34,10 @@ parameters it applies to. CLIP's own rules are in ``stages.clip``.
 """
 
 
+HOST = "pinned_host"
+"""The kind of memory of a device's host from and to which the device copies directly."""
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """The optimizer of one stage.
@@ -49,6 +53,11 @@ class OptimConfig:
       clip_norm: maximal global norm of the gradients; 0 turns clipping off.
       ema_decay: largest decay of the averaged weights, see `ema_update`.
       sam_rho: rho of sharpness-aware minimisation, see `sharpness_aware`; 0 turns it off. The paper's CLIP has 0.1.
+      name: "adamw", or "adafactor" (Shazeer & Stern 2018, arXiv 1804.04235), whose second moment of a matrix is
+        stored as one row and one column.
+      mu_dtype: dtype in which the first moment is stored, "float32" or "bfloat16".
+      ema_memory: where the averaged weights are stored, "device" or "pinned_host", the memory of the host.
+      accumulate: number of micro-batches in which the gradients of a batch are computed, see `accumulation`.
     """
 
     lr: Annotated[float, Range(0, 1_000, exclusive_min=True)] = 1e-4
@@ -61,6 +70,14 @@ class OptimConfig:
     clip_norm: NonNegativeFloat = 1.0
     ema_decay: BelowOne = 0.9999
     sam_rho: Annotated[float, Range(0, 1_000)] = 0.0
+    accumulate: Annotated[int, Range(1, 1_000_000)] = 1
+    name: str = "adamw"
+    mu_dtype: str = "float32"
+    ema_memory: str = "device"
+
+    def __post_init__(self) -> None:
+        choose("name", self.name, dict.fromkeys(("adamw", "adafactor")))
+        choose("ema_memory", self.ema_memory, dict.fromkeys(("device", HOST)))
 
 
 class Optimizer(NamedTuple):
@@ -144,9 +161,9 @@ def decay_mask(params: Params, rules: DecayRules = ()) -> Params:
 
 
 def make_optimizer(config: OptimConfig, total_steps: int, decay_rules: DecayRules = ()) -> Optimizer:
-    """Returns the chain of gradient clipping, Adam, decoupled weight decay and learning rate.
+    """Returns the chain of gradient clipping, Adam or Adafactor, decoupled weight decay and learning rate.
 
-    The state's structure follows from ``bool(config.clip_norm)`` alone, so that a run may continue with other values.
+    The state's structure follows from `STATE_FIELDS` alone, so that a run may continue with other values.
 
     Args:
       config: the stage's section ``optim``.
@@ -159,15 +176,8 @@ def make_optimizer(config: OptimConfig, total_steps: int, decay_rules: DecayRule
 @functools.lru_cache(maxsize=8)  # equal optimizers are one object: see `make_train_step`
 def _optimizer(config: OptimConfig, warmup: int, total_steps: int, decay_rules: DecayRules) -> Optimizer:
     schedule = _rate(config, warmup, total_steps)
-    adamw = optax.adamw(
-        schedule,
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=functools.partial(decay_mask, rules=decay_rules),
-    )
-    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    rule = _update_rule(config, schedule, functools.partial(decay_mask, rules=decay_rules))
+    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -183,37 +193,67 @@ def _optimizer(config: OptimConfig, warmup: int, total_steps: int, decay_rules: 
     return Optimizer(chain.init, update, rate, config.sam_rho)
 
 
-def sharpness_aware(loss: Callable[..., Any], rho: float) -> Callable[..., Any]:
-    """Returns the value and gradient of a loss for sharpness-aware minimisation (Foret et al. 2021, eq. 2 and 3).
+def sharpness_aware(gradients: Callable[[Params, jax.Array], Any], rho: float) -> Callable[[Params, jax.Array], Any]:
+    """Returns the function of gradients for sharpness-aware minimisation (Foret et al. 2021, eq. 2 and 3).
 
     With g the gradient at the parameters w, the result has the gradient at w + rho g / ||g||, and the value and outputs
     at w. Both have the same randomness. The perturbation is that of the global batch: the paper's CLIP has one for each
     replica of 64 examples.
 
     Args:
-      loss: ``Stage.loss``.
-      rho: norm of the perturbation; 0 gives the gradient at w.
-
-    Returns:
-      A function of the arguments of ``loss``, with the result of ``jax.value_and_grad(loss, has_aux=True)``.
+      gradients: (parameters, random key) -> ((value, outputs), gradients).
+      rho: norm of the perturbation; 0 returns ``gradients``.
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if not rho:
-        return value_and_grad
+        return gradients
 
-    def perturbed(params: Params, stats: Params, frozen: Any, key: jax.Array, batch: Any) -> Any:
-        value, grads = value_and_grad(params, stats, frozen, key, batch)
+    def perturbed(params: Params, key: jax.Array) -> Any:
+        value, grads = gradients(params, key)
         step = rho / jnp.maximum(optax.tree.norm(grads), 1e-12)
         sharp = jax.tree.map(lambda param, grad: param + step * grad, params, grads)
-        return value, value_and_grad(sharp, stats, frozen, jax.random.clone(key), batch)[1]
+        return value, gradients(sharp, jax.random.clone(key))[1]
 
     return perturbed
 
 
+def _update_rule(config: OptimConfig, schedule: optax.Schedule, mask: Any) -> optax.GradientTransformation:
+    """Returns AdamW, or Adafactor with decoupled weight decay and without a scale by the size of parameters.
+
+    Adafactor's second moment decays as 1 - t^-0.8, and updates are clipped to a root mean square of 1 a parameter
+    (Shazeer & Stern 2018, sections 6 and 7.2). With ``beta1`` 0 it stores no first moment.
+    """
+    mu_dtype = None if config.mu_dtype == "float32" else config.mu_dtype
+    if config.name == "adamw":
+        rates = {"b1": config.beta1, "b2": config.beta2, "eps": config.eps, "mu_dtype": mu_dtype}
+        return optax.adamw(schedule, **rates, weight_decay=config.weight_decay, mask=mask)
+    momentum = [optax.ema(config.beta1, debias=False, accumulator_dtype=mu_dtype)] if config.beta1 else []
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        *momentum,
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+STATE_FIELDS = ("clip_norm", "name", "beta1", "mu_dtype")
+"""Fields that may change the structure of the optimizer's state."""
+
+
 def state_structure(config: OptimConfig) -> Any:
-    """Returns the tree structure of the optimizer's state; a checkpoint restores only into the structure it has."""
+    """Returns the tree of dtypes of the optimizer's state; a checkpoint restores only into the state that it has."""
     optimizer = make_optimizer(config, 0)
-    return jax.tree.structure(jax.eval_shape(optimizer.init, {"kernel": jax.ShapeDtypeStruct((), jnp.float32)}))
+    state = jax.eval_shape(optimizer.init, {"kernel": jax.ShapeDtypeStruct((), jnp.float32)})
+    return jax.tree.structure(state), [leaf.dtype for leaf in jax.tree.leaves(state)]
+
+
+def changed_state_field(stored: OptimConfig, requested: OptimConfig) -> str | None:
+    """Returns the field whose change gives the optimizer's state another form; None if a run may continue."""
+    for name in STATE_FIELDS:
+        changed = dataclasses.replace(stored, **{name: getattr(requested, name)})
+        if state_structure(changed) != state_structure(stored):
+            return name
+    return None
 
 
 def ema_update(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from dalle2_jax import rng
 from dalle2_jax.stages.base import Stage, Variables, abstract_variables
-from dalle2_jax.training.optim import Optimizer, ema_decay_at, ema_update, sharpness_aware
+from dalle2_jax.training.accumulation import Gradients, loss_and_gradients
+from dalle2_jax.training.optim import HOST, Optimizer, ema_decay_at, ema_update, sharpness_aware
 from dalle2_jax.training.sharding import logical_axes, replicated, tree_shardings
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.types import Batch, Metrics, Params
@@ -26,6 +27,7 @@ def train_step(
     frozen: Mapping[str, Variables],
     key: jax.Array,
     batch: Batch,
+    accumulate: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one step, and the step's metrics on the devices.
 
@@ -37,11 +39,14 @@ def train_step(
       frozen: the variables of the stages that ``stage.requires`` names.
       key: the run's root key; the step's key follows from it and ``state.step``.
       batch: a global batch, as the stream yields it.
+      accumulate: number of micro-batches in which the gradients are computed.
     """
     step_key = rng.at_step(rng.stream(key, "train"), state.step)
-    batch = stage.prepare(frozen, batch)
-    grad_fn = sharpness_aware(stage.loss, optimizer.sam_rho)
-    (loss, outputs), grads = grad_fn(state.params, state.stats, frozen, step_key, batch)
+
+    def gradients(params: Params, key: jax.Array) -> Gradients:
+        return loss_and_gradients(stage, accumulate, Variables(params, state.stats), frozen, key, batch)
+
+    (loss, outputs), grads = sharpness_aware(gradients, optimizer.sam_rho)(state.params, step_key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     rules = stage.training_rules
     params = rules.project(cast(Params, optax.apply_updates(cast(optax.Params, state.params), updates)))
@@ -59,13 +64,13 @@ def train_step(
     return TrainState(step, params, ema, opt_state, outputs.stats, ema_stats), metrics
 
 
-def make_train_step(stage: Stage, optimizer: Optimizer, ema_decay: float, shardings) -> Step:
+def make_train_step(stage: Stage, optimizer: Optimizer, ema_decay: float, shardings: Any, accumulate: int = 1) -> Step:
     """Returns the jitted `train_step`; the state keeps its shardings, so that no step moves a parameter.
 
     Equal arguments give the same function, so that a run that continues in the same process compiles nothing again.
     """
     leaves, structure = jax.tree.flatten(shardings)
-    return _jitted_step(stage, optimizer, ema_decay, tuple(leaves), structure)
+    return _jitted_step(stage, optimizer, ema_decay, accumulate, tuple(leaves), structure)
 
 
 @functools.lru_cache(maxsize=4)
@@ -73,14 +78,19 @@ def _jitted_step(
     stage: Stage,
     optimizer: Optimizer,
     ema_decay: float,
+    accumulate: int,
     leaves: tuple[jax.sharding.NamedSharding, ...],
     structure: Any,  # jax.tree_util.PyTreeDef, which is no type to the type checker
 ) -> Step:
     shardings = jax.tree.unflatten(structure, leaves)
+    on_host = any(sharding.memory_kind == HOST for sharding in jax.tree.leaves(shardings.ema))
 
     def step(state, frozen, key, batch):
         with logical_axes(shardings.step.mesh):
-            return train_step(stage, optimizer, ema_decay, state, frozen, key, batch)
+            if on_host:
+                devices = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), shardings.ema)
+                state = state.replace(ema=jax.device_put(state.ema, devices))
+            return train_step(stage, optimizer, ema_decay, state, frozen, key, batch, accumulate)
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -115,6 +125,7 @@ def init_state(
     mesh: Mesh,
     stats: Params | None = None,
     params: Params | None = None,
+    ema_memory: str = "device",
 ) -> TrainState:
     """Returns the state before the first step; every array is created sharded.
 
@@ -125,8 +136,9 @@ def init_state(
       mesh: of devices.
       stats: statistics that replace the initial ones of their names.
       params: parameters that replace the initial ones; they are donated.
+      ema_memory: where the averaged weights are, see `state_shardings`.
     """
-    leaves, structure = jax.tree.flatten(state_shardings(stage, optimizer, mesh))
+    leaves, structure = jax.tree.flatten(state_shardings(stage, optimizer, mesh, ema_memory))
     return _jitted_create(stage, optimizer, tuple(leaves), structure)(rng.stream(key, "init"), stats, params)
 
 
@@ -141,10 +153,20 @@ def _jitted_create(
     return jax.jit(functools.partial(_create, stage, optimizer), out_shardings=shardings, donate_argnums=2)
 
 
-def state_shardings(stage: Stage, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """Returns the sharding of each array of the state."""
+def state_shardings(stage: Stage, optimizer: Optimizer, mesh: Mesh, ema_memory: str = "device") -> TrainState:
+    """Returns the sharding of each array of the state.
+
+    Args:
+      stage: what is trained.
+      optimizer: the update rule.
+      mesh: of devices.
+      ema_memory: kind of the memory that holds the averaged weights: "device", or "pinned_host" of its host.
+    """
     shardings = tree_shardings(abstract_state(stage, optimizer), mesh)
-    return shardings.replace(step=replicated(mesh))
+    shardings = shardings.replace(step=replicated(mesh))
+    if ema_memory == "device":
+        return shardings
+    return shardings.replace(ema=jax.tree.map(lambda one: one.with_memory_kind(ema_memory), shardings.ema))
 
 
 def parameter_count(stage: Stage) -> int:

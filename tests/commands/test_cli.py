@@ -17,8 +17,9 @@ import pytest
 from raised import mentions
 
 from dalle2_jax import cli, compilation
-from dalle2_jax.cli import args, quiet, run_cli
+from dalle2_jax.cli import args
 from dalle2_jax.cli import data as data_command
+from dalle2_jax.cli.process import quiet, run_cli
 from dalle2_jax.config import pages, shipped
 from dalle2_jax.data.embeddings import write
 from dalle2_jax.data.images import source

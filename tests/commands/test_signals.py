@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dalle2_jax import signals
-from dalle2_jax.cli import run_cli
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.config import sweep
 
 ROOT = Path(__file__).parents[2]

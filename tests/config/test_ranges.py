@@ -39,7 +39,7 @@ CONFIGS = (
     *(laion_prior.LaionPriorConfig, multi_query.MultiQueryConfig, ar_prior.ArPriorConfig, decoder.DecoderConfig),
     *(stages.ArSamplingConfig, stages.ArPriorStage, stages.DiffusionConfig, stages.SamplingConfig),
     *(stages.PriorStage, stages.DecoderStage, stages.UpsamplerStage, stages.EmbeddingConfig),
-    *(stages.LoraConfig, stages.EmbeddingContract),
+    *(stages.LoraConfig, stages.EmbeddingContract, stages.ContrastiveConfig),
     *VISION.values(),
     *data.KINDS.values(),
 )

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from raised import mentions
 
 from dalle2_jax import run, testing, text
-from dalle2_jax.cli import run_cli
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.config.experiment import Experiment, resume_changes
 from dalle2_jax.errors import ConfigError, UserError
 from dalle2_jax.run import build_job, record_contract

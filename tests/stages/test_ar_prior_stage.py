@@ -11,9 +11,10 @@ from raised import mentions
 
 from dalle2_jax import rng, testing
 from dalle2_jax.errors import UserError
+from dalle2_jax.models import codes
 from dalle2_jax.models.ar_prior import ArPriorConfig, ArPriorNetwork
 from dalle2_jax.models.transformer import TextConfig
-from dalle2_jax.stages import ArPriorStage, ArSamplingConfig, ArSamplingPlan, Variables, codes
+from dalle2_jax.stages import ArPriorStage, ArSamplingConfig, ArSamplingPlan, Variables
 from dalle2_jax.stages.ar_prior import top_dots, truncated
 from dalle2_jax.stages.base import Stage
 from dalle2_jax.training.loop import Job, RunConfig, train

@@ -1,12 +1,14 @@
 """A fingerprint names the numbers, not where they lie."""
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dalle2_jax import testing
-from dalle2_jax.stages import Stage, fingerprint
+from dalle2_jax.stages import Stage, contract, fingerprint
 from dalle2_jax.stages.base import clip_columns, select_columns
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
 from dalle2_jax.types import Batch
@@ -76,3 +78,21 @@ def test_every_input_is_a_column_and_is_enough_for_the_loss(kind):
     batch = {name: batch[name] for name in stage.inputs}
     loss, _ = jax.eval_shape(stage.loss, *variables, frozen, jax.random.key(0), batch)
     assert loss.shape == ()
+
+
+def test_the_value_is_that_of_earlier_versions():
+    """Contracts store it. By definition: MurmurHash3's finaliser over bits and flat indices."""
+    weights = params()["a"]
+    mixed = np.asarray(weights["kernel"]).reshape(-1).view(np.uint32)
+    mixed = mixed ^ np.arange(64, dtype=np.uint32) * np.uint32(2_654_435_761)
+    for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13), (1, 16)):
+        mixed = (mixed ^ (mixed >> np.uint32(shift))) * np.uint32(multiplier)
+    entry = f"['kernel']:(8, 8):{int(mixed.sum(dtype=np.uint32))}"
+    assert fingerprint(weights) == f"{zlib.crc32(entry.encode(), 0):08x}"
+
+
+@pytest.mark.sharding
+def test_no_weights_are_gathered():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    leaf = jax.ShapeDtypeStruct((8, 6, 4), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("data", None, "fsdp")))
+    assert "all-gather" not in contract._checksum.lower(leaf).compile().as_text()

@@ -1,6 +1,7 @@
 """LoRA by theory: the first step is the base's, a change is the product of its factors, and only factors learn."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +189,30 @@ def test_trained_factors_lose_as_their_merged_weights(lora):
     before, after = named(base), named(merged)
     changed = {name for name, leaf in after.items() if (np.asarray(leaf) != before[name]).any()}
     assert changed == {f"{name.rpartition('/')[0]}/kernel" for name in named(factors)}
+
+
+def results(jaxpr):
+    """Yields the shapes of all results within a program."""
+    for equation in jaxpr.eqns:
+        yield from (getattr(out.aval, "shape", ()) for out in equation.outvars)
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from results(inner)
+
+
+def test_nothing_of_a_kernels_size_is_computed():
+    """Neither changed kernels nor their gradients."""
+    stage = lora_of("prior")
+    frozen, shapes = frozen_of(stage), jax.eval_shape(stage.init, jax.random.key(0)).params
+
+    def loss(factors):
+        return stage.loss(factors, {}, frozen, jax.random.key(7), stage.prepare(frozen, BATCH))[0]
+
+    found = set(results(jax.make_jaxpr(jax.grad(loss))(shapes).jaxpr))
+    base = named(frozen["prior"].params)
+    stacked = [leaf.shape for name, leaf in base.items() if re.search("blocks.*kernel", name)]
+    kernels = {*stacked, *(shape[1:] for shape in stacked)}
+    assert len(kernels) == 8 and not found & kernels
+    assert {leaf.shape for leaf in jax.tree.leaves(shapes)} <= found
 
 
 def test_statistics_that_no_training_changes_are_frozen():

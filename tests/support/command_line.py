@@ -26,7 +26,7 @@ from raised import mentions
 from tiny_system import STEPS
 
 from dalle2_jax import signals, text
-from dalle2_jax.cli import run_cli
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.config.parse import expand
 from dalle2_jax.training.optim import OptimConfig, make_optimizer

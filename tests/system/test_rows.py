@@ -57,8 +57,8 @@ def test_rows_are_the_images_of_the_call(system, command):
     # A call embeds and inverts its images in another batch size, so that the last bit of a sum may differ.
     np.testing.assert_allclose(finish(made).astype(int), expected.numpy.astype(int), atol=1)
     ours, theirs = made.provenance, dict(expected.provenance)
-    for picture, other in zip(ours["pictures"], theirs["pictures"], strict=True):
-        assert picture.items() <= other.items()  # reconstruct's has the PSNR too
+    for image, other in zip(ours["pictures"], theirs["pictures"], strict=True):
+        assert image.items() <= other.items()  # reconstruct's has the PSNR too
     assert ours["sampling"] == theirs["sampling"]
     assert ours["command"] == command and ours["seed"] == 2**32 - 1
 
@@ -76,7 +76,9 @@ def test_known_pixels_are_those_of_the_image_which_keeps_its_shape(system):
 def test_what_is_to_be_avoided_separates_batches(system):
     """Negative captions are the batch's."""
     made, other = (
-        text2image(system, {"num": 1, "negative": negative, **READS_TEXT, "decoder": {"steps": 2, "guidance": 2.0}}, prompt="a")
+        text2image(
+            system, {"num": 1, "negative": negative, **READS_TEXT, "decoder": {"steps": 2, "guidance": 2.0}}, prompt="a"
+        )
         for negative in ("", "blue")
     )
     assert made.sampler.group(made.rows[0]) != other.sampler.group(other.rows[0])

@@ -10,7 +10,7 @@ import pytest
 from raised import mentions
 from test_loop import STEPS, Numbers, make_job, same, saved
 
-from dalle2_jax.cli import run_cli
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.errors import UserError
 from dalle2_jax.training.divergence import NAMES, not_finite
 from dalle2_jax.training.loop import train

@@ -8,7 +8,7 @@ import sys
 import pytest
 from raised import mentions
 
-from dalle2_jax.cli import supervise
+from dalle2_jax.cli.process import supervise
 from dalle2_jax.errors import TemporaryError, UserError
 
 OWN_LINE = "warning: a line of this package"
@@ -73,7 +73,7 @@ def test_our_own_error_is_printed_among_native_messages():
     read, write = os.pipe()
     os.write(write, b"F1128 21:30:00.1 1 client.cc:1] lost\n  @ 0x1 stack\nerror: host 0 is lost\n")
     os.close(write)
-    program = "import sys; from dalle2_jax.cli import supervise; supervise.forward(sys.stdin.buffer)"
+    program = "import sys; from dalle2_jax.cli.process import supervise; supervise.forward(sys.stdin.buffer)"
     done = subprocess.run([sys.executable, "-c", program], stdin=read, capture_output=True)
     os.close(read)
     assert done.stderr == b"error: host 0 is lost\n"

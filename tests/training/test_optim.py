@@ -1,6 +1,7 @@
 """The optimizer by theory: rates, decay, clipping, and the average of the weights."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,10 +11,12 @@ import pytest
 from raised import mentions
 
 from dalle2_jax import testing
+from dalle2_jax.config.parse import expand
 from dalle2_jax.errors import ConfigError, SystemWarning
 from dalle2_jax.models.laion_prior import LaionPriorConfig
 from dalle2_jax.training.optim import (
     OptimConfig,
+    changed_state_field,
     decay_mask,
     ema_update,
     learning_rate,
@@ -211,9 +214,14 @@ def test_the_average_of_a_constant_is_the_constant():
 
 CHANGES = {"lr": 1.0, "warmup_steps": 5, "schedule": "cosine", "beta1": 0.5, "beta2": 0.5, "eps": 1e-3}
 CHANGES |= {"weight_decay": 0.0, "clip_norm": 7.0, "ema_decay": 0.0, "sam_rho": 0.1}
+CHANGES |= {"accumulate": 2, "ema_memory": "pinned_host"}
+OF_STATE = ("name", "mu_dtype")
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(OptimConfig)])
+FIELDS = [field.name for field in dataclasses.fields(OptimConfig) if field.name not in OF_STATE]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_the_state_has_one_structure_whatever_the_values(field):
     """So that a run may continue with others."""
     before = OptimConfig(weight_decay=0.1)
@@ -226,20 +234,68 @@ def test_sharpness_aware_gradients_are_those_uphill(rho):
     """Of the quadratic w^T A w / 2 + b noise: value at w, gradient at w + rho g / |g|, both with the same noise."""
     curvature = jnp.array([[2.0, 0.5], [0.5, 1.0]])
 
-    def loss(params, stats, frozen, key, batch):
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def gradients(params, key):
         w = params["w"]
         noise = jax.random.normal(key, w.shape)
-        return 0.5 * w @ curvature @ w + batch * jnp.sum(noise * w), stats + 1
+        return 0.5 * w @ curvature @ w + 0.5 * jnp.sum(noise * w), "outputs"
 
     w, key = jnp.array([1.0, -3.0]), jax.random.key(0)
-    (value, stats), grads = sharpness_aware(loss, rho)({"w": w}, jnp.float32(4), {}, key, jnp.float32(0.5))
+    (value, outputs), grads = sharpness_aware(gradients, rho)({"w": w}, key)
     noise = jax.random.normal(jax.random.clone(key), w.shape)
     gradient = curvature @ w + 0.5 * noise
     expected = gradient + rho * curvature @ gradient / jnp.linalg.norm(gradient)
     np.testing.assert_allclose(grads["w"], expected, rtol=1e-5)
     np.testing.assert_allclose(value, 0.5 * w @ curvature @ w + 0.5 * jnp.sum(noise * w), rtol=1e-5)
-    assert stats == 5 and make_optimizer(OptimConfig(sam_rho=rho), 10).sam_rho == rho
+    assert outputs == "outputs" and make_optimizer(OptimConfig(sam_rho=rho), 10).sam_rho == rho
 
 
-def test_clipping_is_part_of_the_state_or_not():
-    assert state_structure(OptimConfig(clip_norm=0.0)) != state_structure(OptimConfig())
+@pytest.mark.parametrize("change", [{"clip_norm": 0.0}, {"name": "adafactor"}, {"mu_dtype": "bfloat16"}], ids=str)
+def test_a_change_of_the_states_form_is_named(change):
+    before, after = OptimConfig(), OptimConfig(lr=1.0, **change)
+    assert state_structure(before) != state_structure(after)
+    assert changed_state_field(before, after) == next(iter(change))
+    assert changed_state_field(before, OptimConfig(lr=1.0)) is None
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+SQUARE = {"kernel": jnp.full((256, 128), 4.0)}
+
+
+def bytes_of(state):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def test_bfloat16_moments_take_half_the_memory_and_lead_to_nearly_the_same_updates():
+    grads = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((256, 128), np.float32))}
+    (wanted, full), (got, half) = (
+        step(OptimConfig(lr=0.1, weight_decay=0.1, mu_dtype=dtype), SQUARE, grads) for dtype in ("float32", "bfloat16")
+    )
+    assert bytes_of(full) - bytes_of(half) == 2 * 256 * 128
+    np.testing.assert_allclose(got["kernel"], wanted["kernel"], atol=0.1 * 2**-7)
+    assert got["kernel"].dtype == jnp.float32
+
+
+def test_adafactor_stores_a_row_and_a_column_of_second_moments():
+    grads = {"kernel": jnp.full((256, 128), -0.3)}
+    update, state = step(OptimConfig(name="adafactor", lr=0.1, beta1=0.0, weight_decay=0.5), SQUARE, grads)
+    assert bytes_of(state) < 4 * 3 * (256 + 128)
+    # sqrt of the second moment is the gradient's size; its root mean square is not above 1
+    np.testing.assert_allclose(update["kernel"], 0.1 * (1.0 - 0.5 * 4.0), rtol=1e-5)
+    _, with_momentum = step(OptimConfig(name="adafactor", mu_dtype="bfloat16"), SQUARE, grads)
+    assert bytes_of(with_momentum) > 2 * 256 * 128
+
+
+@pytest.mark.parametrize(
+    "section, field, facts",
+    [
+        ({"name": "adamv"}, "optim", ["adamv", "adamw", "adafactor"]),
+        ({"ema_memory": "host"}, "optim", ["host", "pinned_host"]),
+        ({"mu_dtype": "float16"}, "optim.mu_dtype", ["float16", "bfloat16"]),
+        ({"accumulate": 0}, "optim.accumulate", [0]),
+    ],
+)
+def test_unknown_choices_are_rejected(section, field, facts):
+    with pytest.raises(ConfigError, check=mentions(*facts, field=field)):
+        expand(OptimConfig, section, "optim")

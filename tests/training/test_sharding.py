@@ -1,6 +1,7 @@
 """Rules of placement: which axis of which parameter lies over which axis of the mesh."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -8,18 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 from raised import mentions
 
 from dalle2_jax import testing
+from dalle2_jax.config.experiment import experiment
 from dalle2_jax.errors import UserError
 from dalle2_jax.models.layers import upsample_nearest
 from dalle2_jax.models.unet import ResBlock, UNetConfig
-from dalle2_jax.stages.base import Outputs, StageDefaults, Variables
+from dalle2_jax.stages.base import Outputs, StageDefaults, Variables, abstract_variables
 from dalle2_jax.training import sharding
 from dalle2_jax.training.optim import OptimConfig, Optimizer, make_optimizer, path_name
-from dalle2_jax.training.sharding import MeshConfig, make_mesh, partition_spec
-from dalle2_jax.training.step import abstract_state, make_train_step, state_shardings
+from dalle2_jax.training.sharding import MeshConfig, array_sharding, make_mesh, partition_spec, tree_shardings
+from dalle2_jax.training.step import abstract_state, init_state, make_train_step, state_shardings
 
 pytestmark = pytest.mark.sharding
 
@@ -66,14 +69,20 @@ RULES = [
     (TENSOR, "blocks/proj/kernel", (4, 256, 64), P(None, "tensor", None)),
     (TENSOR, "blocks/attn/qkv/kernel", (4, 64, 3, 5, 32), P(None, None, None, None, None)),  # 5 heads
     (TENSOR, "visual/proj/kernel", (512, 256), P(None, None)),
-    (TENSOR, "mid_0/conv_1/kernel", (3, 3, 64, 64), P(None, None, None, None)),
+    # The channels within a residual block over tensor
+    (TENSOR, "mid_0/conv_1/kernel", (3, 3, 64, 64), P(None, None, None, "tensor")),
+    (TENSOR, "mid_0/conv_2/kernel", (3, 3, 64, 64), P(None, None, "tensor", None)),
+    (TENSOR, "conv_in/kernel", (3, 3, 64, 64), P(None, None, None, None)),
+    (BOTH, "mid_0/conv_1/kernel", (3, 3, 64, 64), P(None, None, "fsdp", "tensor")),
+    (BOTH, "mid_0/conv_2/kernel", (3, 3, 64, 64), P(None, None, "tensor", "fsdp")),
     # The largest axis that divides over fsdp
     (FSDP, "token_embedding/embedding", (1002, 32), P(None, "fsdp")),
     (FSDP, "token_embedding/embedding", (1000, 32), P("fsdp", None)),
     (FSDP, "blocks/attn/qkv/kernel", (4, 64, 3, 8, 16), P(None, "fsdp", None, None, None)),
     (FSDP, "mid_attn/attn/qkv/kernel", (256, 3, 4, 64), P("fsdp", None, None, None)),
     (FSDP, "unet/conv/kernel", (3, 3, 256, 64), P(None, None, None, "fsdp")),  # a convolution's output channels
-    (FSDP, "unet/conv/kernel", (3, 3, 256, 66), P(None, None, None, None)),
+    (FSDP, "unet/conv/kernel", (3, 3, 256, 66), P(None, None, "fsdp", None)),  # else its input channels
+    (FSDP, "unet/conv/kernel", (3, 3, 254, 66), P(None, None, None, None)),
     (FSDP, "opt_state/1/0/mu/unet/conv/kernel", (3, 3, 256, 64), P(None, None, None, "fsdp")),
     # Both, on different axes
     (BOTH, "blocks/fc/kernel", (4, 64, 256), P(None, "fsdp", "tensor")),
@@ -88,6 +97,84 @@ RULES = [
 @pytest.mark.parametrize(("config", "name", "shape", "spec"), RULES)
 def test_rules(config, name, shape, spec):
     assert partition_spec(name, shape, make_mesh(config)) == spec
+
+
+@pytest.mark.parametrize(
+    "name, shape, sizes, shard",
+    [
+        # No axis divides by 8: the largest factors of 8 that divide two of them
+        ("blocks/fc/kernel", (4, 36, 1010), (1, 8, 1), (4, 9, 505)),
+        ("unet/conv/kernel", (3, 3, 60, 66), (1, 8, 1), (3, 3, 15, 33)),  # of a convolution, two axes of channels
+        ("unet/conv/kernel", (3, 3, 33, 68), (1, 8, 1), (3, 3, 33, 17)),  # one, as far as it goes
+        ("unet/conv/kernel", (3, 3, 33, 67), (1, 8, 1), (3, 3, 33, 67)),
+        ("mid_0/conv_2/kernel", (3, 3, 62, 66), (2, 2, 2), (3, 3, 31, 33)),
+        ("mid_0/conv_2/kernel", (3, 3, 62, 61), (1, 4, 2), (3, 3, 31, 61)),  # tensor's axis is taken
+    ],
+    ids=str,
+)
+def test_axes_that_do_not_divide(name, shape, sizes, shard):
+    assert array_sharding(name, shape, make_mesh(MeshConfig(*sizes))).shard_shape(shape) == shard
+
+
+PAPER = ("clip", "prior", "ar_prior", "decoder", "upsampler_1", "upsampler_2")
+
+
+@pytest.mark.parametrize("fsdp", [8, 256])
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_stages_are_sharded_nearly_ideally(name, fsdp):
+    """From shapes alone: a device has at most 1.2 times its share of a stage's parameters."""
+    mesh = AbstractMesh((1, fsdp, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    params = abstract_variables(paper_stage(name)).params
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(tree_shardings(params, mesh)), strict=True)
+    shards = [math.prod(one.shard_shape(leaf.shape)) for leaf, one in pairs]
+    assert sum(shards) * fsdp < 1.2 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", ["decoder", "upsampler_1"])
+def test_tensor_splits_most_of_a_unet(name):
+    mesh = AbstractMesh((1, 1, 8), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    params = abstract_variables(paper_stage(name)).params
+    params = params["unet"] if "unet" in params else params
+    split = [
+        leaf.size
+        for leaf, one in zip(jax.tree.leaves(params), jax.tree.leaves(tree_shardings(params, mesh)), strict=True)
+        if math.prod(one.shard_shape(leaf.shape)) * 8 == leaf.size
+    ]
+    assert sum(split) > 0.75 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def paper_stage(name):
+    clip = experiment("configs/paper.py:clip").build(49_408, None)
+    return clip if name == "clip" else experiment(f"configs/paper.py:{name}").build(49_408, clip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Awkward(StageDefaults):
+    """Learns a matrix none of whose axes divides by 8."""
+
+    name: str = "awkward"
+
+    def init(self, key):
+        return Variables({"kernel": jax.random.normal(key, (12, 6))}, {})
+
+    def loss(self, params, stats, frozen, key, batch):
+        return jnp.square(batch["x"] @ params["kernel"]).mean(), Outputs({}, stats)
+
+
+def test_a_matrix_over_two_axes_is_trained_as_on_one_device(monkeypatch):
+    monkeypatch.setattr(sharding, "SIZE_FLOOR", 1)
+    stage, optimizer, batch = Awkward(), make_optimizer(OptimConfig(lr=0.1), 4), {"x": np.eye(16, 12, dtype=np.float32)}
+    results = []
+    for sizes in ((8, 1, 1), (1, 8, 1)):
+        mesh = make_mesh(MeshConfig(*sizes))
+        step = make_train_step(stage, optimizer, 0.9, state_shardings(stage, optimizer, mesh), 2)
+        state = init_state(stage, optimizer, jax.random.key(0), mesh)
+        for _ in range(2):
+            state, _ = step(state, {}, jax.random.key(1), sharding.shard_batch(batch, mesh))
+        assert step._cache_size() == 1
+        results.append(state)
+    assert results[1].params["kernel"].addressable_shards[0].data.shape == (3, 3)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6), *results)
 
 
 @pytest.mark.parametrize("kind", testing.KINDS)

@@ -105,7 +105,7 @@ def test_eight_devices_equal_one(kind, sizes):
         assert bool(split) == (sizes != (8, 1, 1))
         assert all(leaf.addressable_shards[0].data.size < leaf.size for leaf in split)
     over_tensor = ["tensor" in leaf.sharding.spec for leaf in jax.tree.leaves(state.params)]
-    assert any(over_tensor) == (sizes[2] > 1 and kind != "upsampler")  # which has neither heads nor hidden units
+    assert any(over_tensor) == (sizes[2] > 1)
 
 
 def test_a_state_is_born_where_it_lives_and_the_same_everywhere():

@@ -16,7 +16,8 @@ from raised import mentions
 
 from dalle2_jax import files, lock
 from dalle2_jax.cli import evaluate as evaluation
-from dalle2_jax.cli import run_cli, sample
+from dalle2_jax.cli import sample
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.errors import UserError
 from dalle2_jax.run import locked_stage

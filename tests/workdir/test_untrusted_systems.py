@@ -12,7 +12,7 @@ from tiny_data import write_images
 from dalle2_jax import data
 from dalle2_jax.cli import data as data_command
 from dalle2_jax.cli import evaluate as evaluation
-from dalle2_jax.cli import run_cli
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.config import inherit, sources
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.config.stored import stored_experiment, write_experiment

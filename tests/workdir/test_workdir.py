@@ -242,7 +242,7 @@ ENDS_LATE = """
 import asyncio, sys
 import tensorstore
 import dalle2_jax.workdir.checkpoints
-from dalle2_jax.cli.quiet import silence_libraries
+from dalle2_jax.cli.process.quiet import silence_libraries
 
 silence_libraries()
 promise, late = tensorstore.Promise.new()

@@ -67,7 +67,7 @@ def test_full_size_decoder():
     assert_bijection(original.decoder_rules(stage.model), params, prefixed("model.", "karlo_orig_decoder"))
     (detected,) = original.detect(source(prefixed("model.", "karlo_orig_decoder")))
     assert stage_of(detected, stage.clip).model.unet == dataclasses.replace(
-        stage.model.unet, dropout=0.0, remat=False, dtype="float32"
+        stage.model.unet, dropout=0.0, remat="none", dtype="float32"
     )
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from guided_files import weight
 from raised import mentions
 
-from dalle2_jax.cli import run_cli
 from dalle2_jax.cli import weights as weights
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.models.clip import Clip, ClipConfig
 from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
 from dalle2_jax.models.prior import PriorConfig, PriorNetwork
