@@ -22,7 +22,7 @@ from common import emit
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
 from dalle2_jax.errors import UserError
-from dalle2_jax.models.prior import PriorConfig, PriorNetwork
+from dalle2_jax.models.priors.prior import PriorConfig, PriorNetwork
 from dalle2_jax.weights.karlo.priors import prior_config_file, prior_rules
 from dalle2_jax.weights.rules import shapes
 from dalle2_jax.weights.stage_writer import write_json

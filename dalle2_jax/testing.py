@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int32
 
 from dalle2_jax.models.clip import ClipConfig
 from dalle2_jax.models.decoder import DecoderConfig
-from dalle2_jax.models.prior import PriorConfig
+from dalle2_jax.models.priors.prior import PriorConfig
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.models.unet import UNetConfig

@@ -21,11 +21,11 @@ from dalle2_jax.config.sections import (
     UpsamplerConditioning,
 )
 from dalle2_jax.data.images.filters import Filters
-from dalle2_jax.models.ar_prior import ArPriorConfig
 from dalle2_jax.models.clip import ClipConfig
 from dalle2_jax.models.decoder import DecoderConfig
-from dalle2_jax.models.laion_prior import LaionPriorConfig
-from dalle2_jax.models.prior import PriorConfig
+from dalle2_jax.models.priors.ar_prior import ArPriorConfig
+from dalle2_jax.models.priors.laion_prior import LaionPriorConfig
+from dalle2_jax.models.priors.prior import PriorConfig
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.models.transformer import TextConfig as TransformerConfig
 from dalle2_jax.models.unet import UNetConfig

@@ -24,10 +24,10 @@ from dalle2_jax.config.spec import (
     with_sizes,
     without,
 )
-from dalle2_jax.models.ar_prior import ArPriorConfig
 from dalle2_jax.models.clip import ClipConfig
-from dalle2_jax.models.laion_prior import LaionPriorConfig
-from dalle2_jax.models.prior import PriorConfig
+from dalle2_jax.models.priors.ar_prior import ArPriorConfig
+from dalle2_jax.models.priors.laion_prior import LaionPriorConfig
+from dalle2_jax.models.priors.prior import PriorConfig
 from dalle2_jax.stages import ArSamplingConfig, ClipStage, DiffusionConfig, SamplingConfig
 
 

@@ -1,7 +1,7 @@
 """The autoregressive prior: from a caption to a CLIP image embedding, code by code (Ramesh et al. 2022, section 2.2).
 
-The image embedding becomes a sequence of codes (``models.codes``), trained by the cross entropy of each code given
-the codes before it, the caption and its CLIP text embedding. A token before the codes encodes the dot product
+The image embedding becomes a sequence of codes (``models.priors.codes``), trained by the cross entropy of each code
+given the codes before it, the caption and its CLIP text embedding. A token before the codes encodes the dot product
 z_i . z_t; sampling takes one from the top half of those of the training pairs. For classifier-free guidance the
 caption is dropped for 10 % of the examples, and with it the dot product, which depends on the text embedding.
 
@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from dalle2_jax import rng
 from dalle2_jax.errors import UserError
-from dalle2_jax.models import codes
-from dalle2_jax.models.ar_prior import ArPriorConfig, ArPriorNetwork
+from dalle2_jax.models.priors import codes
+from dalle2_jax.models.priors.ar_prior import ArPriorConfig, ArPriorNetwork
 from dalle2_jax.ranges import CalibrationExamples, Fraction
 from dalle2_jax.stages.base import Outputs, StageDefaults, Variables, apply
 from dalle2_jax.stages.clip import ClipStage

@@ -32,8 +32,8 @@ from jaxtyping import Array, Float, Key
 
 from dalle2_jax import rng
 from dalle2_jax.errors import UserError
-from dalle2_jax.models.laion_prior import LaionPriorConfig, LaionPriorNetwork
-from dalle2_jax.models.prior import PriorConfig, PriorNetwork
+from dalle2_jax.models.priors.laion_prior import LaionPriorConfig, LaionPriorNetwork
+from dalle2_jax.models.priors.prior import PriorConfig, PriorNetwork
 from dalle2_jax.ranges import CalibrationExamples, Fraction
 from dalle2_jax.stages.base import Variables, apply
 from dalle2_jax.stages.clip import (

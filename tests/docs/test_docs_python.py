@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax import testing
-from dalle2_jax.models.ar_prior import ArPriorConfig
+from dalle2_jax.models.priors.ar_prior import ArPriorConfig
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.stages import ArPriorStage
 from dalle2_jax.system import LoadedStage, load

@@ -10,7 +10,7 @@ from raised import mentions
 from tiny import close, differ, jitted, normal, random_variables, same
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.models.ar_prior import ArPriorConfig, ArPriorNetwork
+from dalle2_jax.models.priors.ar_prior import ArPriorConfig, ArPriorNetwork
 from dalle2_jax.models.transformer import TextConfig
 
 TEXT = TextConfig(vocab_size=11, context_length=5, width=12, layers=1, heads=2, activation="gelu")

@@ -6,7 +6,7 @@ import pytest
 from raised import mentions
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.models import codes
+from dalle2_jax.models.priors import codes
 
 DEVIATIONS = np.array([8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.1, 0.05])
 

@@ -17,8 +17,8 @@ from tiny import close, differ, jitted, normal, random_variables, same
 
 from dalle2_jax.diffusion import Ddpm, make_schedule, predictor, q_sample
 from dalle2_jax.errors import UserError
-from dalle2_jax.models.laion_prior import LaionPriorConfig, LaionPriorNetwork
 from dalle2_jax.models.multi_query import MultiQueryTransformer, _buckets
+from dalle2_jax.models.priors.laion_prior import LaionPriorConfig, LaionPriorNetwork
 from dalle2_jax.weights.families.laion import IGNORED, laion_rules, laion_sizes, select_tensors
 from dalle2_jax.weights.rules import from_tensors
 from dalle2_jax.weights.tensors import open_tensors

@@ -9,7 +9,7 @@ from raised import mentions
 from tiny import close, differ, jitted, normal, random_variables, same
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.models.prior import PriorConfig, PriorNetwork
+from dalle2_jax.models.priors.prior import PriorConfig, PriorNetwork
 
 TOKENS = PriorConfig(width=16, layers=2, heads=2, embed_dim=6, context_length=5, vocab_size=11)
 CLIP = replace(TOKENS, text_input="clip", vocab_size=None, text_width=7)

@@ -8,7 +8,7 @@ import pytest
 
 from dalle2_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
-from dalle2_jax.models.prior import PriorConfig, PriorNetwork
+from dalle2_jax.models.priors.prior import PriorConfig, PriorNetwork
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.models.unet import UNet, UNetConfig
 

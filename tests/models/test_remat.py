@@ -10,7 +10,7 @@ from raised import mentions
 
 from dalle2_jax.config.parse import expand
 from dalle2_jax.errors import ConfigError, UserError
-from dalle2_jax.models.prior import PriorConfig
+from dalle2_jax.models.priors.prior import PriorConfig
 from dalle2_jax.models.remat import POLICIES
 from dalle2_jax.models.transformer import Transformer, TransformerConfig
 from dalle2_jax.models.unet import UNet, UNetConfig

@@ -11,8 +11,8 @@ from raised import mentions
 
 from dalle2_jax import rng, testing
 from dalle2_jax.errors import UserError
-from dalle2_jax.models import codes
-from dalle2_jax.models.ar_prior import ArPriorConfig, ArPriorNetwork
+from dalle2_jax.models.priors import codes
+from dalle2_jax.models.priors.ar_prior import ArPriorConfig, ArPriorNetwork
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.stages import ArPriorStage, ArSamplingConfig, ArSamplingPlan, Variables
 from dalle2_jax.stages.ar_prior import top_dots, truncated

@@ -10,7 +10,7 @@ from raised import mentions
 
 from dalle2_jax import rng, testing
 from dalle2_jax.errors import UserError
-from dalle2_jax.models.laion_prior import LaionPriorConfig
+from dalle2_jax.models.priors.laion_prior import LaionPriorConfig
 from dalle2_jax.stages import EmbeddingConfig, PriorStage
 
 SIZE, DIM, LENGTH = 4, testing.EMBED_DIM, testing.CONTEXT_LENGTH

@@ -13,7 +13,7 @@ from raised import mentions
 from dalle2_jax import testing
 from dalle2_jax.config.parse import expand
 from dalle2_jax.errors import ConfigError, SystemWarning
-from dalle2_jax.models.laion_prior import LaionPriorConfig
+from dalle2_jax.models.priors.laion_prior import LaionPriorConfig
 from dalle2_jax.training.optim import (
     OptimConfig,
     changed_state_field,

@@ -126,7 +126,7 @@ class RowSampler(Generator):
             field, result = "image", self._upsample(keys, padded, low_res, callback, every, (stage,))
         arrays = np.asarray(result)
         return [
-            dataclasses.replace(row, remaining=row.remaining[1:], **cast(Any, {field: _finished(row, array)}))
+            dataclasses.replace(row, remaining=row.remaining[1:], **cast(Any, {field: _finished(row, stage, array)}))
             for row, array in zip(rows, arrays, strict=False)
         ]
 
@@ -149,11 +149,11 @@ class RowSampler(Generator):
         return self._put(np.stack(given))[0] if given else None
 
 
-def _finished(row: Row, result: np.ndarray) -> np.ndarray:
-    """Returns what a row's next stage made of it, with the known pixels of an image that is complete."""
-    if row.known is None or len(row.remaining) > 1:
+def _finished(row: Row, stage: str, result: np.ndarray) -> np.ndarray:
+    """Returns what a stage made of a row; with its known pixels if that is the last stage."""
+    if row.known is None or row.remaining != (stage,):
         return result
-    known = row.known[row.remaining[0]]
+    known = row.known[stage]
     return np.where(known.mask, known.image, result)
 
 

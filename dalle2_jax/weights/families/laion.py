@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dalle2_jax.errors import WeightsError
-from dalle2_jax.models.laion_prior import LaionPriorConfig
+from dalle2_jax.models.priors.laion_prior import LaionPriorConfig
 from dalle2_jax.weights.component import Component, Source
 from dalle2_jax.weights.rules import (
     DENSE,

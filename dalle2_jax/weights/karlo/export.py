@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dalle2_jax.errors import WeightsError
-from dalle2_jax.models.prior import PriorConfig
+from dalle2_jax.models.priors.prior import PriorConfig
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.models.unet import UNetConfig
 from dalle2_jax.text import ClipTokenizer, Tokenizer, write_clip_tokenizer

@@ -16,7 +16,7 @@ from typing import Any
 
 from dalle2_jax.errors import WeightsError
 from dalle2_jax.models.decoder import DecoderConfig
-from dalle2_jax.models.prior import PriorConfig
+from dalle2_jax.models.priors.prior import PriorConfig
 from dalle2_jax.models.unet import UNetConfig
 from dalle2_jax.weights.component import Component, Source
 from dalle2_jax.weights.families import guided_diffusion

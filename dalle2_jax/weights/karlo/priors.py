@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dalle2_jax.errors import WeightsError
-from dalle2_jax.models.prior import PriorConfig
+from dalle2_jax.models.priors.prior import PriorConfig
 from dalle2_jax.weights.clip import transformers
 from dalle2_jax.weights.clip.transformers_config import TEXT_DEFAULTS
 from dalle2_jax.weights.component import Component, Source

@@ -13,7 +13,7 @@ import pytest
 from raised import mentions
 
 from dalle2_jax.errors import WeightsError
-from dalle2_jax.models.laion_prior import LaionPriorConfig, LaionPriorNetwork
+from dalle2_jax.models.priors.laion_prior import LaionPriorConfig, LaionPriorNetwork
 from dalle2_jax.weights.families.laion import IGNORED, laion_rules, laion_sizes, select_tensors
 from dalle2_jax.weights.rules import from_tensors, to_tensors
 from dalle2_jax.weights.tensors import open_tensors

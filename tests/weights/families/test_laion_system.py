@@ -17,7 +17,7 @@ from dalle2_jax import rng
 from dalle2_jax.cli.weights import COMMANDS, make_parser
 from dalle2_jax.errors import ConfigError, WeightsError
 from dalle2_jax.models.clip import ClipConfig, TextConfig, VisionConfig
-from dalle2_jax.models.laion_prior import LaionPriorConfig, LaionPriorNetwork
+from dalle2_jax.models.priors.laion_prior import LaionPriorConfig, LaionPriorNetwork
 from dalle2_jax.stages import ClipStage, EmbeddingConfig
 from dalle2_jax.system import load
 from dalle2_jax.system.programs import sample_embeddings

@@ -17,7 +17,7 @@ from test_karlo import other, trained
 from test_karlo_cascade import MEAN, NETWORK, PROMPTS, RUN
 
 from dalle2_jax.models.decoder import DecoderNetwork
-from dalle2_jax.models.prior import PriorNetwork
+from dalle2_jax.models.priors.prior import PriorNetwork
 from dalle2_jax.models.unet import UNet
 from dalle2_jax.weights.karlo.export import VARIATIONS as INNER
 from dalle2_jax.weights.karlo.export import export_diffusers

@@ -23,7 +23,7 @@ from raised import mentions
 from dalle2_jax import testing
 from dalle2_jax.errors import WeightsError
 from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
-from dalle2_jax.models.prior import PriorConfig, PriorNetwork
+from dalle2_jax.models.priors.prior import PriorConfig, PriorNetwork
 from dalle2_jax.models.unet import UNet, UNetConfig
 from dalle2_jax.stages import Variables
 from dalle2_jax.weights.component import Source, merge_parts

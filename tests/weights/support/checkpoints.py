@@ -20,7 +20,7 @@ from dalle2_jax.cli import weights as weights
 from dalle2_jax.cli.process import run_cli
 from dalle2_jax.models.clip import Clip, ClipConfig
 from dalle2_jax.models.decoder import DecoderConfig, DecoderNetwork
-from dalle2_jax.models.prior import PriorConfig, PriorNetwork
+from dalle2_jax.models.priors.prior import PriorConfig, PriorNetwork
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.models.unet import UNet, UNetConfig
 from dalle2_jax.models.vit import VisionConfig

@@ -1,6 +1,6 @@
 """LAION's prior: the diffusion prior of the open DALLE2-pytorch checkpoints.
 
-The same question as ``models.prior`` and the same order of tokens,
+The same question as ``models.priors.prior`` and the same order of tokens,
 
     [encoded text (L) | CLIP text embedding | timestep | noised CLIP image embedding | query],
 
@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.models.multi_query import MultiQueryConfig, MultiQueryTransformer, unit
-from dalle2_jax.models.prior import PriorCache
+from dalle2_jax.models.priors.prior import PriorCache
 from dalle2_jax.ranges import Depth, DiffusionSteps, Length, Range, Width
 
 _NULLS = ("learned", "padding", "hidden")

@@ -1,0 +1,1 @@
+"""Networks of the priors, and the codes of the autoregressive one."""
