@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import FEW, FEW_WITHOUT_PRIOR, png
 from PIL import Image
+from served import FEW, FEW_WITHOUT_PRIOR, png
 
 IMAGE, OTHER, CLEAR = (base64.b64encode(png(*args)).decode() for args in ((16,), (24,), (16, None, True)))
 B64 = {"response_format": "b64_json", "seed": 5}

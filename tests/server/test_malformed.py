@@ -7,8 +7,8 @@ import struct
 import zlib
 
 import pytest
-from conftest import FEW, png
 from PIL import Image
+from served import FEW, png
 
 GENERATIONS, EDITS, VARIATIONS = (f"/v1/images/{name}" for name in ("generations", "edits", "variations"))
 OK = {"prompt": "a", **FEW}

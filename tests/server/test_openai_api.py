@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import FEW, FEW_WITHOUT_PRIOR, png
 from PIL import Image
+from served import FEW, FEW_WITHOUT_PRIOR, png
 
 PROMPT = {"prompt": "a red circle", **FEW}
 

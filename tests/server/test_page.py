@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import BROWSER, open_page
-from conftest import png
 from PIL import Image
-from test_serve import running
+from served import png, running
 
 SCREENSHOTS = os.environ.get("SCREENSHOTS_OF_TESTS")
 """A folder for the screenshots; by default they are in the tests' temporary folder."""

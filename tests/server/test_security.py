@@ -7,8 +7,8 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from conftest import FEW
 from raised import mentions
+from served import FEW
 from starlette.testclient import TestClient
 
 from dalle2_jax.errors import ConfigError, DataError

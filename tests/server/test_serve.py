@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import contextlib
 import io
 import json
 import signal
@@ -17,29 +16,12 @@ import numpy as np
 import openai
 import pytest
 from command_line import ROOT, environment
-from conftest import FEW, FEW_WITHOUT_PRIOR, png
 from PIL import Image
+from served import FEW, FEW_WITHOUT_PRIOR, TIMEOUT, png, running
 
 from dalle2_jax.cli.serve import make_parser, read_config
 from dalle2_jax.errors import UsageError, UserError
 from dalle2_jax.server import serve as serving
-
-TIMEOUT = 300
-
-
-@contextlib.contextmanager
-def running(service):
-    """Serves on a free port in a thread; yields the server and its address."""
-    server = serving.Server(service.config, service)
-    listener = server.listen()
-    thread = threading.Thread(target=server.run_on, args=(listener,))
-    thread.start()
-    try:
-        yield server, f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.stop()
-        thread.join(TIMEOUT)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import png
 from doc_blocks import ROOT
-from test_serve import running
+from served import png, running
 
 PAGE = (ROOT / "docs" / "serving.md").read_text()
 ADDRESS = "http://127.0.0.1:8000"

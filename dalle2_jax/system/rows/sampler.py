@@ -4,7 +4,7 @@
 and `RowSampler.run` samples one stage for any rows whose `RowSampler.group` is the same, whichever calls they are from.
 What a stage returns is kept in the row, on the host, as the input of the next:
 
-  caption --prior--> image_emb --decoder--> image --upsampler_1--> image --upsampler_2--> image
+  caption -> prior -> image_emb -> decoder -> image -> upsampler_1 -> image -> upsampler_2 -> image
 
 A row's result depends on the row alone: its keys are those of `Cascade`, fold_in(fold_in(root(seed), index), sample),
 and no operation of a stage mixes rows. Batches of another size are other programs, whose floating-point sums may have
