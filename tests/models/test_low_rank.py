@@ -28,15 +28,8 @@ def ar_prior():
 
 
 def laion_prior():
-    config = LaionPriorConfig(8, 2, 2, 6, 12, 5, 1000)
-    return LaionPriorNetwork(config), (
-        normal(0, 2, 8),
-        jnp.array([1, 7], jnp.int32),
-        normal(1, 2, 8),
-        *TEXT,
-        ~YES,
-        ~YES,
-    )
+    noised, caption = (normal(0, 2, 8), jnp.array([1, 7], jnp.int32)), (normal(1, 2, 8), normal(3, 2, 5, 8), TEXT[1])
+    return LaionPriorNetwork(LaionPriorConfig(8, 2, 2, 6, 12, 5, 1000)), (*noised, *caption, ~YES, ~YES)
 
 
 @dataclasses.dataclass(frozen=True)
