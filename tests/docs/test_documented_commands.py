@@ -15,6 +15,7 @@ import pytest
 
 from dalle2_jax.cli import data as data_command
 from dalle2_jax.cli import evaluate as evaluation_command
+from dalle2_jax.cli import plan as plan_command
 from dalle2_jax.cli import report, sample, sweep
 from dalle2_jax.cli import text as text_command
 from dalle2_jax.cli import weights as weights_command
@@ -39,6 +40,7 @@ PARSERS = {
     "sample.py": sample.make_parser(),
     "dalle2 data": data_command.make_parser(),
     "dalle2 evaluate": evaluation_command.make_parser(),
+    "dalle2 plan": plan_command.make_parser(),
     "dalle2 report": report.make_parser(),
     "dalle2 sweep": sweep.make_parser(),
     "dalle2 text": text_command.make_parser(),
