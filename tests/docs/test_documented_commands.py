@@ -46,7 +46,10 @@ PARSERS = {
     "dalle2 text": text_command.make_parser(),
     "dalle2 weights": weights_command.make_parser(),
 }
-TRAIN_FLAGS = {"config", "workdir", "multihost", "[no]multihost", "debug", "help", "version", "noverify", "heartbeat"}
+TRAIN_FLAGS = {
+    *("config", "workdir", "multihost", "[no]multihost", "debug", "help", "version", "noverify", "heartbeat"),
+    "profile",
+}
 FOREIGN = (
     r"(?:\S*(?:ruff|basedpyright|mkdocs) |\S*pip\d? |hf |img2dataset|git |ln |"
     r"\S*python3? -m (?:pip|pytest|venv)|.*XLA_FLAGS)"
