@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -101,6 +102,12 @@ def median_seconds(run: Callable[[], Any], repeats: int, warm_up: int = 2) -> tu
         jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
     return first, statistics.median(times)
+
+
+def peak_bytes() -> int:
+    """Returns the most memory that was in use: of the first device, or of the process where devices do not tell."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def matmul_rate(dtype: str, side: int | None = None) -> float:

@@ -121,15 +121,9 @@ def train(
     root = pathlib.Path(workdir).expanduser()
     compilation.enable_compilation_cache()
     source = None if data is None else as_source(data, experiment.resolution)
-    train_stage(
-        experiment,
-        root,
-        data=source,
-        resume_changes=resume_changes,
-        show_progress=progress,
-        callback=callback,
-        profile=profile and Profile(*profile),
-    )
+    steps = profile and Profile(*profile)
+    options: dict[str, Any] = {"resume_changes": resume_changes, "show_progress": progress, "callback": callback}
+    train_stage(experiment, root, data=source, profile=steps, **options)
     return load_stages(root, stages=load.needed(root, experiment.stage))
 
 

@@ -76,3 +76,14 @@ CHIPS = {
 """Chip by name."""
 
 GPUS_PER_HOST = 8
+
+_KINDS = {
+    # how a device's kind begins, as JAX names it; the first match wins
+    **{"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e"},
+    **{"NVIDIA H100": "h100", "NVIDIA H200": "h200"},
+}
+
+
+def chip_of_kind(kind: str) -> Chip | None:
+    """Returns the chip of a ``jax.Device.device_kind``, such as "TPU v5 lite"; None for others."""
+    return next((CHIPS[name] for start, name in _KINDS.items() if kind.startswith(start)), None)

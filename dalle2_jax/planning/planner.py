@@ -23,6 +23,9 @@ from dalle2_jax.training.sharding import MeshConfig
 QUICK = {"exec_time_optimization_effort": -1.0}
 """Options of XLA's TPU compiler: several times quicker, with the same memory and other collectives."""
 
+UNTUNED = {"xla_gpu_enable_triton_gemm": False}
+"""Options of XLA's GPU compiler: matrix products of libraries, since others are chosen by timing them on a GPU."""
+
 
 class CannotTell(UsageError):
     """A program that the compiler rejects for another reason than memory."""
@@ -124,7 +127,7 @@ def compile_plan(
     chip = topology.chip
     available = memory if memory is not None else chip and int(chip.memory * chip.usable)
     start = time.monotonic()
-    options = QUICK if chip is not None and chip.platform == "tpu" and not full else None
+    options = {"tpu": None if full else QUICK, "cuda": UNTUNED}[chip.platform] if chip else None
     compiled, needed = _compile(traced, options)
     seconds = time.monotonic() - start
     measured = _measure(traced, compiled, needed, available)

@@ -52,7 +52,7 @@ GIVEN = {
     "evaluation.md": ("demo", "digits", "included"),
     "feature_networks.md": ("demo",),
     "fine_tuning.md": ("imported", "images"),
-    "pods.md": ("shared",),
+    "pods.md": ("demo", "shared"),
     "pretrained.md": ("demo", "included"),
     "public_weights.md": ("karlo", "images"),
     "report.md": ("demo",),
