@@ -3,8 +3,9 @@
     python benchmarks/peers.py --peer .venv-parity/bin/python --out build/peers.json
 
 The peer is a Python with the extra ``parity`` (torch, diffusers). The networks are Karlo's at a size for a CPU: a U-Net
-of 108 M parameters at 64x64 and a prior of 27 M; both sides take a GPU if there is one, else all threads of the CPU. A ratio is their median over ours: above 1 ours
-is faster. Each section runs in a process of its own on each side, so that peaks of memory are those of the section.
+of 108 M parameters at 64x64 and a prior of 27 M. Both sides take a GPU if there is one, else all threads of the CPU. A
+ratio is their median over ours: above 1 ours is faster. Each section runs in a process of its own on each side, so that
+peaks of memory are those of the section.
 """
 
 import json
