@@ -21,27 +21,31 @@ from common import ROOT, build_with_clip, emit, frozen_for, median_seconds, rand
 
 from dalle2_jax import rng
 from dalle2_jax.cli import args, run_cli
-from dalle2_jax.config.experiment import experiment
+from dalle2_jax.config.experiment import Experiment, experiment
 from dalle2_jax.errors import UsageError, UserError
 from dalle2_jax.planning import planner
 from dalle2_jax.planning.chips import chip_of_kind
+from dalle2_jax.planning.program import batch_columns
 from dalle2_jax.training.optim import OptimConfig, make_optimizer
-from dalle2_jax.training.sharding import MeshConfig, make_mesh, shard_batch
-from dalle2_jax.training.step import init_state, make_train_step, state_shardings
+from dalle2_jax.training.sharding import MeshConfig, make_mesh, shard_batch, tree_shardings, with_shardings
+from dalle2_jax.training.step import abstract_state, init_state, make_train_step, state_shardings
 
 
 def run(spec: str, overrides: list[str], steps: int) -> dict:
     """Runs train steps on the devices of this process, and returns their memory and seconds."""
     config, stage = build_with_clip(spec, overrides)
-    mesh, optimizer = make_mesh(MeshConfig(data=1, fsdp=-1)), make_optimizer(OptimConfig(**config["optim"]), 1_000_000)
+    mesh, optim, key = make_mesh(MeshConfig(data=1, fsdp=-1)), OptimConfig(**config["optim"]), rng.root(0)
+    optimizer = make_optimizer(optim, 1_000_000, stage.training_rules.decay)
     shardings = state_shardings(stage, optimizer, mesh)
-    step, key = make_train_step(stage, optimizer, config["optim"]["ema_decay"], shardings), rng.root(0)
-    batch, frozen = random_batch(config, config["batch_size"]), frozen_for(stage)
-    target = jax.eval_shape(lambda: init_state(stage, optimizer, key, mesh))
-    sharded = {name: jax.ShapeDtypeStruct(rows.shape, rows.dtype) for name, rows in batch.items()}
-    step.lower(target, frozen, key, sharded).compile()  # so that the memory of the compiler is not counted
+    frozen = frozen_for(stage)
+    frozen = jax.device_put(frozen, tree_shardings(frozen, mesh))
+    state = with_shardings(abstract_state(stage, optimizer), shardings)
+    rows = random_batch(config, config["batch_size"])
+    batch = shard_batch({name: rows[name] for name in batch_columns(Experiment.from_config(config), stage)}, mesh)
+    # Compiled before the state exists, so that the memory of the compiler is not counted.
+    step = make_train_step(stage, optimizer, optim.ema_decay, shardings).lower(state, frozen, key, batch).compile()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    holder, batch = [init_state(stage, optimizer, key, mesh)], shard_batch(batch, mesh)
+    holder = [init_state(stage, optimizer, key, mesh)]
 
     def once():
         holder[0], metrics = step(holder[0], frozen, key, batch)

@@ -124,8 +124,8 @@ def _search(planned: Any, topology: str, common: dict[str, Any], out: Path | Non
 
     def report(trial: Trial) -> None:
         mesh = " ".join(f"{axis}={size}" for axis, size in trial.plan.mesh.items())
-        verdict = "fits" if trial.plan.fits else "does not fit"
-        print(f"{trial.plan.topology} {mesh} {trial.settings.overrides()}: {verdict}", flush=True)
+        changed = "".join(f" {name}={value}" for name, value in trial.overrides.items())
+        print(f"{trial.plan.topology} {mesh}{changed}: {'fits' if trial.plan.fits else 'does not fit'}", flush=True)
 
     result = search_plans(planned, topology, progress=report, **common)
     print(result.table())

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dalle2_jax.config.experiment import Experiment
+from dalle2_jax.config.image_specs import UpsamplerSpec
 from dalle2_jax.data import EmbeddingsConfig
 from dalle2_jax.diffusion import NoiseStatistics
 from dalle2_jax.errors import ConfigError
 from dalle2_jax.stages import ClipStage, Stage, abstract_variables
 from dalle2_jax.stages.base import CLIP_COLUMNS, select_columns
-from dalle2_jax.system import PRIORS, programs
+from dalle2_jax.system import programs
 from dalle2_jax.training.optim import make_optimizer
 from dalle2_jax.training.sharding import (
     batch_sharding,
@@ -117,7 +118,7 @@ def sample_program(experiment: Experiment, clip: Experiment | None, mesh: Mesh) 
         batch["low_res"] = _rows(shapes["low_res"], mesh)
     plan, keys = cast(Any, stage).plan(), _key((size,), mesh)
     with logical_axes(mesh):
-        if experiment.stage in PRIORS:
+        if stage.image_size is None:
             batch.pop("image_emb")
             candidates = cast(Any, stage).candidates
             traced = cast(Any, programs.sample_embeddings).trace(
@@ -156,9 +157,7 @@ def column_shapes(
     """
     side = experiment.resolution or stage.image_size or (clip.model.tower.image_size if clip else 0)
     degrading = stage.degrading
-    low = 0
-    if stage.image_size is not None and experiment.stage not in ("decoder", *PRIORS):
-        low = cast(Any, stage).low_size
+    low = experiment.spec.conditioning.low_size if isinstance(experiment.spec, UpsamplerSpec) else 0
     if degrading:
         side = degrading.crop_side
     length = experiment.spec.text.context_length if experiment.spec.text else 0

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from dalle2_jax.files import write_atomically
-from dalle2_jax.planning.chips import GIB
 from dalle2_jax.planning.estimate import DAY, Estimate
 from dalle2_jax.planning.hlo import Traffic
 
@@ -116,13 +115,13 @@ class Plan:
         lines = [
             f"{self.stage}: {what}, batch {self.batch_size:,}, {self.topology} ({self.devices} devices), mesh {mesh}",
             "",
-            "memory of a device, GiB",
+            "memory of a device",
         ]
         for name in ("parameters", "averages", "optimizer", "frozen", "batch", "temporaries"):
-            lines.append(_line(name, _gib(getattr(memory, name))))
+            lines.append(_line(name, shown_bytes(getattr(memory, name))))
         verdict = {True: "fits", False: "does not fit", None: "cannot tell"}[self.fits]
-        limit = "" if memory.available is None else f" of {_gib(memory.available)}"
-        return [*lines, _line("peak", f"{_gib(memory.peak)}{limit}: {verdict}")]
+        limit = "" if memory.available is None else f" of {shown_bytes(memory.available)}"
+        return [*lines, _line("peak", f"{shown_bytes(memory.peak)}{limit}: {verdict}")]
 
     def _work_lines(self) -> list[str]:
         recomputed = self.hardware_flops / self.model_flops - 1 if self.model_flops else 0.0
@@ -138,11 +137,11 @@ class Plan:
         lines.append(
             _line(
                 "bytes moved",
-                f"{_gib(moved)} GiB by a device, {self.traffic.matrix_bytes / max(moved, 1):.0%} by products",
+                f"{shown_bytes(moved)} by a device, {self.traffic.matrix_bytes / max(moved, 1):.0%} by products",
             )
         )
         for kind, (runs, sent) in sorted(self.collectives.items()):
-            lines.append(_line(kind, f"{runs:,} runs, {_gib(sent)} GiB sent by a device"))
+            lines.append(_line(kind, f"{runs:,} runs, {shown_bytes(sent)} sent by a device"))
         return lines
 
     def _time_lines(self) -> list[str]:
@@ -169,5 +168,11 @@ def _line(name: str, value: str) -> str:
     return f"  {name:20} {value}"
 
 
-def _gib(size: float | None) -> str:
-    return "-" if size is None else f"{size / GIB:,.3f}"
+def shown_bytes(size: float | None) -> str:
+    """Returns a size with its unit, such as "1.5 GiB"; "-" for None."""
+    if size is None:
+        return "-"
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.4g} {unit}"
+    return f"{size:.0f} B"

@@ -18,7 +18,7 @@ from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.errors import ConfigError, UsageError
 from dalle2_jax.planning import planner, program
 from dalle2_jax.planning.chips import CHIPS
-from dalle2_jax.planning.result import Plan
+from dalle2_jax.planning.result import Plan, shown_bytes
 from dalle2_jax.planning.topology import AXES, all_meshes, check_name, find_topology
 from dalle2_jax.training.optim import OptimConfig
 
@@ -39,9 +39,10 @@ class Settings(NamedTuple):
     remat: bool | str | None = None
     accumulate: int | None = None
 
-    def overrides(self) -> dict[str, Any]:
-        """Returns the changed fields by name."""
-        named = {"remat": self.remat, f"optim.{ACCUMULATE}": self.accumulate}
+    def overrides(self, experiment: Experiment) -> dict[str, Any]:
+        """Returns the changed fields of an experiment by their dotted paths."""
+        remat = dict.fromkeys(_paths(experiment.to_json(), "remat"), self.remat)
+        named = {**remat, f"optim.{ACCUMULATE}": self.accumulate}
         return {name: value for name, value in named.items() if value is not None}
 
     def apply(self, experiment: Experiment) -> Experiment:
@@ -55,9 +56,10 @@ class Settings(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """One compilation: what was changed, and the plan."""
+    """One compilation: what was changed, also as fields by their dotted paths, and the plan."""
 
     settings: Settings
+    overrides: dict[str, Any]
     plan: Plan
 
 
@@ -99,14 +101,14 @@ class Search:
 
     def table(self) -> str:
         """Returns a line for each compilation, and the two results."""
-        lines = [f"{'topology':12} {'data':>5} {'fsdp':>5} {'tensor':>6} {'peak GiB':>9} {'step s':>10}  settings"]
-        for settings, plan in self.trials:
+        lines = [f"{'topology':12} {'data':>5} {'fsdp':>5} {'tensor':>6} {'peak':>10} {'step s':>10}  settings"]
+        for _, overrides, plan in self.trials:
             sizes = " ".join(f"{plan.mesh[axis]:>{width}}" for axis, width in zip(AXES, (5, 5, 6), strict=True))
-            peak = "-" if plan.memory.peak is None else f"{plan.memory.peak / 2**30:.2f}"
+            peak = shown_bytes(plan.memory.peak)
             seconds = f"{plan.time.serial:.4g}" if plan.time else "-"
-            named = " ".join(f"{name}={value}" for name, value in settings.overrides().items()) or "-"
+            named = " ".join(f"{name}={value}" for name, value in overrides.items()) or "-"
             lines.append(
-                f"{plan.topology:12} {sizes} {peak:>9} {seconds:>10}  {named}{'' if plan.fits else ' (does not fit)'}"
+                f"{plan.topology:12} {sizes} {peak:>10} {seconds:>10}  {named}{'' if plan.fits else ' (does not fit)'}"
             )
         for name, trial in (("smallest slice", self.smallest), ("fastest plan", self.fastest)):
             lines.append(f"{name}: {_options(trial) if trial else 'none fits'}")
@@ -171,7 +173,8 @@ def find(
     trials: list[Trial] = []
 
     def attempt(settings: Settings, name: str, sizes: Sizes) -> Trial:
-        trial = Trial(settings, compiler.compile(settings.apply(experiment), name, sizes))
+        plan = compiler.compile(settings.apply(experiment), name, sizes)
+        trial = Trial(settings, settings.overrides(experiment), plan)
         trials.append(trial)
         if progress is not None:
             progress(trial)
@@ -274,7 +277,7 @@ def _most_sharded(batch_size: int, devices: int) -> Sizes | None:
 
 def remat_values(experiment: Experiment) -> list[bool | str | None]:
     """Returns the values that the fields ``remat`` of an experiment take, the fastest first; [None] without any."""
-    if "remat" not in set(_names(experiment.to_json())):
+    if not [*_paths(experiment.to_json(), "remat")]:
         return [None]
     return [value for value in REMAT if _accepts(experiment, value)]
 
@@ -297,21 +300,22 @@ def micro_batches(experiment: Experiment, mesh: Sizes) -> list[int | None]:
     return counts
 
 
-def _names(content: Any) -> Iterator[str]:
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            yield key
-            yield from _names(value)
+def _paths(content: Mapping[str, Any], name: str, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted path of every field of a name that is not null."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, name, f"{prefix}{key}.")
+        elif key == name and value is not None:
+            yield f"{prefix}{key}"
 
 
 def _trial_json(trial: Trial) -> dict[str, Any]:
-    return {"settings": trial.settings.overrides(), "plan": trial.plan.to_json()}
+    return {"settings": trial.overrides, "plan": trial.plan.to_json()}
 
 
 def _options(trial: Trial) -> str:
     """Returns the options of the command that repeats a trial."""
     plan = trial.plan
     mesh = ",".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    changed = "".join(f" --set {name}={value}" for name, value in trial.settings.overrides().items() if name != "remat")
-    remat = "" if trial.settings.remat is None else f" (with remat={trial.settings.remat})"
-    return f"--topology {plan.topology} --mesh {mesh}{changed}{remat}"
+    changed = "".join(f" --set {name}={value}" for name, value in trial.overrides.items())
+    return f"--topology {plan.topology} --mesh {mesh}{changed}"

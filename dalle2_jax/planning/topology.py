@@ -29,6 +29,17 @@ AXES = ("data", "fsdp", "tensor")
 EXTRAS = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_plugins.xla_cuda12", "cuda")}
 """Platform -> (the module of its compiler, the extra of this package that installs it)."""
 
+TPU_FILES = ("/dev/accel0", "/dev/vfio/0")
+"""Files of which a machine with a TPU has one."""
+
+WITHOUT_TPU = {
+    # libtpu would ask a metadata server which TPU this is, lock it, and complain that there is none
+    **{"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+    **{"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"},
+    **{"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"},
+}
+"""Environment of libtpu on a machine without a TPU."""
+
 
 class MissingCompiler(UsageError):
     """The compiler for a kind of accelerator is not installed.
@@ -121,9 +132,9 @@ def _installed(module: str) -> bool:
 
 
 def _tpu_devices(name: str, chip: Chip) -> Any:
-    # libtpu asks a metadata server which TPU this is, and locks the one there is: there is none here.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if not any(map(os.path.exists, TPU_FILES)):
+        for variable, value in WITHOUT_TPU.items():
+            os.environ.setdefault(variable, value)
     options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
     return topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices
 

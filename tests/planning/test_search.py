@@ -61,7 +61,7 @@ def test_less_sharding_is_faster_where_it_fits(decoder):
     found = Formulas(60, 16).run(decoder, ("v5e:4x4",))
     assert found.fastest.plan.mesh == {"data": 4, "fsdp": 4, "tensor": 1}
     assert found.fastest.settings.remat is False
-    assert "--mesh data=4,fsdp=4,tensor=1" in found.table()
+    assert "--mesh data=4,fsdp=4,tensor=1 --set model.unet.remat=False" in found.table()
 
 
 def test_tensor_parallelism_is_tried_last(decoder):
