@@ -32,6 +32,9 @@ _BRANCHES = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
+_WORKSPACE = re.compile(r"\b[su]8\[\d+\]")
+"""Memory for intermediate results, among the results of a call of a library."""
+
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("while", "conditional", "call", "iota", "opt-barrier", "add-dependency"),
@@ -282,7 +285,10 @@ def _parse(name: str, text: str, root: bool) -> Instruction | None:
     inside = text[opcode.end() : end - 1]
     rest = {"parameter": text[opcode.end() :], "constant": inside}.get(opcode[1], text[end:])
     operands = tuple(_OPERAND.findall(inside)) if opcode[1] not in ("parameter", "constant") else ()
-    return Instruction(name, opcode[1], shape_bytes(text[: opcode.start()]), operands, rest, root)
+    result = text[: opcode.start()]
+    if opcode[1] == "custom-call" and result.startswith("("):
+        result = _WORKSPACE.sub("", result)
+    return Instruction(name, opcode[1], shape_bytes(result), operands, rest, root)
 
 
 def read_group(attributes: str, devices: int) -> tuple[int, ...]:

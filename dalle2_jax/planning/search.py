@@ -22,8 +22,8 @@ from dalle2_jax.planning.result import Plan, shown_bytes
 from dalle2_jax.planning.topology import AXES, all_meshes, check_name, find_topology
 from dalle2_jax.training.optim import OptimConfig
 
-REMAT = (False, True, "none", "dots", "blocks", "offload")
-"""Values of a field ``remat``, from the fastest to the one that needs the least memory; a config takes some of them."""
+REMAT = ((False, True), ("none", "dots", "blocks"))
+"""Values of a field ``remat``, a switch or a policy, from the fastest to the one that needs the least memory."""
 
 ACCUMULATE = "accumulate"
 """The field of the section ``optim`` with the number of micro-batches."""
@@ -279,7 +279,8 @@ def remat_values(experiment: Experiment) -> list[bool | str | None]:
     """Returns the values that the fields ``remat`` of an experiment take, the fastest first; [None] without any."""
     if not [*_paths(experiment.to_json(), "remat")]:
         return [None]
-    return [value for value in REMAT if _accepts(experiment, value)]
+    accepted = [[value for value in values if _accepts(experiment, value)] for values in REMAT]
+    return list(accepted[-1] or accepted[0])
 
 
 def _accepts(experiment: Experiment, value: bool | str) -> bool:

@@ -70,6 +70,13 @@ def test_loops_count_as_often_as_they_run():
     assert gathered == Collective("all-gather", ROW // 4, (0, 2, 4, 6), 1)
 
 
+def test_the_workspace_of_a_library_is_no_traffic():
+    call = 'custom-call(%p1, %p0), custom_call_target="__cublas$lt$matmul"'
+    line = f"  %product = (f32[2,16]{{1,0}}, s8[4194304]{{0}}) {call}\n  ROOT %result"
+    traffic = read_traffic(PROGRAM.replace("  ROOT %result", line), 8)
+    assert traffic.matrix_bytes == read_traffic(PROGRAM, 8).matrix_bytes + ROW // 4 + ROW // 4 + ROW
+
+
 def test_the_noted_length_of_a_loop_counts():
     noted = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"},"x":1}')
     assert [each.runs for each in read_traffic(noted, 8).collectives if each.kind == "all-reduce"] == [3]
