@@ -7,6 +7,7 @@ datasheet's peak. Rungs add up, each to those before it. A rung that runs out of
 the following ones.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from common import ROOT, load_config
 
 from dalle2_jax.cli import args, run_cli
+from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.errors import UsageError, UserError
 from dalle2_jax.files import write_atomically
 
@@ -25,10 +27,10 @@ RUNGS = ("bfloat16", "remat", "x2", "x4", "x8")
 """Computation in bfloat16, recomputation of activations, and batches of so many times the first one's size."""
 
 
-def fields(content: dict, name: str, prefix: str = "model") -> list[str]:
-    """Returns the paths of the fields of a name in a config's networks; the decoder's are those of its U-Net."""
-    section = content[prefix]["unet"] if "unet" in content[prefix] else content[prefix]
-    return [f"{prefix}.{'unet.' if 'unet' in content[prefix] else ''}{name}"] if name in section else []
+def fields(content: dict, name: str, prefix: str = "model.") -> list[str]:
+    """Returns the dotted paths of the fields of a name in a section of a config, at any depth."""
+    nested = [fields(value, name, f"{prefix}{key}.") for key, value in content.items() if isinstance(value, dict)]
+    return [*([f"{prefix}{name}"] if name in content else []), *itertools.chain(*nested)]
 
 
 def overrides(spec: str, rungs: list[str], batch_size: int) -> list[str]:
@@ -37,7 +39,7 @@ def overrides(spec: str, rungs: list[str], batch_size: int) -> list[str]:
     Raises:
       UsageError: the config has no such field.
     """
-    content, found = load_config(spec), {}
+    content, found = Experiment.from_config(load_config(spec)).to_json()["model"], {}
     plain = {"dtype": '"float32"', "remat": "false"}
     for name, value in plain.items():
         found |= {path: value for path in fields(content, name)}

@@ -26,7 +26,7 @@ def make_parser() -> args.Parser:
     description = (
         "Compiles the train step of a config ahead of time for accelerators that need not be here, and prints the\n"
         "memory of a device, the work and the time of a step, and the cost of the whole run.\n\n"
-        "exit codes: 0 it fits, 1 it does not, 2 that cannot be told (a wrong argument, or no compiler)"
+        "exit codes: 0 it fits, 1 it does not, 2 that is unknown (a wrong argument, or no compiler)"
     )
     parser = args.make_parser("dalle2 plan", description, EXAMPLE)
     parser.add_argument("--config", required=True, help="FILE:STAGE, a config page and one of its stages")

@@ -50,7 +50,7 @@ class Plan:
       steps: of the whole training run; 0 for sampling.
       parameters: trained, or sampled with.
       memory: on one device.
-      fits: whether the peak is within the available memory; None if that cannot be told.
+      fits: whether the peak is within the available memory; None if that is unknown.
       model_flops: of a step on all devices, without recomputation.
       hardware_flops: with it.
       traffic: of one device; None if the program did not compile.
