@@ -6,6 +6,7 @@ analysis does not do.
 """
 
 import math
+from typing import Any
 
 from jax.extend import core
 
@@ -24,16 +25,21 @@ def _equation_flops(equation: core.JaxprEqn) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return 2.0 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+        left = _shape(equation.invars[0])
+        return 2.0 * math.prod(_shape(equation.outvars[0])) * math.prod(left[axis] for axis in contracted)
     if name == "conv_general_dilated":
         # The gradient to a kernel is a convolution whose kernel is an image; the product still holds.
-        kernel, features = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
-        return 2.0 * equation.outvars[0].aval.size * math.prod(kernel) / kernel[features]
+        kernel, features = _shape(equation.invars[1]), params["dimension_numbers"].rhs_spec[0]
+        return 2.0 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) / kernel[features]
     inner = [count_flops(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner, default=0.0)
     return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    """Returns the shape of a variable of a jaxpr, which is an array."""
+    return variable.aval.shape
 
 
 def _jaxprs(value: object) -> list[core.Jaxpr | core.ClosedJaxpr]:

@@ -131,8 +131,7 @@ def compile_plan(
     compiled, needed = _compile(traced, options)
     seconds = time.monotonic() - start
     measured = _measure(traced, compiled, needed, available)
-    traffic = None if compiled is None else read_traffic(compiled.as_text(), mesh.size)
-    fits = False if compiled is None else None if available is None else measured.peak <= available
+    traffic = None if compiled is None else read_traffic(compiled.as_text() or "", mesh.size)
     return Plan(
         stage=planned.stage,
         program="sample" if sample else "train",
@@ -143,13 +142,17 @@ def compile_plan(
         steps=0 if sample else planned.run.total_steps,
         parameters=program.parameter_count(traced.parts["parameters"]),
         memory=measured,
-        fits=fits,
+        fits=False if compiled is None else _fits(measured),
         model_flops=model,
         hardware_flops=hardware,
         traffic=traffic,
         time=estimate(chip, mesh.size, traffic, model, hardware) if chip and traffic else None,
         compile_seconds=seconds,
     )
+
+
+def _fits(memory: Memory) -> bool | None:
+    return None if memory.available is None or memory.peak is None else memory.peak <= memory.available
 
 
 def _trace(planned: Experiment, clip: Experiment | None, mesh: Mesh, sample: bool) -> Program:
