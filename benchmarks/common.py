@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -15,10 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.errors import UsageError, UserError
+from dalle2_jax.planning import flops
 from dalle2_jax.stages import Stage, Variables
 from dalle2_jax.types import Batch
 
@@ -83,32 +84,9 @@ def random_batch(config: dict[str, Any], size: int) -> Batch:
 def count_flops(function: Callable, *args: Any) -> float:
     """Returns the floating-point operations of all matrix products and convolutions, loops unrolled.
 
-    A multiply and an add are two. Norms, activations and softmax are not counted, as is usual for
-    model FLOPs.
+    See ``dalle2_jax.planning.flops``.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def _count(jaxpr: core.Jaxpr) -> float:
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, out = equation.primitive.name, equation.outvars[0].aval if equation.outvars else None
-        if name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2.0 * out.size * np.prod([left[axis] for axis in contracted])
-        elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            out_features = equation.params["dimension_numbers"].rhs_spec[0]
-            # The gradient to a kernel is a convolution whose "kernel" is an image; the product still holds.
-            total += 2.0 * out.size * np.prod(kernel) / kernel[out_features]
-        repeats = equation.params.get("length", 1) if name == "scan" else 1
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if isinstance(inner, core.Jaxpr):
-                    total += repeats * _count(inner)
-    return total
+    return flops.count_flops(jax.make_jaxpr(function)(*args))
 
 
 def median_seconds(run: Callable[[], Any], repeats: int, warm_up: int = 2) -> tuple[float, float]:
@@ -124,6 +102,12 @@ def median_seconds(run: Callable[[], Any], repeats: int, warm_up: int = 2) -> tu
         jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
     return first, statistics.median(times)
+
+
+def peak_bytes() -> int:
+    """Returns the most memory that was in use: of the first device, or of the process where devices do not tell."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def matmul_rate(dtype: str, side: int | None = None) -> float:

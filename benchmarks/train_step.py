@@ -16,12 +16,14 @@ from common import (
     frozen_for,
     matmul_rate,
     median_seconds,
+    peak_bytes,
     random_batch,
 )
 
 from dalle2_jax import rng
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
+from dalle2_jax.planning.chips import chip_of_kind
 from dalle2_jax.training.optim import OptimConfig, make_optimizer
 from dalle2_jax.training.sharding import MeshConfig, make_mesh, shard_batch
 from dalle2_jax.training.step import (
@@ -62,6 +64,7 @@ def measure(spec: str, options) -> None:
         return metrics
 
     first, seconds = median_seconds(run, options.steps)
+    chip = chip_of_kind(jax.devices()[0].device_kind)
     dtype = str(next(iter(jax.tree.leaves(holder[0].params))).dtype)
     compute = config["model"].get("dtype") or config["model"].get("unet", {}).get("dtype") or dtype
     emit(
@@ -75,6 +78,8 @@ def measure(spec: str, options) -> None:
         first_step_seconds=first,
         model_flops_per_step=flops,
         utilisation=flops / seconds / (matmul_rate(compute) * jax.device_count()),
+        datasheet_utilisation=chip and flops / seconds / (chip.flops * jax.device_count()),
+        peak_bytes=peak_bytes(),
     )
 
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from dalle2_jax.errors import WeightsError as WeightsError
     from dalle2_jax.evaluation.figures import Evaluation as Evaluation
     from dalle2_jax.evaluation.run import evaluate as evaluate
+    from dalle2_jax.planning.planner import plan as plan
+    from dalle2_jax.planning.result import Plan as Plan
+    from dalle2_jax.planning.search import search_plans as search_plans
     from dalle2_jax.report import write_report as write_report
     from dalle2_jax.run import train as train
     from dalle2_jax.system.images import Images as Images
@@ -42,11 +45,14 @@ _NAMES = {
     "Evaluation": "evaluation.figures:Evaluation",
     "Experiment": "config.experiment:Experiment",
     "Images": "system.images:Images",
+    "Plan": "planning.result:Plan",
     "System": "system.system:System",
     "evaluate": "evaluation.run:evaluate",
     "experiment": "config.experiment:experiment",
     "import_weights": "weights.importer:import_weights",
     "load": "system.system:load",
+    "plan": "planning.planner:plan",
+    "search_plans": "planning.search:search_plans",
     "train": "run:train",
     "write_report": "report:write_report",
     "ConfigError": "errors:ConfigError",

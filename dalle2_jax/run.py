@@ -31,6 +31,7 @@ from dalle2_jax.training.hooks import Hooks
 from dalle2_jax.training.loop import Job, Start
 from dalle2_jax.training.metrics import from_all_hosts
 from dalle2_jax.training.optim import OptimConfig, changed_state_field, make_optimizer
+from dalle2_jax.training.profiling import Profile
 from dalle2_jax.training.reporting import held_out, provenance
 from dalle2_jax.training.reporting.trackers import make_tracker
 from dalle2_jax.training.sharding import MeshConfig, check_host_memory, make_mesh, on_devices
@@ -53,6 +54,7 @@ def train_stage(
     resume_changes: bool = False,
     show_progress: bool = True,
     callback: Callable[[int, Mapping[str, float]], None] | None = None,
+    profile: Profile | None = None,
 ) -> TrainState:
     """Trains one stage of a system, or continues its run where the newest checkpoint is.
 
@@ -64,6 +66,7 @@ def train_stage(
       resume_changes: whether the optimizer's fields may differ from those of the folder's checkpoints.
       show_progress: whether a banner and a progress bar are printed.
       callback: called at every logged step with the step and its metrics.
+      profile: the steps of which a trace is written to the stage's folder.
 
     Returns:
       The state after the last step.
@@ -77,7 +80,7 @@ def train_stage(
     with locked_stage(experiment, root):
         job = build_job(experiment, root, page, data=data, resume_changes=resume_changes)
         hooks = dataclasses.replace(job.hooks, log=callback)
-        job = dataclasses.replace(job, show_progress=show_progress, hooks=hooks)
+        job = dataclasses.replace(job, show_progress=show_progress, hooks=hooks, profile=profile)
         state = loop.train(job)
         record_contract(job, on_devices(state.ema))
     return state
@@ -91,6 +94,7 @@ def train(
     progress: bool = True,
     callback: Callable[[int, Mapping[str, float]], None] | None = None,
     resume_changes: bool = False,
+    profile: tuple[int, int] | None = None,
 ) -> System:
     """Trains one stage of a system, or continues its training where the newest checkpoint is.
 
@@ -103,6 +107,8 @@ def train(
       progress: whether a banner and a progress bar are printed.
       callback: called at every logged step with the step and its metrics.
       resume_changes: whether the optimizer's fields may differ from those of the folder's checkpoints.
+      profile: the first and the last step of this call, counted from 1, of which a trace is written to the folder
+        ``profile`` of the stage.
 
     Returns:
       The trained stage, loaded with the stages that it requires.
@@ -116,8 +122,9 @@ def train(
     root = pathlib.Path(workdir).expanduser()
     compilation.enable_compilation_cache()
     source = None if data is None else as_source(data, experiment.resolution)
-    options = {"resume_changes": resume_changes, "show_progress": progress, "callback": callback}
-    train_stage(experiment, root, data=source, **options)
+    steps = profile and Profile(*profile)
+    options: dict[str, Any] = {"resume_changes": resume_changes, "show_progress": progress, "callback": callback}
+    train_stage(experiment, root, data=source, profile=steps, **options)
     return load_stages(root, stages=load.needed(root, experiment.stage))
 
 

@@ -50,6 +50,7 @@ BOUNDARIES = {
         *("training.sharding", "system.load", "system.loaded_stage"),  # to export or pack a trained system
     ),
     "run": ("compilation", "lock", "workdir", "text", "data", "stages", "training", "config", "system"),
+    "planning": ("files", "data", "diffusion", "stages", "training", "config", "system"),
     "report": ("reading", "files", "workdir"),
     "evaluation": (
         *("rng", "reading", "files", "lock", "compilation", "pretrained", "models", "workdir", "data", "stages"),

@@ -20,6 +20,7 @@ COMMANDS = {
     "weights": "import and export public checkpoints",
     "evaluate": "measure a trained system",
     "report": "write curves, samples and measures of systems as one HTML file",
+    "plan": "plan memory, time and cost on accelerators that are not here",
     "serve": "serve systems by OpenAI's Images API",
     "sweep": "train a stage once for each variation of its config",
     "text": "train a tokenizer",

@@ -114,6 +114,8 @@ def _add_common(command: argparse.ArgumentParser, several_prompts: bool, num: in
     command.add_argument("--seed", type=args.seed, default=0, help="random seed (default 0)")
     batch_size = "images generated at a time (default 16)"
     command.add_argument("--batch_size", type=args.number(BatchSize), default=16, help=batch_size)
+    profile = "generate the images twice, and write a trace of the second time to OUT/profile"
+    command.add_argument("--profile", action="store_true", help=profile)
     command.add_argument("--noverify", action="store_true", help=args.NOVERIFY)
     command.add_argument("--out", required=True, type=args.path, help="folder for PNGs, grid.png and samples.json")
     add_stage_options(command)
@@ -255,7 +257,19 @@ def generate(options: argparse.Namespace) -> "Images":
       UsageError: a setting that a stage does not have, or does not accept.
     """
     prompts = read_prompts(options) if options.command == "text2image" else options.prompt
-    system, given = load_system(options), vars(options)
+    system = load_system(options)
+    if not options.profile:
+        return _run(options, system, prompts)
+    import jax
+
+    _run(argparse.Namespace(**{**vars(options), "out": None}), system, prompts)  # compiles
+    with jax.profiler.trace(str(options.out / "profile")):
+        return _run(options, system, prompts)
+
+
+def _run(options: argparse.Namespace, system: "System", prompts: Any) -> "Images":
+    """Runs a command with a loaded system; ``prompts`` is its caption, or its captions, or None."""
+    given = vars(options)
     keywords: dict[str, Any] = {
         **stage_settings(options, list(system.stages)),
         **{name: given[name] for name in ("num", "seed", "batch_size", "negative", "out")},

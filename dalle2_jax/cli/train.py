@@ -27,6 +27,7 @@ options:
   --config.resume_changes=True
                          continue a run with other values in its section optim
   --workdir FOLDER       the system's folder; the stage is written to a folder of its own name in it
+  --profile FIRST,LAST   write a trace of these steps, counted from the first of this command, to the stage's folder
   --[no]multihost        join the other hosts of a pod first
   --noverify             load checkpoints without checking their digests, which detect damage on disk
   --heartbeat SECONDS    with --multihost: seconds without a heartbeat after which a host counts as lost (default 15)
@@ -60,12 +61,15 @@ def run(values: flags.FlagValues) -> None:
     from dalle2_jax import compilation
     from dalle2_jax.config.experiment import Experiment, resume_changes
     from dalle2_jax.run import train_stage
+    from dalle2_jax.training.profiling import Profile
     from dalle2_jax.workdir import digests
 
     compilation.enable_compilation_cache()
     experiment, page = Experiment.from_config(values.config), cast(Any, values["config"]).config_filename
+    profile = Profile.parse(values.profile) if values.profile else None
+    options = {"page": page, "resume_changes": resume_changes(values.config), "profile": profile}
     with digests.unverified(not values.verify):
-        state = train_stage(experiment, values.workdir, page=page, resume_changes=resume_changes(values.config))
+        state = train_stage(experiment, values.workdir, **options)
     print(f"{experiment.stage}: {int(state.step)} steps, in {pathlib.Path(values.workdir) / experiment.stage}")
 
 
@@ -130,6 +134,7 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "folder of the system", flag_values=values)
     flags.DEFINE_bool("debug", False, "print the traceback of an unexpected error", flag_values=values)
     flags.DEFINE_bool("verify", True, args.NOVERIFY, flag_values=values)
+    flags.DEFINE_string("profile", None, "FIRST,LAST: steps of which a trace is written", flag_values=values)
     flags.DEFINE_bool("multihost", False, "join the other hosts of a pod", flag_values=values)
     lost = "seconds without a heartbeat after which a host counts as lost"
     flags.DEFINE_integer("heartbeat", args.HEARTBEAT, lost, lower_bound=1, flag_values=values)

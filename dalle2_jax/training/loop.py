@@ -23,6 +23,7 @@ from dalle2_jax.training.interrupt import Interrupt, Stopped, agreed, interrupte
 from dalle2_jax.training.meter import Meter
 from dalle2_jax.training.metrics import MetricWriter
 from dalle2_jax.training.optim import Optimizer
+from dalle2_jax.training.profiling import Profile, Tracer
 from dalle2_jax.training.reporting.trackers import TRACKERS, Tracker, Tracking
 from dalle2_jax.training.sharding import on_devices, shard_batch, with_shardings
 from dalle2_jax.training.state import Start, TrainState
@@ -92,6 +93,7 @@ class Job:
       show_progress: whether a banner and a progress bar are printed.
       accumulate: number of micro-batches in which the gradients of a batch are computed.
       ema_memory: where the averaged weights are, see `state_shardings`.
+      profile: the steps of which a trace is written to the stage's folder, under "profile"; None for none.
     """
 
     run: RunConfig
@@ -112,6 +114,7 @@ class Job:
     show_progress: bool = True
     accumulate: int = 1
     ema_memory: str = "device"
+    profile: Profile | None = None
 
 
 def train(job: Job) -> TrainState:
@@ -129,6 +132,7 @@ def train(job: Job) -> TrainState:
         Console(job.stage.name, first, run.total_steps, job.show_progress) as console,
         MetricWriter(job.folder.path, first) as writer,
         Tracking(job.tracker, job.folder, console.warn) as tracking,
+        Tracer(job.profile, job.folder.path / "profile") as tracer,
     ):
         for message in skipped:
             console.warn(message)
@@ -136,18 +140,19 @@ def train(job: Job) -> TrainState:
         try:
             with Interrupt() as interrupt:
                 finite = FiniteCheckpoints(checkpoints, first, job.remedy)
-                return Loop(job, key, finite, Reports(writer, tracking, console), interrupt).run(state)
+                return Loop(job, key, finite, Reports(writer, tracking, console, tracer), interrupt).run(state)
         finally:
             checkpoints.wait()
             job.stream.close()
 
 
 class Reports(NamedTuple):
-    """Where the metrics of a run go."""
+    """Where the metrics of a run go, and the trace of its steps."""
 
     writer: MetricWriter
     tracking: Tracking
     console: Console
+    tracer: Tracer
 
 
 class Loop:
@@ -187,9 +192,10 @@ class Loop:
                 self._end_without_batch(error, step - 1, state)
             self._data_state = fed.state
             self._meter.count_wait(fed.waited)
-            with self._console.compiling(step == first + 1):
+            with self._console.compiling(step == first + 1), self._reports.tracer.step(step):
                 state, metrics = step_fn(state, job.frozen, self._key, fed.batch)
                 self._meter.add(step, metrics)
+            self._reports.tracer.finish(metrics)
             self._interrupt.patient = True
             self._console.advance(self._meter.finished)
 

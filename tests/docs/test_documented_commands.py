@@ -15,6 +15,7 @@ import pytest
 
 from dalle2_jax.cli import data as data_command
 from dalle2_jax.cli import evaluate as evaluation_command
+from dalle2_jax.cli import plan as plan_command
 from dalle2_jax.cli import report, sample, serve, sweep
 from dalle2_jax.cli import text as text_command
 from dalle2_jax.cli import weights as weights_command
@@ -39,13 +40,17 @@ PARSERS = {
     "sample.py": sample.make_parser(),
     "dalle2 data": data_command.make_parser(),
     "dalle2 evaluate": evaluation_command.make_parser(),
+    "dalle2 plan": plan_command.make_parser(),
     "dalle2 report": report.make_parser(),
     "dalle2 serve": serve.make_parser(),
     "dalle2 sweep": sweep.make_parser(),
     "dalle2 text": text_command.make_parser(),
     "dalle2 weights": weights_command.make_parser(),
 }
-TRAIN_FLAGS = {"config", "workdir", "multihost", "[no]multihost", "debug", "help", "version", "noverify", "heartbeat"}
+TRAIN_FLAGS = {
+    *("config", "workdir", "multihost", "[no]multihost", "debug", "help", "version", "noverify", "heartbeat"),
+    "profile",
+}
 FOREIGN = (
     r"(?:\S*(?:ruff|basedpyright|mkdocs) |\S*pip\d? |curl |docker |hf |img2dataset|git |kubectl |ln |"
     r"\S*python3? -m (?:pip|pytest|venv)|.*XLA_FLAGS)"
