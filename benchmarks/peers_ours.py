@@ -17,7 +17,7 @@ from dalle2_jax import rng
 from dalle2_jax.diffusion import NoiseStatistics
 from dalle2_jax.models.clip import ClipConfig
 from dalle2_jax.models.decoder import DecoderConfig
-from dalle2_jax.models.prior import PriorConfig, PriorNetwork
+from dalle2_jax.models.priors.prior import PriorConfig, PriorNetwork
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.models.unet import UNet, UNetConfig
 from dalle2_jax.stages import (

@@ -20,7 +20,8 @@ import jax
 from common import ROOT, build_with_clip, emit, frozen_for, median_seconds, random_batch
 
 from dalle2_jax import rng
-from dalle2_jax.cli import args, run_cli
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.config.experiment import Experiment, experiment
 from dalle2_jax.errors import UsageError, UserError
 from dalle2_jax.planning import planner

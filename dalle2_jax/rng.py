@@ -10,9 +10,9 @@ micro-batches gets the same values: each micro-batch takes its own rows of them.
 
 import contextlib
 import contextvars
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,8 @@ def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
-class MicroBatch(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
     """Rows ``index``, ``index + count``, ``index + 2 count``, ... of a batch."""
 
     index: int | jax.Array

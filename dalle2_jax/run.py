@@ -29,10 +29,10 @@ from dalle2_jax.training import hosts, loop
 from dalle2_jax.training.accumulation import check_accumulation
 from dalle2_jax.training.hooks import Hooks
 from dalle2_jax.training.loop import Job, Start
-from dalle2_jax.training.metrics import from_all_hosts
 from dalle2_jax.training.optim import OptimConfig, changed_state_field, make_optimizer
-from dalle2_jax.training.profiling import Profile
 from dalle2_jax.training.reporting import held_out, provenance
+from dalle2_jax.training.reporting.metrics import from_all_hosts
+from dalle2_jax.training.reporting.profiling import Profile
 from dalle2_jax.training.reporting.trackers import make_tracker
 from dalle2_jax.training.sharding import MeshConfig, check_host_memory, make_mesh, on_devices
 from dalle2_jax.training.state import TrainState

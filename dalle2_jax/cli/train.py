@@ -61,7 +61,7 @@ def run(values: flags.FlagValues) -> None:
     from dalle2_jax import compilation
     from dalle2_jax.config.experiment import Experiment, resume_changes
     from dalle2_jax.run import train_stage
-    from dalle2_jax.training.profiling import Profile
+    from dalle2_jax.training.reporting.profiling import Profile
     from dalle2_jax.workdir import digests
 
     compilation.enable_compilation_cache()

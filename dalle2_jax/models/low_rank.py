@@ -6,7 +6,7 @@ W + s A B is never computed, and no gradient has its size.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -43,7 +43,8 @@ def _convolved(layer: nn.Conv, x: jax.Array, a: jax.Array) -> jax.Array:
     strides = layer.strides if isinstance(layer.strides, tuple) else (layer.strides or 1,) * sides
     padding = layer.padding
     padding = [(padding, padding)] * sides if isinstance(padding, int) else padding
-    return jax.lax.conv_general_dilated(x, a, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    how = cast(Any, (strides, padding))
+    return jax.lax.conv_general_dilated(x, a, *how, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def with_factors(params: Mapping[str, Any], factors: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,9 +112,10 @@ class ClipStage(StageDefaults):
         """Returns the loss of ``objective``; metrics: recall@1 in the batch in both directions, temperature."""
         image = self._fit(batch["image"])
         variables = {"params": params} | ({"batch_stats": stats} if stats else {})
-        (image_emb, text_emb, _), updated = self.network.apply(
+        applied = self.network.apply(
             variables, image, batch["tokens"], batch["mask"], train=True, mutable=["batch_stats"]
         )
+        (image_emb, text_emb, _), updated = cast(Any, applied)
         stats = updated["batch_stats"] if "batch_stats" in updated else stats
         return self.contrast(params, stats, frozen, {"image_emb": image_emb, "text_emb": text_emb})
 
@@ -126,7 +127,7 @@ class ClipStage(StageDefaults):
     def embed(self, params: Params, stats: Params, frozen: Mapping[str, Variables], batch: Batch) -> Embeddings:
         """Returns raw image_emb and text_emb of a batch, as in training."""
         args = self._fit(batch["image"]), batch["tokens"], batch["mask"]
-        image_emb, text_emb, _ = self.network.apply({"params": params}, *args, train=True)
+        image_emb, text_emb, _ = cast(Any, self.network.apply({"params": params}, *args, train=True))
         return {"image_emb": image_emb, "text_emb": text_emb}
 
     def contrast(

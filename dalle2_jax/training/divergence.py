@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.training.metrics import mean_of_finite
+from dalle2_jax.training.reporting.metrics import mean_of_finite
 from dalle2_jax.training.sharding import on_devices
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.types import Metrics

@@ -15,15 +15,15 @@ from dalle2_jax import rng
 from dalle2_jax.errors import UserError, choose
 from dalle2_jax.ranges import NonNegativeInt, PositiveInt, Range, Seed
 from dalle2_jax.stages.base import Stage, Variables
-from dalle2_jax.training.console import Console, progress
 from dalle2_jax.training.divergence import FiniteCheckpoints, not_finite
 from dalle2_jax.training.feed import Stream, prefetched
 from dalle2_jax.training.hooks import Hooks
 from dalle2_jax.training.interrupt import Interrupt, Stopped, agreed, interrupted
-from dalle2_jax.training.meter import Meter
-from dalle2_jax.training.metrics import MetricWriter
 from dalle2_jax.training.optim import Optimizer
-from dalle2_jax.training.profiling import Profile, Tracer
+from dalle2_jax.training.reporting.console import Console, progress
+from dalle2_jax.training.reporting.meter import Meter
+from dalle2_jax.training.reporting.metrics import MetricWriter
+from dalle2_jax.training.reporting.profiling import Profile, Tracer
 from dalle2_jax.training.reporting.trackers import TRACKERS, Tracker, Tracking
 from dalle2_jax.training.sharding import on_devices, shard_batch, with_shardings
 from dalle2_jax.training.state import Start, TrainState

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tiny import close, differ, normal, random_variables
 
-from dalle2_jax.models.ar_prior import ArPriorConfig, ArPriorNetwork
-from dalle2_jax.models.laion_prior import LaionPriorConfig, LaionPriorNetwork
 from dalle2_jax.models.low_rank import low_rank_changes, with_factors
+from dalle2_jax.models.priors.ar_prior import ArPriorConfig, ArPriorNetwork
+from dalle2_jax.models.priors.laion_prior import LaionPriorConfig, LaionPriorNetwork
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.stages import LoraConfig, LoraStage, Variables
 from dalle2_jax.stages.lora import merge

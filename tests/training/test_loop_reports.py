@@ -14,9 +14,10 @@ from raised import mentions
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.stages.base import Variables
-from dalle2_jax.training import feed, loop, meter
+from dalle2_jax.training import feed, loop
 from dalle2_jax.training.hooks import Hooks
 from dalle2_jax.training.loop import train
+from dalle2_jax.training.reporting import meter
 from dalle2_jax.training.sharding import MeshConfig, make_mesh
 
 # --- what it prints, and hooks ----------------------------------------------------------------

@@ -12,8 +12,8 @@ import pytest
 from raised import mentions
 
 from dalle2_jax.errors import SystemWarning, UserError
-from dalle2_jax.training.console import Console
-from dalle2_jax.training.metrics import MetricWriter, mean_of_finite, truncate_after
+from dalle2_jax.training.reporting.console import Console
+from dalle2_jax.training.reporting.metrics import MetricWriter, mean_of_finite, truncate_after
 from dalle2_jax.types import WeightedMean
 
 METRICS = {"loss": 0.5, "examples_per_second": 8.0}

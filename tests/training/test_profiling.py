@@ -8,7 +8,7 @@ from raised import mentions
 
 from dalle2_jax.errors import SystemWarning, UsageError
 from dalle2_jax.training.loop import train
-from dalle2_jax.training.profiling import Profile
+from dalle2_jax.training.reporting.profiling import Profile
 
 
 def test_chosen_steps_are_traced(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from dalle2_jax import rng
 from dalle2_jax.stages.base import Stage, Variables
-from dalle2_jax.training.metrics import mean_of_finite
+from dalle2_jax.training.reporting.metrics import mean_of_finite
 from dalle2_jax.training.sharding import logical_axes, replicated, shard_batch
 from dalle2_jax.types import Batch, Metrics
 
