@@ -57,7 +57,7 @@ def inherited(run: Experiment, base: Experiment) -> Experiment:
         if name in run.spec.sections:
             with Place("config", name).errors():
                 sections[name] = _joined(getattr(base.spec, name), getattr(run.spec, name), own)
-    conditioning = run.spec.conditioning if "conditioning" in run.spec.sections else None
+    conditioning = cast(Any, run.spec).conditioning if "conditioning" in run.spec.sections else None
     if isinstance(conditioning, DecoderConditioning | UpsamplerConditioning) and conditioning.inpaint:
         sections |= _with_known_pixels(run, sections)
     return dataclasses.replace(run, spec=dataclasses.replace(cast(Any, run.spec), **sections))

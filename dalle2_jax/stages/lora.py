@@ -155,6 +155,10 @@ class LoraStage:
         """Returns the contract of merged weights, as the inner stage."""
         return self.inner.contract(params)
 
+    def adapted(self, params: Params) -> Params:
+        """Returns the factors unchanged: they belong to one network."""
+        return params
+
     def merged(self, frozen: Mapping[str, Variables], variables: Variables) -> Variables:
         """Returns the inner stage's variables: the base weights with the change added, and all statistics."""
         base = frozen[self.name]
