@@ -11,6 +11,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.module import InterceptorContext
 
 LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
 """Layers that may have factors. Others would ignore them."""
@@ -20,7 +21,7 @@ LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv)
 def low_rank_changes(scale: float) -> Iterator[None]:
     """Adds ``scale`` (x A) B to the output of every layer that has factors, while a network is applied."""
 
-    def intercept(call: Callable, args: tuple, kwargs: Mapping[str, Any], context: nn.module.InterceptorContext) -> Any:
+    def intercept(call: Callable, args: tuple, kwargs: Mapping[str, Any], context: InterceptorContext) -> Any:
         layer, result = context.module, call(*args, **kwargs)
         changed = isinstance(layer, LAYERS) and context.method_name == "__call__"
         if not changed or not layer.has_variable("params", "lora_a"):

@@ -224,8 +224,15 @@ def _update_rule(config: OptimConfig, schedule: optax.Schedule, mask: Any) -> op
     """
     mu_dtype = None if config.mu_dtype == "float32" else config.mu_dtype
     if config.name == "adamw":
-        rates = {"b1": config.beta1, "b2": config.beta2, "eps": config.eps, "mu_dtype": mu_dtype}
-        return optax.adamw(schedule, **rates, weight_decay=config.weight_decay, mask=mask)
+        return optax.adamw(
+            schedule,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            mu_dtype=mu_dtype,
+            weight_decay=config.weight_decay,
+            mask=mask,
+        )
     momentum = [optax.ema(config.beta1, debias=False, accumulator_dtype=mu_dtype)] if config.beta1 else []
     return optax.chain(
         optax.scale_by_factored_rms(),

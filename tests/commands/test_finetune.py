@@ -103,8 +103,8 @@ def test_inherited():
     run = Experiment.from_config(config)
     merged = inherit.inherited(run, base)
     unet, base_unet = merged.spec.model.unet, base.spec.model.unet
-    assert (unet.channels, unet.remat, unet.dropout, unet.dtype) == (16, True, 0.0, "float32")
-    assert dataclasses.replace(unet, remat=False, dropout=0.1, dtype="bfloat16") == base_unet
+    assert (unet.channels, unet.remat, unet.dropout, unet.dtype) == (16, "blocks", 0.0, "float32")
+    assert dataclasses.replace(unet, remat="none", dropout=0.1, dtype="bfloat16") == base_unet
     assert dataclasses.replace(merged.spec.model, unet=base_unet) == base.spec.model
     assert merged.spec.text == base.spec.text and merged.spec.text.context_length == 77
     assert merged.spec.conditioning == dataclasses.replace(base.spec.conditioning, drop_text=0.2)

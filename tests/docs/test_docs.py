@@ -53,6 +53,7 @@ GIVEN = {
     "evaluation.md": ("demo", "digits", "included"),
     "feature_networks.md": ("demo",),
     "fine_tuning.md": ("imported", "images"),
+    "memory.md": ("images",),
     "pods.md": ("demo", "shared"),
     "pretrained.md": ("demo", "included"),
     "public_weights.md": ("karlo", "images"),
