@@ -82,7 +82,7 @@ ABSENT = (
     "runs/inception",
     "runs/lpips",
     "v4:",
-    "v5e:",
+    "v5e",
     "v5p:",
     "v6e:",
     "h100:",
