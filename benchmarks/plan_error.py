@@ -61,8 +61,7 @@ def run(spec: str, overrides: list[str], steps: int) -> dict:
 
 def forced(spec: str, overrides: list[str], steps: int, devices: int) -> dict:
     """Runs train steps in a process with so many CPU devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     words = [sys.executable, __file__, "--config", spec, "--steps", str(steps), "--run"]
     words += [part for change in overrides for part in ("--set", change)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)

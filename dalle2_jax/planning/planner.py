@@ -186,8 +186,16 @@ def _compile(traced: Program, options: dict[str, Any] | None) -> tuple[jax.stage
         reason = str(error)
         if "RESOURCE_EXHAUSTED" not in reason:
             raise CannotTell(f"the program does not compile: {reason.splitlines()[0][:300]}") from error
-        used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", reason)
-        return None, used and int(float(used[1]) * 1024 ** (" KMGT".index(used[2])))
+        return None, needed_bytes(reason)
+
+
+def needed_bytes(reason: str) -> int | None:
+    """Returns the memory that XLA's message about too little of it names; None if it names none."""
+    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", reason)
+    if used is None:
+        return None
+    number, unit = used[1] or used[3], used[2] or used[4]
+    return int(float(number) * 1024 ** " KMGT".index(unit))
 
 
 def _measure(

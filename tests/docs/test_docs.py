@@ -84,7 +84,7 @@ ABSENT = (
     "runs/inception",
     "runs/lpips",
     "v4:",
-    "v5e:",
+    "v5e",
     "v5p:",
     "v6e:",
     "h100:",

@@ -160,6 +160,28 @@ def test_what_does_not_divide(options, facts, field):
         plan(f"{PAGE}:upsampler_1", "cpu:8", **options)
 
 
+@pytest.mark.parametrize(
+    ("reason", "size"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 41.5G of 15.75G hbm.", 41.5 * 2**30),
+        ("Ran out of memory on HBM: HLO temporaries (512.00M) exceeds available HBM (15.75G)", 2**29),
+        ("RESOURCE_EXHAUSTED", None),
+    ],
+)
+def test_needed_memory_is_read_from_the_message(reason, size):
+    assert planner.needed_bytes(reason) == size
+
+
+def test_a_program_that_runs_out_of_memory_does_not_fit(monkeypatch):
+    def compile_nothing(traced, options):
+        return None, 2**40
+
+    monkeypatch.setattr(planner, "_compile", compile_nothing)
+    found = plan(f"{PAGE}:upsampler_1", "cpu:2", memory=2**30)
+    assert found.fits is False and found.memory.peak == 2**40 and found.memory.temporaries is None
+    assert found.traffic is None and "does not fit" in found.table() and found.to_json()["traffic"] is None
+
+
 # --- the command ----------------------------------------------------------------------------
 
 
