@@ -47,10 +47,10 @@ def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 class MicroBatch(NamedTuple):
-    """Rows ``index``, ``index + count``, ``index + 2 count``, ... of a batch."""
+    """Rows ``place``, ``place + number``, ``place + 2 number``, ... of a batch in ``number`` micro-batches."""
 
-    index: int | jax.Array
-    count: int
+    place: int | jax.Array
+    number: int
 
 
 _micro_batch: contextvars.ContextVar[MicroBatch | None] = contextvars.ContextVar("micro_batch", default=None)
@@ -79,8 +79,8 @@ def per_row(
     rows = _micro_batch.get()
     if rows is None:
         return sample(key, shape)
-    whole = sample(key, (shape[0] * rows.count, *shape[1:])).reshape(shape[0], rows.count, *shape[1:])
-    return jax.lax.dynamic_index_in_dim(whole, rows.index, axis=1, keepdims=False)
+    whole = sample(key, (shape[0] * rows.number, *shape[1:])).reshape(shape[0], rows.number, *shape[1:])
+    return jax.lax.dynamic_index_in_dim(whole, rows.place, axis=1, keepdims=False)
 
 
 def bernoulli(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:

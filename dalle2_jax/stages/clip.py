@@ -22,7 +22,7 @@ from dalle2_jax.models.clip import Clip, ClipConfig
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.ranges import EmbeddingScale
 from dalle2_jax.stages import images
-from dalle2_jax.stages.base import Embeddings, Outputs, StageDefaults, TrainingRules, Variables, clip_columns
+from dalle2_jax.stages.base import Embeddings, Outputs, StageDefaults, TrainingRules, Variables, apply, clip_columns
 from dalle2_jax.stages.contract import EmbeddingContract, fingerprint
 from dalle2_jax.stages.contrastive import ContrastiveConfig, sigmoid_loss, softmax_loss
 from dalle2_jax.stages.held_out import retrieval, unit
@@ -126,7 +126,7 @@ class ClipStage(StageDefaults):
     def embed(self, params: Params, stats: Params, frozen: Mapping[str, Variables], batch: Batch) -> Embeddings:
         """Returns raw image_emb and text_emb of a batch, as in training."""
         args = self._fit(batch["image"]), batch["tokens"], batch["mask"]
-        image_emb, text_emb, _ = self.network.apply({"params": params}, *args, train=True)
+        image_emb, text_emb, _ = apply(self.network, params, *args, train=True)
         return {"image_emb": image_emb, "text_emb": text_emb}
 
     def contrast(

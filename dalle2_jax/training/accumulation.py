@@ -19,10 +19,9 @@ Micro-batch j is the rows j, j + count, j + 2 count, ..: a batch that is sharded
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.spmd import RulesFallback
+from flax.linen.spmd import RulesFallback, with_logical_constraint
 from jax.sharding import Mesh, PartitionSpec
 
 from dalle2_jax import rng
@@ -128,7 +127,7 @@ def _split(batch: Any, count: int) -> Any:
     def split(column: jax.Array) -> jax.Array:
         rows = column.reshape(column.shape[0] // count, count, *column.shape[1:]).swapaxes(0, 1)
         axes = (None, "batch", *(PartitionSpec.UNCONSTRAINED,) * (rows.ndim - 2))
-        return nn.with_logical_constraint(rows, axes, fallback=RulesFallback.NO_CONSTRAINT)
+        return with_logical_constraint(rows, axes, fallback=RulesFallback.NO_CONSTRAINT)
 
     return jax.tree.map(split, batch)
 
