@@ -10,9 +10,9 @@ micro-batches gets the same values: each micro-batch takes its own rows of them.
 
 import contextlib
 import contextvars
-import dataclasses
 import zlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +46,11 @@ def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
-@dataclasses.dataclass(frozen=True)
-class MicroBatch:
-    """Rows ``index``, ``index + count``, ``index + 2 count``, ... of a batch."""
+class MicroBatch(NamedTuple):
+    """Rows ``place``, ``place + number``, ``place + 2 number``, ... of a batch in ``number`` micro-batches."""
 
-    index: int | jax.Array
-    count: int
+    place: int | jax.Array
+    number: int
 
 
 _micro_batch: contextvars.ContextVar[MicroBatch | None] = contextvars.ContextVar("micro_batch", default=None)
@@ -80,8 +79,8 @@ def per_row(
     rows = _micro_batch.get()
     if rows is None:
         return sample(key, shape)
-    whole = sample(key, (shape[0] * rows.count, *shape[1:])).reshape(shape[0], rows.count, *shape[1:])
-    return jax.lax.dynamic_index_in_dim(whole, rows.index, axis=1, keepdims=False)
+    whole = sample(key, (shape[0] * rows.number, *shape[1:])).reshape(shape[0], rows.number, *shape[1:])
+    return jax.lax.dynamic_index_in_dim(whole, rows.place, axis=1, keepdims=False)
 
 
 def bernoulli(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:

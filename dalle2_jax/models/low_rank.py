@@ -6,7 +6,7 @@ W + s A B is never computed, and no gradient has its size.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -40,12 +40,14 @@ def low_rank_changes(scale: float) -> Iterator[None]:
 
 def _convolved(layer: nn.Conv, x: jax.Array, a: jax.Array) -> jax.Array:
     """Returns the convolution of x [B, H, W, C] with A [h, w, C, rank], with the strides and padding of a layer."""
-    sides = a.ndim - 2
-    strides = layer.strides if isinstance(layer.strides, tuple) else (layer.strides or 1,) * sides
-    padding = layer.padding
-    padding = [(padding, padding)] * sides if isinstance(padding, int) else padding
-    how = cast(Any, (strides, padding))
-    return jax.lax.conv_general_dilated(x, a, *how, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    strides, padding = _pair(layer.strides or 1), layer.padding
+    pads = padding if isinstance(padding, str) else [(side, side) for side in _pair(padding)]
+    return jax.lax.conv_general_dilated(x, a, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """Returns a value for both sides of an image."""
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def with_factors(params: Mapping[str, Any], factors: Mapping[str, Any]) -> dict[str, Any]:

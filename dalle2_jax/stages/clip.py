@@ -22,7 +22,7 @@ from dalle2_jax.models.clip import Clip, ClipConfig
 from dalle2_jax.models.resnet import ResNetConfig
 from dalle2_jax.ranges import EmbeddingScale
 from dalle2_jax.stages import images
-from dalle2_jax.stages.base import Embeddings, Outputs, StageDefaults, TrainingRules, Variables, clip_columns
+from dalle2_jax.stages.base import Embeddings, Outputs, StageDefaults, TrainingRules, Variables, apply, clip_columns
 from dalle2_jax.stages.contract import EmbeddingContract, fingerprint
 from dalle2_jax.stages.contrastive import ContrastiveConfig, sigmoid_loss, softmax_loss
 from dalle2_jax.stages.held_out import retrieval, unit
@@ -112,10 +112,9 @@ class ClipStage(StageDefaults):
         """Returns the loss of ``objective``; metrics: recall@1 in the batch in both directions, temperature."""
         image = self._fit(batch["image"])
         variables = {"params": params} | ({"batch_stats": stats} if stats else {})
-        applied = self.network.apply(
+        (image_emb, text_emb, _), updated = self.network.apply(
             variables, image, batch["tokens"], batch["mask"], train=True, mutable=["batch_stats"]
         )
-        (image_emb, text_emb, _), updated = cast(Any, applied)
         stats = updated["batch_stats"] if "batch_stats" in updated else stats
         return self.contrast(params, stats, frozen, {"image_emb": image_emb, "text_emb": text_emb})
 
@@ -127,7 +126,7 @@ class ClipStage(StageDefaults):
     def embed(self, params: Params, stats: Params, frozen: Mapping[str, Variables], batch: Batch) -> Embeddings:
         """Returns raw image_emb and text_emb of a batch, as in training."""
         args = self._fit(batch["image"]), batch["tokens"], batch["mask"]
-        image_emb, text_emb, _ = cast(Any, self.network.apply({"params": params}, *args, train=True))
+        image_emb, text_emb, _ = apply(self.network, params, *args, train=True)
         return {"image_emb": image_emb, "text_emb": text_emb}
 
     def contrast(
