@@ -171,6 +171,8 @@ def find(
 ) -> Search:
     """Returns the result of a search over topologies, the smallest first; see the module."""
     trials: list[Trial] = []
+    sharded = {name: _most_sharded(experiment.run.batch_size, device_count(name)) for name in topologies}
+    dividing = {name: mesh for name, mesh in sharded.items() if mesh is not None}
 
     def attempt(settings: Settings, name: str, sizes: Sizes) -> Trial:
         plan = compiler.compile(settings.apply(experiment), name, sizes)
@@ -182,14 +184,14 @@ def find(
 
     def least(name: str) -> Trial | None:
         """Returns the trial of a topology with the settings that need the least memory."""
-        mesh = _most_sharded(experiment.run.batch_size, device_count(name))
-        if mesh is None or compiler.state_bytes(experiment, name, mesh) > compiler.available(name):
+        mesh = dividing[name]
+        if compiler.state_bytes(experiment, name, mesh) > compiler.available(name):
             return None
         pieces = micro_batches(experiment, mesh)
         trial = attempt(Settings(remat_values(experiment)[-1], pieces[-1]), name, mesh)
         return trial if trial.plan.fits else None
 
-    smallest = first_that_fits(least, topologies)
+    smallest = first_that_fits(least, [*dividing])
     if smallest is None:
         return Search(None, None, tuple(trials))
     name = smallest.plan.topology

@@ -74,6 +74,13 @@ def test_tensor_parallelism_is_tried_last(decoder):
     assert found.fastest.plan.mesh["tensor"] == 2
 
 
+def test_slices_over_which_the_batch_does_not_divide_are_left_away(decoder):
+    odd = dataclasses.replace(decoder, run=dataclasses.replace(decoder.run, batch_size=1))
+    found = Formulas(10, 0).run(odd, ("v5e:2x2", "v5e:2x4", "v5e:4x4"))
+    assert found.smallest.plan.topology == "v5e:2x2" and found.smallest.plan.mesh["tensor"] == 4
+    assert Formulas(10, 0).run(odd, ("v5e:4x4",)).smallest is None  # sixteen ways are more than MAX_TENSOR
+
+
 def test_nothing_fits(decoder):
     found = Formulas(1e9, 1).run(decoder)
     assert found.smallest is None and found.fastest is None and found.trials == ()
