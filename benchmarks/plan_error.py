@@ -44,7 +44,8 @@ def run(spec: str, overrides: list[str], steps: int) -> dict:
     rows = random_batch(config, config["batch_size"])
     batch = shard_batch({name: rows[name] for name in batch_columns(Experiment.from_config(config), stage)}, mesh)
     # Compiled before the state exists, so that the memory of the compiler is not counted.
-    step = make_train_step(stage, optimizer, optim.ema_decay, shardings).lower(state, frozen, key, batch).compile()
+    step = make_train_step(stage, optimizer, optim.ema_decay, shardings, optim.accumulate)
+    step = step.lower(state, frozen, key, batch).compile()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     holder = [init_state(stage, optimizer, key, mesh)]
 

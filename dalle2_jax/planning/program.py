@@ -16,7 +16,7 @@ from dalle2_jax.errors import ConfigError
 from dalle2_jax.stages import ClipStage, Stage, abstract_variables
 from dalle2_jax.stages.base import CLIP_COLUMNS, select_columns
 from dalle2_jax.system import programs
-from dalle2_jax.training.optim import make_optimizer
+from dalle2_jax.training.optim import HOST, make_optimizer
 from dalle2_jax.training.sharding import (
     batch_sharding,
     logical_axes,
@@ -68,11 +68,11 @@ def train_program(experiment: Experiment, clip: Experiment | None, mesh: Mesh) -
     if clip_stage is not None and clip_stage.name in stage.requires and columns != stage_columns(stage):
         frozen[clip_stage.name] = abstract_variables(clip_stage)
     optimizer = make_optimizer(optim, experiment.run.total_steps, stage.training_rules.decay)
-    shardings = state_shardings(stage, optimizer, mesh)
+    shardings = state_shardings(stage, optimizer, mesh, optim.ema_memory)
     state = with_shardings(abstract_state(stage, optimizer), shardings)
     frozen = with_shardings(frozen, tree_shardings(frozen, mesh))
     batch = _batch(column_shapes(experiment, stage, clip_stage, experiment.run.batch_size), columns, mesh)
-    step = cast(Any, make_train_step(stage, optimizer, optim.ema_decay, shardings))
+    step = cast(Any, make_train_step(stage, optimizer, optim.ema_decay, shardings, optim.accumulate))
     parts = {
         "parameters": state.params,
         "averages": (state.ema, state.ema_stats),
@@ -89,7 +89,7 @@ def state_bytes(experiment: Experiment, clip: Experiment | None, mesh: Mesh) -> 
     stage, _ = build_stage(experiment, clip)
     optim, _ = experiment.check_trainable()
     optimizer = make_optimizer(optim, experiment.run.total_steps, stage.training_rules.decay)
-    shardings = state_shardings(stage, optimizer, mesh)
+    shardings = state_shardings(stage, optimizer, mesh, optim.ema_memory)
     return device_bytes(with_shardings(abstract_state(stage, optimizer), shardings))
 
 
@@ -193,13 +193,15 @@ def _key(shape: tuple[int, ...], mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def device_bytes(tree: Any) -> int:
-    """Returns the bytes of a tree of shapes with shardings on one device."""
+    """Returns the bytes of a tree of shapes with shardings in the memory of one device."""
     return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _leaf_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    shape = cast(jax.sharding.Sharding, leaf.sharding).shard_shape(leaf.shape)
-    size = 1
+    sharding = cast(jax.sharding.Sharding, leaf.sharding)
+    if sharding.memory_kind == HOST:
+        return 0
+    shape, size = sharding.shard_shape(leaf.shape), 1
     for axis in shape:
         size *= axis
     return size * leaf.dtype.itemsize
