@@ -16,16 +16,8 @@ from dalle2_jax.config.parse import VISION, expand, expand_file
 from dalle2_jax.config.sections import TokenizerConfig
 from dalle2_jax.config.sources import PythonDataConfig
 from dalle2_jax.errors import ConfigError, UsageError, UserError
-from dalle2_jax.models import (
-    ar_prior,
-    clip,
-    decoder,
-    laion_prior,
-    multi_query,
-    prior,
-    transformer,
-    unet,
-)
+from dalle2_jax.models import clip, decoder, multi_query, transformer, unet
+from dalle2_jax.models.priors import ar_prior, laion_prior, prior
 from dalle2_jax.ranges import AnyFloat, PositiveInt, Range, alternatives
 from dalle2_jax.system import load
 from dalle2_jax.training.loop import RunConfig

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 from raised import mentions
 
 from dalle2_jax import testing
@@ -195,7 +196,7 @@ def results(jaxpr):
     """Yields the shapes of all results within a program."""
     for equation in jaxpr.eqns:
         yield from (getattr(out.aval, "shape", ()) for out in equation.outvars)
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in core.jaxprs_in_params(equation.params):
             yield from results(inner)
 
 

@@ -341,7 +341,7 @@ def test_eps_is_rejected_where_the_last_step_is_pure_noise():
 def recorded_noise(monkeypatch):
     """The noise that the public code was given replaces the sampled one."""
     noise = channels_last("inputs/noise")
-    monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: noise.reshape(shape))
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype=jnp.float32: noise.reshape(shape))
 
 
 @pytest.mark.parametrize("prediction_type", ["eps", "x0"])

@@ -87,7 +87,8 @@ def test_a_job_has_the_answer_of_the_request(client, tiny):
     state = wait(client, start(client, n=2))
     assert state["status"] == "done" and state["images"] == 2
     expected = tiny.text2image("a", num=2, seed=5, **FEW).numpy
-    np.testing.assert_array_equal(images_of(state["result"]), expected)
+    # Rows are batches of another size, so that the last bit of a sum may differ.
+    np.testing.assert_allclose(images_of(state["result"]).astype(int), expected.astype(int), atol=1)
 
 
 def test_events_show_the_denoising(client):
