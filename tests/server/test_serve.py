@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 
 import numpy as np
@@ -41,8 +42,20 @@ def pixels(content):
 
 
 def fetch(url):
-    with urllib.request.urlopen(url) as answer:
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
         return answer.read()
+
+
+def status(request):
+    """Returns the status of the answer to a request; None without a connection."""
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+    except OSError:
+        return None
 
 
 @pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # OpenAI's variations
@@ -120,7 +133,7 @@ def test_a_body_that_never_ends_is_408(serve, monkeypatch):
         with socket.create_connection((host, int(port)), timeout=TIMEOUT) as slow:
             head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
             slow.sendall(f"{head}Content-Length: 50\r\n\r\n{{".encode())
-            answer = slow.recv(10_000).decode()
+            answer = b"".join(iter(lambda: slow.recv(10_000), b"")).decode()  # until the server closes
     assert " 408 " in answer.splitlines()[0] and "request_timeout" in answer
 
 
@@ -130,15 +143,13 @@ def test_the_shutdown_finishes_what_has_started(serve):
         body = json.dumps({"prompt": "a", "seed": 1, "response_format": "b64_json"}).encode()
         asked = urllib.request.Request(f"{address}/v1/images/generations", body, {"Content-Type": "application/json"})
         answers = []
-        asking = threading.Thread(target=lambda: answers.append(urllib.request.urlopen(asked, timeout=TIMEOUT).status))
+        asking = threading.Thread(target=lambda: answers.append(status(asked)))
         asking.start()
         wait_until(lambda: server.service.engine.waiting or answers)
         server.stop()
-        with pytest.raises(OSError) as caught:
-            urllib.request.urlopen(asked, timeout=TIMEOUT)
-        assert getattr(caught.value, "code", 503) == 503
+        assert status(asked) in (503, None)
         asking.join(TIMEOUT)
-    assert answers in ([200], [])  # not started before the end: 503, which urlopen raises in its thread
+    assert answers in ([200], [503])  # 503 if it had not started before the end
 
 
 def wait_until(condition):
@@ -196,7 +207,7 @@ def test_sigterm_ends_the_command():
     with subprocess.Popen(words, cwd=ROOT, env=environment(), **pipes) as process:
         address = process.stdout.readline().split()[-1]
         assert address.startswith("http://127.0.0.1:")
-        assert urllib.request.urlopen(f"{address}/healthz", timeout=TIMEOUT).read() == b"ok\n"
+        assert fetch(f"{address}/healthz") == b"ok\n"
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0 and "Traceback" not in err
