@@ -6,18 +6,20 @@ analysis does not do.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from jax.extend import core
 
+_Closed: Any = cast(Any, core).ClosedJaxpr  # not among the exported names of every version
 
-def count_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> float:
-    """Returns the FLOPs of one run of a program on all devices together.
+
+def count_flops(jaxpr: Any) -> float:
+    """Returns the FLOPs of one run of a program, a jaxpr or closed jaxpr, on all devices together.
 
     The body of a ``scan`` counts as often as it runs, that of a ``while`` once, and of the branches of a ``cond`` the
     most expensive one.
     """
-    inner = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    inner = jaxpr.jaxpr if isinstance(jaxpr, _Closed) else jaxpr
     return sum(map(_equation_flops, inner.eqns))
 
 
@@ -42,6 +44,6 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
-def _jaxprs(value: object) -> list[core.Jaxpr | core.ClosedJaxpr]:
+def _jaxprs(value: object) -> list[Any]:
     values = value if isinstance(value, tuple | list) else (value,)
-    return [each for each in values if isinstance(each, core.Jaxpr | core.ClosedJaxpr)]
+    return [each for each in values if isinstance(each, core.Jaxpr | _Closed)]
