@@ -119,7 +119,7 @@ def decoder() -> ConfigDict:
 
     Without ``input_skip`` no share of the noise reaches the output, so that backgrounds are plain.
     """
-    config = common(12_500, 32, 1e-3, resolution=32)
+    config = common(45_000, 16, 1e-3, resolution=32)
     config.model = {
         "unet": {
             "image_size": 32,
