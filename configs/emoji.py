@@ -7,10 +7,10 @@
 
 | stage       | images               | minutes | `,large`, for one GPU      |
 | ----------- | -------------------- | ------- | -------------------------- |
-| clip        | 32x32, patches of 8  | 15      | 64x64, batch 1024          |
-| prior       | embeddings           | 24      | 8 layers of width 512      |
-| decoder     | 32x32, folded 2x2    | 106     | 64x64, attention at 16, 8  |
-| upsampler_1 | 32 -> 64, folded 2x2 | 14      | 64 -> 256                  |
+| clip        | 32x32, patches of 8  | 10      | 64x64, batch 1024          |
+| prior       | embeddings           | 16      | 8 layers of width 512      |
+| decoder     | 32x32, folded 2x2    | 100     | 64x64, attention at 16, 8  |
+| upsampler_1 | 32 -> 64, folded 2x2 | 8       | 64 -> 256                  |
 
 Minutes are those of two CPU cores; `ar_prior` (11) takes the place of the prior.
 
