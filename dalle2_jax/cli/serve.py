@@ -1,6 +1,7 @@
 """``dalle2 serve``: serves systems by OpenAI's Images API."""
 
 import argparse
+import importlib.util
 import pathlib
 import re
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from dalle2_jax.server.config import ServerConfig
 
 EXAMPLE = "dalle2 serve --system runs/demo --port 8000"
+
+EXTRA = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+"""The modules of the extra ``serve``; Starlette imports the one for forms only when the first form arrives."""
 
 _GIGABYTE = 10**9
 
@@ -102,6 +106,13 @@ def read_config(options: argparse.Namespace) -> "ServerConfig":
     return ServerConfig(systems, memory=memory, cors=tuple(options.cors), drain=options.drain_seconds, **same)
 
 
+def check_installed() -> None:
+    """Raises UserError unless the extra ``serve`` is installed."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"dalle2 serve needs {', '.join(missing)}: pip install 'dalle2_jax[serve]'")
+
+
 def _log_to_stderr() -> None:
     """Prints the server's log, a line for each request, on standard error."""
     import logging
@@ -116,15 +127,13 @@ def _log_to_stderr() -> None:
 def main() -> None:
     """Runs the command."""
     options = make_parser().parse_args()
+    check_installed()
     config = read_config(options)
     for _, path in options.system:
         if "://" not in path and not args.system(path).is_dir():
             raise UserError(f"there is no system at {path}")
-    try:
-        from dalle2_jax.server.serve import Server
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'dalle2_jax[serve]'") from error
     from dalle2_jax import signals
+    from dalle2_jax.server.serve import Server
 
     _log_to_stderr()
     server = Server(config)

@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import configparser
 import io
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -16,11 +18,11 @@ import urllib.request
 import numpy as np
 import openai
 import pytest
-from command_line import ROOT, environment
+from command_line import ROOT, assert_one_line, environment
 from PIL import Image
 from served import FEW, FEW_WITHOUT_PRIOR, TIMEOUT, png, running
 
-from dalle2_jax.cli.serve import make_parser, read_config
+from dalle2_jax.cli.serve import EXTRA, make_parser, read_config
 from dalle2_jax.errors import UsageError, UserError
 from dalle2_jax.server import serve as serving
 
@@ -191,6 +193,21 @@ def test_options_of_the_command(tmp_path):
 def test_wrong_options(words):
     with pytest.raises(UsageError):
         parsed(*words)
+
+
+@pytest.mark.parametrize("missing", EXTRA)
+def test_without_its_extra_the_command_says_what_to_install(missing):
+    program = f"import sys\nsys.modules[{missing!r}] = None\nfrom dalle2_jax.cli import start\nstart()"
+    words = [sys.executable, "-c", program, "serve", "--system", "shapes", "--port", "0"]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    assert_one_line(done, 1, missing, "pip install 'dalle2_jax[serve]'")
+
+
+def test_the_extra_is_that_of_the_package():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    requirements = config["options.extras_require"]["serve"].split()
+    assert {re.split("[<>=]", each)[0].replace("-", "_") for each in requirements} == set(EXTRA)
 
 
 def test_a_port_in_use(serve):
