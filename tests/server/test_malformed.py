@@ -40,8 +40,14 @@ def generation(param=None, status=400, **fields):
     return GENERATIONS, {"content": json.dumps(body).encode(), "headers": JSON}, status, param
 
 
-def raw(content, status=400, headers=JSON, path=GENERATIONS):
-    return path, {"content": content, "headers": headers}, status, None
+def raw(content, status=400, headers=JSON, path=GENERATIONS, param=None):
+    return path, {"content": content, "headers": headers}, status, param
+
+
+def form(charset):
+    """Returns a case: a form in another charset, with a lone surrogate where the charset can have one."""
+    field = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\\ud800\r\n--x--\r\n'
+    return raw(field, headers={"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}, path=EDITS)
 
 
 def edit(image, mask=None, status=400, param="image", **fields):
@@ -65,7 +71,13 @@ CASES = {
     "long prompt": generation("prompt", prompt="a" * 1001),
     "10 MB prompt": generation(status=413, prompt="a" * 10_000_000),
     "control characters": generation("prompt", prompt="a\x00\x1b[2J"),
-    "lone surrogate": raw(b'{"prompt": "\\ud800"}'),
+    "lone surrogate": raw(b'{"prompt": "\\ud800"}', param="prompt"),
+    "lone surrogate in a name": raw(b'{"prompt": "a", "\\ud800": 1}', param="\\ud800"),
+    "lone surrogate in a setting": raw(b'{"prompt": "a", "decoder": {"\\udfff": 1}}', param="decoder"),
+    "lone surrogate as model": raw(b'{"prompt": "a", "model": "\\ud800"}', param="model"),
+    "lone surrogate to embed": raw(b'{"texts": ["\\ud800"]}', path="/dalle2/embed", param="texts"),
+    "lone surrogate as image": raw(b'{"image": "\\ud800"}', path="/dalle2/variations", param="image"),
+    "lone surrogate in UTF-16": raw('{"prompt": "\ud800"}'.encode("utf-16", "surrogatepass"), param="prompt"),
     "n zero": generation("n", n=0),
     "n negative": generation("n", n=-1),
     "n huge": generation("n", n=10**6),
@@ -106,6 +118,9 @@ CASES = {
     "no content type": raw(b"{}", headers={}),
     "truncated multipart": raw(b'--x\r\nContent-Disposition: form-data; name="pro', headers=FORM, path=EDITS),
     "multipart without boundary": raw(b"--x", headers={"Content-Type": "multipart/form-data"}, path=EDITS),
+    "multipart in escapes": form("unicode_escape"),
+    "multipart in a charset that decodes nothing": form("undefined"),
+    "multipart in a charset that is no name": form("a\0b"),
     "empty multipart": raw(b"--x--\r\n", headers=FORM, path=EDITS),
     "edit as JSON": (EDITS, {"json": {"prompt": "a"}}, 400, None),
     "edit without image": (EDITS, {"data": {"prompt": "a"}, "files": {"mask": png(clear=True)}}, 400, "image"),

@@ -185,9 +185,19 @@ def read_body(model: type[M], fields: Mapping[str, Any], strict: bool = True) ->
         except UsageError as error:
             raise invalid(str(error), name[:100], "unknown_parameter") from None
     try:
+        _check_unicode(fields)
         return model.model_validate_json(json.dumps(fields), strict=True) if strict else model.model_validate(fields)
     except (ValidationError, ValueError, RecursionError) as error:
         raise _from_validation(error) from None
+
+
+def _check_unicode(fields: Mapping[str, Any]) -> None:
+    """Raises ApiError (400) for text that cannot be encoded: JSON's escapes may be halves of surrogate pairs."""
+    for name, value in fields.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise invalid(f"{name} has text that is not valid Unicode", name) from None
 
 
 def _from_validation(error: Exception) -> ApiError:

@@ -46,8 +46,8 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The JSON of the response."""
-        message = printable(self)[:1000]
-        return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}
+        message, param = printable(self)[:1000], self.param and printable(self.param)
+        return {"error": {"message": message, "type": self.kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """Returns the HTTP response."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from dalle2_jax.server.api import payload
@@ -51,9 +52,12 @@ async def form_body(request: Request, files: Sequence[str]) -> tuple[dict[str, A
       files: the names of files; other parts are fields.
 
     Raises:
-      ApiError: 400, it is no form, a name is repeated, or a file is a field or the other way round.
+      ApiError: 400, it is no form in UTF-8, a name is repeated, or a file is a field or the other way round.
     """
     _check_type(request, "multipart/form-data")
+    _, options = parse_options_header(request.headers["content-type"])
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise invalid("the charset of a form must be utf-8", None, "invalid_content_type")
     fields: dict[str, str] = {}
     contents: dict[str, bytes] = {}
     async with request.form(max_files=len(files) + 1, max_fields=60, max_part_size=MAX_FIELD) as form:
