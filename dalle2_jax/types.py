@@ -15,12 +15,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypedDict
 
 import jax
+from jaxtyping import Float
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.ranges import PositiveInt
 
 Array = Any
 """A jax or numpy array. Batches hold numpy arrays on the host and jax arrays on the devices."""
+
+PerExample = float | Float[jax.Array, ""] | Float[jax.Array, "B"]
+"""A number for all examples of a batch, or one for each."""
 
 Params = Mapping[str, Any]
 """Parameters of a Flax Linen module: nested mappings of arrays."""

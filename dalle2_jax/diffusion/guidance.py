@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dalle2_jax.errors import UserError, choose
-from dalle2_jax.types import Denoiser
+from dalle2_jax.types import Denoiser, PerExample
 
 _SHAPES = {
     "constant": jnp.ones_like,
@@ -78,7 +78,7 @@ class GuidanceSchedule:
         """Whether a scale is not the same at every step."""
         return self.kind != "constant" or self.interval != (0.0, 1.0)
 
-    def at(self, scale: float | Float[Array, ""], u: Float[Array, "B"]) -> Float[Array, "B"]:
+    def at(self, scale: PerExample, u: Float[Array, "B"]) -> Float[Array, "B"]:
         """Returns w(u), eq. (3)."""
         inside = (u >= self.interval[0]) & (u <= self.interval[1])
         return 1.0 + jnp.where(inside, (jnp.asarray(scale, jnp.float32) - 1.0) * _SHAPES[self.kind](u), 0.0)
@@ -97,7 +97,7 @@ def branches(scales: Sequence[float], schedule: GuidanceSchedule = GuidanceSched
 
 def guided(
     stacked: Denoiser,
-    scales: Sequence[float | Float[Array, ""]],
+    scales: Sequence[PerExample],
     computed: Sequence[int],
     num_steps: int,
     schedule: GuidanceSchedule = GuidanceSchedule(),
@@ -107,7 +107,8 @@ def guided(
 
     Args:
         stacked: a Denoiser over the batch repeated for each branch, bound to their conditions in this order.
-        scales: w_1 .. w_n; may be traced, so that changing them compiles nothing.
+        scales: w_1 .. w_n, each one number or one for each example; may be traced, so that changing them compiles
+            nothing.
         computed: the branches of ``stacked``, from `branches`.
         num_steps: T of training; t is a timestep of training.
         schedule: of the scales.
@@ -132,7 +133,7 @@ def guided(
 
 
 def _weights(
-    scales: Sequence[float | Float[Array, ""]],
+    scales: Sequence[PerExample],
     computed: Sequence[int],
     schedule: GuidanceSchedule,
     t: Int[Array, "B"],

@@ -21,7 +21,7 @@ from dalle2_jax.diffusion.schedule import Level, Schedule, first_steps
 from dalle2_jax.diffusion.steppers import Predict, Stepper
 from dalle2_jax.diffusion.variance import NoiseStatistics
 from dalle2_jax.errors import UserError
-from dalle2_jax.types import Denoiser
+from dalle2_jax.types import Denoiser, PerExample
 
 X0Transform = Callable[[jax.Array], jax.Array]
 """Maps a predicted x_0 [B, ...] to a corrected one of the same shape."""
@@ -46,7 +46,7 @@ class SamplingOptions:
     """Optional inputs of `sampler.sample`. A pytree: new values of its arrays compile nothing.
 
     Attributes:
-        eta: replaces ``SamplerConfig.eta``; only for "ddim".
+        eta: replaces ``SamplerConfig.eta``; only for "ddim". One number, or one for each example.
         x_T: the starting point float32[B, *shape], in place of the keys' noise.
         noise: the noise of each step, in place of the keys' noise; see `Noise`. A function cannot cross ``jax.jit``.
         inpainting: the known pixels.
@@ -57,7 +57,7 @@ class SamplingOptions:
         noise_statistics: the network's, for variance "analytic". Static.
     """
 
-    eta: float | Float[Array, ""] | None = None
+    eta: PerExample | None = None
     x_T: Float[Array, "B *shape"] | None = None
     noise: Noise | None = None
     inpainting: Inpainting | None = None

@@ -31,7 +31,7 @@ from dalle2_jax.diffusion.thresholding import thresholding
 from dalle2_jax.diffusion.variance import NoiseStatistics
 from dalle2_jax.errors import UserError, choose
 from dalle2_jax.ranges import DiffusionSteps, Fraction, Range
-from dalle2_jax.types import Denoiser
+from dalle2_jax.types import Denoiser, PerExample
 
 SOLVERS = {
     "euler": Heun(order=1),
@@ -93,7 +93,7 @@ def _check_eta(name: str, eta: float | jax.Array | None) -> None:
 
 def make_stepper(
     config: SamplerConfig,
-    eta: float | Float[Array, ""] | None = None,
+    eta: PerExample | None = None,
     variance_type: str = "fixed_small",
     noise_statistics: NoiseStatistics | None = None,
 ) -> Stepper:
@@ -101,7 +101,7 @@ def make_stepper(
 
     Args:
         config: the sampler.
-        eta: replaces ``config.eta``; may be traced.
+        eta: replaces ``config.eta``; one number or one for each example, may be traced.
         variance_type: the network's, for "ddpm" with variance "auto".
         noise_statistics: the network's, for variance "analytic".
 

@@ -46,6 +46,7 @@ from dalle2_jax.diffusion.process import Denoised
 from dalle2_jax.diffusion.schedule import Level, Schedule, float32
 from dalle2_jax.diffusion.variance import NoiseStatistics
 from dalle2_jax.errors import UserError, choose
+from dalle2_jax.types import PerExample
 
 Predict = Callable[[jax.Array, Level], Denoised]
 """(x_t [B, ...], its level) -> the network's (x_0, eps), already clipped or thresholded."""
@@ -144,9 +145,12 @@ class DdimRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ddim:
-    """DDIM, eq. (2)-(4). eta in [0, 1] may be traced; no normals are generated while it is 0."""
+    """DDIM, eq. (2)-(4). eta in [0, 1], one number or one for each example, may be traced.
 
-    eta: float | jax.Array = 0.0
+    No normals are generated while it is 0 for all examples.
+    """
+
+    eta: PerExample = 0.0
 
     def rows(self, schedule: Schedule) -> DdimRow:
         noise_var, noise_var_prev = 1.0 - schedule.alpha_bar, 1.0 - schedule.alpha_bar_prev
@@ -160,10 +164,10 @@ class Ddim:
 
     def step(self, predict, x_t, row, noise, carry):
         pair = predict(x_t, row.level)
-        eta = jnp.asarray(self.eta, jnp.float32)
+        eta = jnp.asarray(self.eta, jnp.float32).reshape((-1,) + (1,) * (x_t.ndim - 1))
         towards = row.noise_rate_prev * jnp.sqrt(row.old + row.fresh * (1 - eta) * (1 + eta))
         sigma = eta * row.noise_rate_prev * jnp.sqrt(row.fresh)
-        z = jax.lax.cond(eta > 0, noise, lambda: jnp.zeros_like(x_t))
+        z = jax.lax.cond(jnp.any(eta > 0), noise, lambda: jnp.zeros_like(x_t))
         return row.signal_rate_prev * pair.x_0 + towards * pair.eps + sigma * z, carry
 
 

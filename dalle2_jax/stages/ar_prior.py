@@ -30,7 +30,7 @@ from dalle2_jax.stages.base import Outputs, StageDefaults, Variables, apply
 from dalle2_jax.stages.clip import ClipStage
 from dalle2_jax.stages.held_out import cosines, head
 from dalle2_jax.stages.sampling import ArSamplingConfig, ArSamplingPlan, Condition, Drops
-from dalle2_jax.types import Batch, Metrics, Params
+from dalle2_jax.types import Batch, Metrics, Params, PerExample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +208,8 @@ class ArPriorStage(StageDefaults):
         def sample_code(logits: jax.Array, index: int | jax.Array) -> jax.Array:
             if plan.guided:
                 conditional, unconditional = jnp.split(logits, 2)
-                logits = unconditional + jnp.asarray(plan.guidance, jnp.float32) * (conditional - unconditional)
-            logits = truncated(logits / jnp.asarray(plan.temperature, jnp.float32), plan.top_k, plan.top_p)
+                logits = unconditional + _column(plan.guidance) * (conditional - unconditional)
+            logits = truncated(logits / _column(plan.temperature), plan.top_k, plan.top_p)
             step_keys = jax.vmap(rng.at_step, in_axes=(0, None))(code_keys, index)
             return jax.vmap(jax.random.categorical)(step_keys, logits).astype(jnp.int32)
 
@@ -225,9 +225,7 @@ class ArPriorStage(StageDefaults):
         return codes.decode(variables.stats, sampled)
 
 
-def truncated(
-    logits: Float[Array, "B Q"], top_k: int | None, top_p: float | Float[Array, ""] | None
-) -> Float[Array, "B Q"]:
+def truncated(logits: Float[Array, "B Q"], top_k: int | None, top_p: PerExample | None) -> Float[Array, "B Q"]:
     """Returns logits in which codes that are not to be sampled have probability 0; see `ArSamplingConfig`.
 
     Of the ``top_k`` most likely codes, the fewest most likely ones are kept that together have at least the probability
@@ -239,12 +237,12 @@ def truncated(
     last = ordered[:, -1:]
     if top_p is not None:
         shares = jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.cumsum(shares, axis=-1) - shares < jnp.asarray(top_p, jnp.float32)  # always the first
+        kept = jnp.cumsum(shares, axis=-1) - shares < _column(top_p)  # always the first
         last = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= last, logits, -jnp.inf)
 
 
-def top_dots(keys: Key[Array, "B"], buckets: int, quantile: float | Float[Array, ""]) -> Int[Array, "B"]:
+def top_dots(keys: Key[Array, "B"], buckets: int, quantile: PerExample) -> Int[Array, "B"]:
     """Samples dot product buckets from the training distribution above a quantile.
 
     Every bucket holds an equal share of the training pairs, so the distribution is uniform over the upper buckets.
@@ -252,6 +250,11 @@ def top_dots(keys: Key[Array, "B"], buckets: int, quantile: float | Float[Array,
     share = jax.vmap(jax.random.uniform)(keys)
     place = quantile + (1.0 - quantile) * share
     return jnp.minimum(jnp.floor(place * buckets).astype(jnp.int32), buckets - 1)
+
+
+def _column(value: PerExample) -> Float[Array, "B 1"]:
+    """Returns a number, or one for each example, ready to be combined with logits."""
+    return jnp.asarray(value, jnp.float32).reshape(-1, 1)
 
 
 def twice(value: Array) -> Array:

@@ -1,7 +1,8 @@
 """How a stage is sampled: its configuration, and the plan that a compiled program takes.
 
 A configuration is a frozen value that may be stored. A `SamplingPlan` is the same as a pytree: numbers that may change
-without compiling again are its leaves, and all that decides the program is static.
+without compiling again are its leaves, and all that decides the program is static. Configurations whose plans have the
+same structure may be sampled in one batch: each leaf is then an array with a number for each example.
 """
 
 import dataclasses
@@ -9,12 +10,13 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import jax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from dalle2_jax import diffusion
 from dalle2_jax.diffusion import GuidanceSchedule, SamplerConfig, SamplingOptions
 from dalle2_jax.errors import UserError, choose
 from dalle2_jax.ranges import Fraction, GuidanceScale, Range
+from dalle2_jax.types import PerExample
 
 Condition = Mapping[str, jax.Array]
 """The conditioning of a batch: arrays by name, each with the batch as its first axis."""
@@ -24,8 +26,6 @@ Drops = Mapping[str, Bool[Array, "B"]]
 
 GUIDANCE_ORDERS = {"image,text": ("image", "text"), "text,image": ("text", "image")}
 """Values of ``SamplingConfig.guidance_order`` -> the parts of a condition in this order."""
-
-Scalar = float | Float[Array, ""]
 
 STATIC = {"static": True}
 """Metadata of a field that decides the compiled program (``jax.tree_util.register_dataclass``)."""
@@ -126,7 +126,7 @@ class SamplingPlan:
     config: SamplingConfig = dataclasses.field(metadata=STATIC)
     branches: tuple[int, ...] = dataclasses.field(metadata=STATIC)
     parts: tuple[str, ...] = dataclasses.field(metadata=STATIC)
-    scales: Mapping[str, Scalar]
+    scales: Mapping[str, PerExample]
     absent: Drops
     options: SamplingOptions
     negative: Condition | None = None
@@ -165,12 +165,12 @@ class ArSamplingPlan:
     """
 
     guided: bool = dataclasses.field(metadata=STATIC)
-    guidance: Scalar
-    dot_quantile: Scalar
+    guidance: PerExample
+    dot_quantile: PerExample
     absent: Drops
     negative: Condition | None = None
-    temperature: Scalar = 1.0
-    top_p: Scalar | None = None
+    temperature: PerExample = 1.0
+    top_p: PerExample | None = None
     top_k: int | None = dataclasses.field(default=None, metadata=STATIC)
 
     @property

@@ -275,7 +275,7 @@ class Cascade:
         name = cast(str, self._prior)
         stage = cast(PriorStage, self._stages[name].stage)
         batch, absent = self._captions(name, requests)
-        plan = stage.plan(cast(SamplingConfig, self._settings.sampling[name]), absent={"text": absent})
+        plan = dataclasses.replace(self._plan(name, requests), absent={"text": absent})
         return programs.sample_embeddings(
             stage,
             cast(int, self.candidates),
@@ -287,10 +287,26 @@ class Cascade:
             self._negative(name, batch, len(requests)),
         )
 
-    def _plan(self, name: str, absent: Mapping[str, jax.Array], **options: Any) -> SamplingPlan:
-        stage = cast(DiffusionStage, self._stages[name].stage)
-        config = cast(SamplingConfig, self._settings.sampling[name])
-        return stage.plan(config, absent=absent, **options)
+    def _configs(self, name: str, requests: Sequence[Request]) -> list[SamplingConfig | ArSamplingConfig]:
+        """Returns how a stage is sampled for each request."""
+        return [self._settings.sampling[name]] * len(requests)
+
+    def _plan(self, name: str, requests: Sequence[Request]) -> Any:
+        """Returns the plan of a stage, in which every number is an array with one for each request.
+
+        Equal numbers are an array too, so that the program does not depend on what else is in the batch.
+        """
+        stage, configs = cast(Any, self._stages[name].stage), self._configs(name, requests)
+        plans = {config: stage.plan(config) for config in configs}
+        rows = [plans[config] for config in configs]
+        return jax.tree.map(lambda *numbers: self._put(np.asarray(numbers, np.float32))[0], *rows)
+
+    def _image_plan(
+        self, name: str, requests: Sequence[Request], absent: Mapping[str, jax.Array], **options: Any
+    ) -> SamplingPlan:
+        """Returns the plan of a stage that generates images; ``options`` are fields of ``SamplingOptions``."""
+        plan: SamplingPlan = self._plan(name, requests)
+        return dataclasses.replace(plan, absent=absent, options=dataclasses.replace(plan.options, **options))
 
     def _sample_images(
         self, name: str, keys: jax.Array, batch: Batch, plan: SamplingPlan, callback: StepCallback | None
@@ -319,7 +335,8 @@ class Cascade:
             drops["image"] = jnp.ones(len(requests), bool)
         if image_emb is not None:
             batch["image_emb"] = image_emb
-        return self._sample_images("decoder", keys, batch, self._plan("decoder", drops, **options), callback)
+        plan = self._image_plan("decoder", requests, drops, **options)
+        return self._sample_images("decoder", keys, batch, plan, callback)
 
     def _invert(
         self, requests: Sequence[Request], image_emb: jax.Array, image: np.ndarray, skip_last: bool
@@ -345,7 +362,7 @@ class Cascade:
             if self._stages[name].context_length:
                 batch, drops["text"] = self._captions(name, requests)
             batch["low_res"] = image
-            plan = self._plan(name, drops, inpainting=known[name] if known else None)
+            plan = self._image_plan(name, requests, drops, inpainting=known[name] if known else None)
             image = self._sample_images(name, keys, batch, plan, callback)
         return image
 

@@ -48,12 +48,14 @@ def sample_embeddings(
     (Ramesh et al. 2022, section 2.2). ``negative`` has the captions that guidance moves away from.
     """
     batch = stage.prepare_captions(clip, batch)
-    # Candidate c of example b is row b * candidates + c.
-    repeat = functools.partial(jnp.repeat, repeats=candidates, axis=0)
-    conditions = stage.condition(batch), negative and stage.condition(stage.prepare_captions(clip, negative))
-    condition, other, absent = jax.tree.map(repeat, (*conditions, plan.absent))
+
+    def repeat(rows: jax.Array) -> jax.Array:
+        """Returns candidate c of example b as row b * candidates + c; a number for all examples as it is."""
+        return jnp.repeat(rows, candidates, axis=0) if jnp.ndim(rows) else rows
+
+    plan = dataclasses.replace(plan, negative=negative and stage.condition(stage.prepare_captions(clip, negative)))
+    condition, plan = jax.tree.map(repeat, (stage.condition(batch), plan))
     candidate_keys = jax.vmap(lambda key: jax.random.split(key, candidates))(keys).reshape(-1)
-    plan = dataclasses.replace(plan, absent=absent, negative=other)
     samples = stage.sample(variables, candidate_keys, condition, plan)  # pyright: ignore[reportArgumentType]
     embedding = stage.clip.embedding
     samples = embedding.apply(samples / embedding.scale).reshape(keys.shape[0], candidates, -1)

@@ -197,6 +197,19 @@ def test_new_numbers_compile_nothing(toy, generate):
     assert jax.tree.structure(plan) == jax.tree.structure(other) != jax.tree.structure(unguided)
 
 
+def test_examples_of_a_batch_have_each_their_numbers(toy):
+    """Arrays in the place of a plan's numbers: each example is sampled as in a batch of its own settings."""
+    variables, batch, _ = toy
+    numbers = [(3.0, 0.0, 0.5, 0.9), (1.5, 0.9, 5.0, 0.99), (4.0, 0.5, 100.0, 0.5), (0.5, 0.7, 1.0, 0.8)]
+    plans = [STAGE.plan(ArSamplingConfig(w, quantile, t, None, top_p)) for w, quantile, t, top_p in numbers]
+    sample, condition = jax.jit(STAGE.sample), repeated(batch, slice(0, 4), 4)
+    alone = [sample(variables, keys(16), condition, plan) for plan in plans]
+    rows = [plans[row % 4] for row in range(16)]
+    together = sample(variables, keys(16), condition, jax.tree.map(lambda *each: jnp.asarray(each, jnp.float32), *rows))
+    np.testing.assert_allclose(together, [alone[row % 4][row] for row in range(16)], atol=1e-6)
+    assert len({tuple(np.asarray(one).ravel().tolist()) for one in alone}) > 1
+
+
 def test_truncated_logits():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]]))
 

@@ -136,6 +136,24 @@ def test_a_plan_compiles_one_program_a_pattern():
     assert len(stage.seen) == 1
 
 
+def test_examples_of_a_batch_have_each_their_numbers():
+    """Arrays in the place of a plan's numbers: each example is sampled as in a batch of its own settings."""
+    stage = Probe(sampling=dataclasses.replace(PLAIN, steps=3))
+    configs = [
+        dataclasses.replace(stage.sampling, image_guidance=image, text_guidance=text, eta=eta)
+        for image, text, eta in ((3.0, 2.0, 0.0), (1.5, 9.0, 0.4), (0.5, -2.0, 1.0))
+    ]
+
+    def samples(plan):
+        return np.asarray(stage.sample_x_0(params(), keys(SIZE), condition(SIZE), plan))
+
+    plans = [stage.plan(config) for config in configs]
+    together = samples(jax.tree.map(lambda *numbers: jnp.asarray(numbers, jnp.float32), *plans))
+    alone = [samples(plan) for plan in plans]
+    assert np.abs(alone[0] - alone[1]).max() > 0.1 and np.abs(alone[1] - alone[2]).max() > 0.1
+    np.testing.assert_allclose(together, [alone[i][i] for i in range(SIZE)], atol=2e-5)
+
+
 def test_only_image_stages_clip_by_default():
     assert SamplingConfig().clip_sample is None and ImageSamplingConfig().clip_sample == 1.0
     assert {kind: testing.tiny_stage(kind).sampling.clip_sample for kind in ("prior", "decoder", "upsampler")} == {

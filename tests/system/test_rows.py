@@ -92,13 +92,31 @@ def test_mixed_calls_share_a_batch(system):
     np.testing.assert_array_equal(finish(together, batch=4)[::-1], expected)
 
 
+def test_calls_of_other_numbers_share_a_batch(system):
+    """Scales of guidance and eta are a row's own; each image is that of `System`, to the last bit."""
+    settings = [
+        {"decoder": {"steps": 2, "guidance": scale, "eta": eta}, "upsampler_1": {"steps": 2}, "prior": prior}
+        for scale, eta, prior in (
+            (2.0, 0.0, {"steps": 2, "guidance": 3.0}),
+            (5.5, 0.5, {"steps": 2, "guidance": 1.5}),
+            (3.0, 1.0, {"steps": 2, "guidance": -1.0}),
+        )
+    ]
+    calls = [text2image(system, {"num": 1, "seed": seed, **each}, prompt="a") for seed, each in enumerate(settings)]
+    together = calls[0]._replace(rows=[call.rows[0] for call in reversed(calls)])
+    images = finish(together, batch=3)[::-1]
+    for seed, each in enumerate(settings):
+        np.testing.assert_array_equal(images[seed], system.text2image("a", num=3, seed=seed, **each).numpy[0])
+    assert len({image.tobytes() for image in images}) == 3
+
+
 def test_groups_separate_what_cannot_share_a_program(system):
     plain = text2image(system, {"num": 2, **READS_TEXT}, prompt="a")
     stronger = text2image(system, {"num": 1, **READS_TEXT, "decoder": {"steps": 2, "guidance": 3.5}}, prompt="a")
     assert plain.sampler.group(plain.rows[0]) == plain.sampler.group(plain.rows[1])
     assert plain.sampler.group(plain.rows[0]) == stronger.sampler.group(stronger.rows[0])  # the prior's config is equal
     [decoded, _], [guided] = plain.sampler.run(plain.rows, 2), stronger.sampler.run(stronger.rows, 1)
-    assert plain.sampler.group(decoded) != stronger.sampler.group(guided)
+    assert plain.sampler.group(decoded) != stronger.sampler.group(guided)  # guidance evaluates another branch
 
 
 def test_a_smaller_size_ends_with_its_stage(system):

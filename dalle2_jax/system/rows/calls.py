@@ -188,6 +188,7 @@ def _rows(sampler: RowSampler, fields: list[dict[str, Any]], shared_noise: bool 
         given = fields[i].get("image_emb") is not None
         stages = tuple(name for name in sampler.stage_names if not given or name not in PRIORS.values())
         row: Any = {"index": 0 if shared_noise else i, "sample": j, "seed": options.seed, "remaining": stages}
+        row["sampling"] = sampler.sampling
         rows.append(Row(**row, **fields[i]))
     named = [dataclasses.replace(row, index=i) for row, (i, _) in zip(rows, numbers, strict=True)]
     return RowCall(sampler, rows, provenance(sampler, named))

@@ -1,7 +1,8 @@
 """Sampling by rows: images of several calls in one batch, one stage at a time.
 
-`Cascade` samples the images of one call. Here an image is a `Row`, which has its own random seed, caption and inputs,
-and `RowSampler.run` samples one stage for any rows whose `RowSampler.group` is the same, whichever calls they are from.
+`Cascade` samples the images of one call. Here an image is a `Row`, which has its own random seed, caption, inputs
+and settings, and `RowSampler.run` samples one stage for any rows whose `RowSampler.group` is the same, whichever calls
+they are from.
 What a stage returns is kept in the row, on the host, as the input of the next:
 
   caption -> prior -> image_emb -> decoder -> image -> upsampler_1 -> image -> upsampler_2 -> image
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Key, UInt8
 
 from dalle2_jax.diffusion import Inpainting, steps_of
-from dalle2_jax.stages import SamplingConfig
+from dalle2_jax.stages import ArSamplingConfig, SamplingConfig
 from dalle2_jax.system import programs
 from dalle2_jax.system.cascade import PRIORS, Request
 from dalle2_jax.system.editing import inpainting
@@ -44,6 +45,7 @@ class Row(Request):
 
     Attributes:
       seed: the random seed.
+      sampling: how each stage is sampled.
       remaining: names of the stages that are still to be sampled, in order.
       image_emb: the image embedding, given or sampled by the prior; None before, or for a decoder without one.
       x_T: where the decoder starts; None for fresh noise.
@@ -54,6 +56,7 @@ class Row(Request):
     """
 
     seed: int
+    sampling: Mapping[str, SamplingConfig | ArSamplingConfig]
     remaining: tuple[str, ...]
     image_emb: Float32[np.ndarray, "E"] | None = None
     x_T: Float32[np.ndarray, "H W C"] | None = None
@@ -81,13 +84,17 @@ class RowSampler(Generator):
         """The stages from a caption to the largest image."""
 
     def group(self, row: Row) -> Hashable:
-        """Returns what rows must share to be in one batch: the next stage's config, and which inputs they have."""
-        stage = row.remaining[0]
-        loaded, config = self.call.stages[stage], self.sampling[stage]
-        if stage in PRIORS.values():
-            return stage, id(loaded), config, self.candidates, self.call.options.negative
+        """Returns what rows must share to be in one batch: the program of the next stage, and which inputs they have.
+
+        Numbers that do not decide the program, such as scales of guidance, may differ.
+        """
+        name = row.remaining[0]
+        loaded = self.call.stages[name]
+        program = jax.tree.structure(cast(Any, loaded.stage).plan(row.sampling[name]))
+        if name in PRIORS.values():
+            return name, id(loaded), program, self.candidates, self.call.options.negative
         given = [value is None for value in (row.image_emb, row.x_T, row.known)]
-        return stage, id(loaded), config, *given, row.resample, self.call.options.negative
+        return name, id(loaded), program, *given, row.resample, self.call.options.negative
 
     def side(self, stage: str) -> int:
         """Returns the side of the images that a stage generates, in pixels."""
@@ -129,6 +136,9 @@ class RowSampler(Generator):
             dataclasses.replace(row, remaining=row.remaining[1:], **cast(Any, {field: _finished(row, stage, array)}))
             for row, array in zip(rows, arrays, strict=False)
         ]
+
+    def _configs(self, name: str, requests: Sequence[Request]) -> list[SamplingConfig | ArSamplingConfig]:
+        return [row.sampling[name] for row in cast(Sequence[Row], requests)]
 
     def _keys(self, requests: Sequence[Request]) -> Key[Array, "B"]:
         rows = cast(Sequence[Row], requests)
