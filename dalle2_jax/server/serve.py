@@ -17,18 +17,27 @@ from dalle2_jax.server.config import ServerConfig
 from dalle2_jax.server.service import Service
 
 HEADER_SECONDS, CLOSING_SECONDS = 10.0, 5
-"""Seconds for the headers of a connection's first request, and for answers to be sent at the end."""
+"""Seconds for the headers of a connection's next request, and for answers to be sent at the end."""
 
 MAX_CONNECTIONS, BACKLOG = 1_000, 2_048
 """Connections at a time, and those that wait to be accepted."""
 
 
 class ImpatientProtocol(H11Protocol):
-    """Closes connections whose first request does not arrive in time: those that send a byte now and then."""
+    """Closes connections whose next request does not arrive in time: those that send a byte now and then.
+
+    uvicorn itself closes a connection that is idle after an answer, but waits without limit once a byte has arrived.
+    """
 
     def connection_made(self, transport: Any) -> None:
-        """Starts the clock."""
+        """Starts the clock of the first request."""
         super().connection_made(transport)
+        self._impatience = self.loop.call_later(HEADER_SECONDS, self._give_up)
+
+    def on_response_complete(self) -> None:
+        """Starts the clock of the next request."""
+        super().on_response_complete()
+        self._impatience.cancel()
         self._impatience = self.loop.call_later(HEADER_SECONDS, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -37,7 +46,7 @@ class ImpatientProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _give_up(self) -> None:
-        if self.cycle is None:
+        if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
 

@@ -1,6 +1,7 @@
 """Sixty malformed requests: each gets the right status and OpenAI's error shape, none a traceback."""
 
 import base64
+import gzip
 import io
 import json
 import struct
@@ -17,15 +18,22 @@ JSON = {"Content-Type": "application/json"}
 ENCODED, CLEAR = (base64.b64encode(png(clear=clear)).decode() for clear in (False, True))
 
 
+def chunk(kind, data):
+    """Returns a chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def bomb(side=60_000):
     """Returns a small PNG file whose header promises billions of pixels."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     pixels = zlib.compress(b"\0" * 1_000_000)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def zip_bomb():
+    """Returns a small PNG file with a text chunk that is 100 MB when it is decompressed."""
+    image, text = png(), chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000)))
+    return image[:33] + text + image[33:]  # after the signature and IHDR
 
 
 def gif():
@@ -114,6 +122,7 @@ CASES = {
     "empty body": raw(b""),
     "deep JSON": raw(b'{"prompt": ' + b"[" * 40_000),
     "invalid UTF-8": raw(b'{"prompt": "\xff\xfe"}'),
+    "gzip bomb": raw(gzip.compress(b" " * 10_000_000), headers={**JSON, "Content-Encoding": "gzip"}),
     "form as JSON": raw(b"prompt=a", headers={"Content-Type": "application/x-www-form-urlencoded"}),
     "no content type": raw(b"{}", headers={}),
     "truncated multipart": raw(b'--x\r\nContent-Disposition: form-data; name="pro', headers=FORM, path=EDITS),
@@ -138,6 +147,7 @@ CASES = {
     "truncated PNG": variation(png(64)[:600]),
     "pixel bomb": variation(bomb()),
     "large pixel bomb": variation(bomb(5000), status=413),
+    "zip bomb": variation(zip_bomb()),
     "image of 5 MB": variation(png() + b"\0" * 5_000_000, status=413),
     "upload of 30 MB": variation(b"\0" * 30_000_000, status=413, param=None),
     "field as file": (VARIATIONS, {"files": {"image": png(), "n": b"1"}}, 400, "n"),

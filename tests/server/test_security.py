@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import time
 from contextlib import contextmanager
 
@@ -242,9 +243,22 @@ def test_files_expire_and_do_not_grow_without_bound(tmp_path):
     assert brief.get(name) is None
 
 
-def test_a_full_disk_is_507_and_leaves_nothing(serve, tmp_path, monkeypatch):
+def test_what_a_killed_server_left_unfinished_is_removed(tmp_path):
+    store = FileStore(tmp_path, seconds=60)
+    store.open()
+    for name, age in (("old", 61), ("young", 1)):
+        path = tmp_path / f".{name}.part"
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)
+    store.put(b"x")
+    assert [path.name for path in tmp_path.glob("*.part")] == [".young.part"]
+
+
+@pytest.mark.parametrize("when", ["open", "os.replace"])
+def test_a_full_disk_is_507_and_leaves_nothing(serve, tmp_path, monkeypatch, when):
     with client_of(serve(files=tmp_path)) as client:
-        monkeypatch.setattr("dalle2_jax.server.api.files.os.replace", full_disk)
+        failing = opened_on_a_full_disk if when == "open" else full_disk
+        monkeypatch.setattr(f"dalle2_jax.server.api.files.{when}", failing, raising=False)
         done = client.post(ROUTE, json=BODY)
         assert done.status_code == 507 and done.json()["error"]["param"] == "response_format"
         assert list(tmp_path.iterdir()) == []
@@ -253,6 +267,15 @@ def test_a_full_disk_is_507_and_leaves_nothing(serve, tmp_path, monkeypatch):
 
 def full_disk(*_):
     raise OSError(28, "No space left on device")
+
+
+@contextmanager
+def opened_on_a_full_disk(path, mode):
+    """Opens a file that has space for a few bytes only."""
+    with open(path, mode) as file:
+        file.write(b"half")
+        full_disk()
+        yield file
 
 
 def test_an_unexpected_error_is_logged_and_not_shown(serve, monkeypatch, caplog):

@@ -3,8 +3,10 @@
 import asyncio
 import base64
 import configparser
+import contextlib
 import io
 import json
+import os
 import re
 import signal
 import socket
@@ -14,6 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
@@ -128,6 +131,49 @@ def test_headers_that_never_end_are_cut_off(serve, monkeypatch):
             assert slow.recv(1000) == b""  # closed
 
 
+def test_headers_of_a_later_request_that_never_end_are_cut_off(serve, monkeypatch):
+    """A connection may be used again, and no byte of the next request makes the server wait without limit."""
+    monkeypatch.setattr(serving, "HEADER_SECONDS", 0.2)
+    with running(serve(port=0)) as (_, address):
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as slow:
+            slow.sendall(f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\nGET /healthz HTTP/1.1\r\nHo".encode())
+            answer = b"".join(iter(lambda: slow.recv(1000), b""))  # until the server closes
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"ok\n") and answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_slow_request_within_the_limits_is_answered(serve, monkeypatch):
+    monkeypatch.setattr("dalle2_jax.server.api.guard.BODY_SECONDS", TIMEOUT)
+    body = b'{"prompt": 5}'
+    with running(serve(port=0)) as (_, address):
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as slow:
+            head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            for byte in f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body:
+                slow.sendall(bytes([byte]))
+                time.sleep(0.005)
+            assert slow.recv(1000).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_body_that_takes_too_long_in_all_is_408(serve, monkeypatch):
+    """Its parts arrive in time, each."""
+    monkeypatch.setattr("dalle2_jax.server.api.guard.BODY_SECONDS", 0.5)
+    with running(serve(port=0)) as (_, address):
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as slow:
+            head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            slow.sendall(f"{head}Content-Length: 50000\r\n\r\n".encode())
+            slow.settimeout(0.05)
+            answer, end = b"", time.monotonic() + TIMEOUT
+            while b"request_timeout" not in answer:
+                assert time.monotonic() < end
+                with contextlib.suppress(TimeoutError):
+                    answer += slow.recv(10_000)
+                with contextlib.suppress(ConnectionError):
+                    slow.sendall(b" ")
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
 def test_a_body_that_never_ends_is_408(serve, monkeypatch):
     monkeypatch.setattr("dalle2_jax.server.api.guard.PART_SECONDS", 0.2)
     with running(serve(port=0)) as (_, address):
@@ -152,6 +198,56 @@ def test_the_shutdown_finishes_what_has_started(serve):
         assert status(asked) in (503, None)
         asking.join(TIMEOUT)
     assert answers in ([200], [503])  # 503 if it had not started before the end
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from memory_system import make_system
+from dalle2_jax.server import ServerConfig, Service
+from dalle2_jax.server.serve import Server
+config = ServerConfig({"tiny": "nowhere"}, port=0, files=Path(sys.argv[1]), batch_sizes=(4,))
+server = Server(config, Service(config, {"tiny": make_system}))
+listener = server.listen()
+print(listener.getsockname()[1], flush=True)
+server.run_on(listener)
+"""
+
+
+@contextlib.contextmanager
+def child(files):
+    """Starts a server in a process of its own; yields the process and its address."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
+    words, pipes = [sys.executable, "-c", KILLED, files], {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(words, env=environment(PYTHONPATH=path), text=True, **pipes) as process:
+        try:
+            yield process, f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.kill()
+
+
+def asking_for(address, seed):
+    """Returns a request for an image as url."""
+    body = json.dumps({"prompt": "a", "seed": seed, **FEW}).encode()
+    return urllib.request.Request(f"{address}/v1/images/generations", body, {"Content-Type": "application/json"})
+
+
+def test_a_server_that_is_killed_under_load_serves_again(tmp_path):
+    """SIGKILL: clients get errors, files are whole, and a restarted server has them and the same images."""
+    with child(tmp_path) as (process, address):
+        url = json.loads(fetch(asking_for(address, 0)))["data"][0]["url"]
+        before = fetch(url)
+        with ThreadPoolExecutor(8) as pool:
+            statuses = pool.map(lambda seed: status(asking_for(address, seed)), range(200))
+            wait_until(lambda: len(list(tmp_path.glob("*.png"))) > 4)
+            process.kill()
+            found = list(statuses)
+    assert process.returncode == -signal.SIGKILL and set(found) == {200, None}
+    for path in tmp_path.glob("*.png"):
+        assert pixels(path.read_bytes()).shape == (16, 16, 3)
+    with child(tmp_path) as (_, address):
+        assert fetch(f"{address}/v1/images/files/{url.rpartition('/')[2]}") == before
+        assert fetch(json.loads(fetch(asking_for(address, 0)))["data"][0]["url"]) == before
 
 
 def wait_until(condition):

@@ -65,9 +65,12 @@ class FileStore:
         return None
 
     def sweep(self) -> None:
-        """Removes files that have expired, and the oldest while there are too many bytes."""
-        now, found = time.time(), []
-        for path in cast(Path, self._folder).glob("*.png"):
+        """Removes files that have expired, and the oldest while there are too many bytes.
+
+        Among them are the unfinished files of a server that was killed; those of a replica that is writing are young.
+        """
+        now, found, folder = time.time(), [], cast(Path, self._folder)
+        for path in (*folder.glob("*.png"), *folder.glob(".*.part")):
             with contextlib.suppress(OSError):
                 status = path.stat()
                 found.append((status.st_mtime, status.st_size, path))
