@@ -17,7 +17,7 @@ FROM python:3.12-slim
 RUN useradd --uid 1000 --create-home dalle2 && mkdir -p /home/dalle2/.cache && chown dalle2 /home/dalle2/.cache
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1
-USER dalle2
+USER 1000
 WORKDIR /home/dalle2
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=300s \

@@ -1,10 +1,11 @@
-"""Latency, throughput and memory of a server, against the sampler alone. JSON lines.
+"""Latency, throughput and memory of a server, against the sampler alone. JSON lines, then a Markdown table.
 
-    python benchmarks/serve.py --system shapes --seconds 20
+    python benchmarks/serve.py --system shapes
     python benchmarks/serve.py --system shapes --soak 1200
 
-Starts `dalle2 serve` on the loopback address with all programs compiled. The sampler alone runs before, in this
-process, on the same programs. Everything is bounded: clients send a request when they have the answer to the last.
+Starts `dalle2 serve` on the loopback address with all programs compiled; the sampler alone runs in this process, on the
+same programs, while the server is idle. Everything is bounded: clients send a request when they have the answer to the
+last, and stop when their time is over. About five minutes on two cores, of which one is compilation.
 """
 
 import argparse
@@ -26,63 +27,74 @@ import numpy as np
 from PIL import Image
 
 import dalle2_jax as d2
+from dalle2_jax.errors import UserError
 
 PROMPT = "a large red circle"
-SIZES = (1, 2, 4, 8)
+SIZES = (1, 2, 4, 8, 16)
+"""Batch sizes of the sampler alone; those of the server are its defaults."""
+
+READY_SECONDS, ASK_SECONDS, STORM_SECONDS, END_SECONDS = 900.0, 300.0, 300.0, 90.0
+"""Until the server is ready, for an answer, for all requests of the 50 clients, and for the server to end."""
+
+SEEDS = 25
+"""Of the 50 clients' requests, so that each image is computed once to compare with."""
 
 
-def bare(system: d2.System, repeats: int) -> dict[int, float]:
-    """Returns seconds per image of the sampler alone by batch size, the median of several calls."""
-    seconds = {}
-    for size in SIZES:
-        times = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            system.text2image(PROMPT, num=size, seed=0, batch_size=size)
-            times.append((time.perf_counter() - start) / size)
-        seconds[size] = float(np.median(times[1:]))
-    return seconds
+class Server:
+    """A running server.
+
+    Args:
+      host: its address.
+      port: its port.
+    """
+
+    def __init__(self, host: str, port: int):
+        self._host, self._port = host, port
+
+    def ask(self, method: str, path: str, body: dict | None = None) -> tuple[int, bytes]:
+        """Returns the status and content of an answer."""
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=ASK_SECONDS)
+        with contextlib.closing(connection):
+            content = None if body is None else json.dumps(body)
+            connection.request(method, path, content, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    def generate(self, seed: int) -> tuple[int, bytes | None]:
+        """Returns the status of a generation, and its image as a PNG file."""
+        body = {"prompt": PROMPT, "seed": seed, "response_format": "b64_json"}
+        status, content = self.ask("POST", "/v1/images/generations", body)
+        return status, base64.b64decode(json.loads(content)["data"][0]["b64_json"]) if status == 200 else None
+
+    def metric(self, name: str) -> float:
+        """Returns a value of the server's metrics."""
+        text = self.ask("GET", "/metrics")[1].decode()
+        return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
 
 
 @contextlib.contextmanager
-def running(system: str) -> Iterator[tuple[str, int]]:
-    """Starts a server; yields its host and port when it is ready."""
+def running(system: str) -> Iterator[Server]:
+    """Starts a server; yields it when it is ready. UserError if it does not become ready."""
     words = [sys.executable, "-m", "dalle2_jax", "serve", "--system", system, "--port", "0", "--warmup"]
     words += ["--requests_per_minute", "1000000", "--concurrency", "100"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        host, port = process.stdout.readline().rpartition("//")[2].strip().split(":")
         try:
-            while ask(host, int(port), "GET", "/readyz")[0] != 200:
+            address = process.stdout.readline().rpartition("//")[2].strip()
+            if not address:
+                raise UserError(f"{' '.join(words[1:])} does not start")
+            host, port = address.split(":")
+            server, end = Server(host, int(port)), time.perf_counter() + READY_SECONDS
+            while server.ask("GET", "/readyz")[0] != 200:
+                if time.perf_counter() > end:
+                    raise UserError(f"the server is not ready after {READY_SECONDS:g} s")
                 time.sleep(0.5)
-            yield host, int(port)
+            yield server
         finally:
             process.send_signal(signal.SIGTERM)
-
-
-def ask(host: str, port: int, method: str, path: str, body: dict | None = None) -> tuple[int, bytes]:
-    """Returns the status and content of an answer."""
-    connection = http.client.HTTPConnection(host, port, timeout=600)
-    with contextlib.closing(connection):
-        content = None if body is None else json.dumps(body)
-        connection.request(method, path, content, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-
-
-def generate(host: str, port: int, seed: int) -> tuple[int, np.ndarray | None]:
-    """Returns the status of a generation, and its image."""
-    body = {"prompt": PROMPT, "seed": seed, "response_format": "b64_json"}
-    status, content = ask(host, port, "POST", "/v1/images/generations", body)
-    if status != 200:
-        return status, None
-    image = base64.b64decode(json.loads(content)["data"][0]["b64_json"])
-    return status, np.asarray(Image.open(io.BytesIO(image)))
-
-
-def metric(host: str, port: int, name: str) -> float:
-    """Returns a value of the server's metrics."""
-    text = ask(host, port, "GET", "/metrics")[1].decode()
-    return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def clients(count: int, work: Callable[[int], None]) -> None:
@@ -94,87 +106,143 @@ def clients(count: int, work: Callable[[int], None]) -> None:
         thread.join()
 
 
-def idle_latency(host: str, port: int, repeats: int) -> tuple[float, float]:
-    """Returns the median seconds of a request to an idle server, and those in which no batch ran."""
-    latencies, overheads = [], []
+def timed(function: Callable[[], object]) -> float:
+    """Returns the seconds of a call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def sampler_alone(system: d2.System, repeats: int) -> dict[int, float]:
+    """Returns seconds per image of the sampler by batch size, the median of several calls."""
+
+    def seconds(size: int) -> float:
+        system.text2image(PROMPT, num=size, seed=0, batch_size=size)  # compiles
+        times = [timed(lambda: system.text2image(PROMPT, num=size, seed=0, batch_size=size)) for _ in range(repeats)]
+        return float(np.median(times)) / size
+
+    return {size: seconds(size) for size in SIZES}
+
+
+def idle(server: Server, system: d2.System, repeats: int) -> dict[str, float]:
+    """Returns the median seconds of a request to an idle server, and those without a batch; the ratio to the sampler.
+
+    Requests and calls of the sampler take turns, so that both meet the same machine.
+    """
+    alone, latency, overhead = [], [], []
     for seed in range(repeats):
-        busy, start = metric(host, port, "dalle2_busy_seconds_total"), time.perf_counter()
-        generate(host, port, seed)
-        latencies.append(time.perf_counter() - start)
-        overheads.append(latencies[-1] - (metric(host, port, "dalle2_busy_seconds_total") - busy))
-    return float(np.median(latencies)), float(np.median(overheads))
+        alone.append(timed(lambda seed=seed: system.text2image(PROMPT, num=1, seed=seed)))
+        busy = server.metric("dalle2_busy_seconds_total")
+        latency.append(timed(lambda seed=seed: server.generate(seed)))
+        overhead.append(latency[-1] - (server.metric("dalle2_busy_seconds_total") - busy))
+    medians = [float(np.median(times)) for times in (latency, overhead, alone)]
+    return {"latency": medians[0], "overhead": medians[1], "ratio": medians[0] / medians[2]}
 
 
-def throughput(host: str, port: int, count: int, seconds: float) -> float:
+def throughput(server: Server, count: int, seconds: float) -> float:
     """Returns images per second of so many clients."""
-    end, done = time.perf_counter() + seconds, [0] * count
+    start, done = time.perf_counter(), [0] * count
 
     def work(client: int) -> None:
-        while time.perf_counter() < end:
-            generate(host, port, client)
-            done[client] += 1
+        while time.perf_counter() < start + seconds:
+            status, _ = server.generate(client)
+            done[client] += status == 200
 
-    start = time.perf_counter()
     clients(count, work)
     return sum(done) / (time.perf_counter() - start)
 
 
-def storm(host: str, port: int, system: d2.System, requests: int, count: int) -> dict[str, int]:
-    """Sends requests of 25 seeds from many clients; returns how many had each status, and wrong images."""
-    expected = {seed: system.text2image(PROMPT, num=1, seed=seed).numpy[0] for seed in range(25)}
-    found: dict[str, int] = {"wrong": 0}
-    lock, numbers = threading.Lock(), iter(range(requests))
+def storm(server: Server, system: d2.System, requests: int, count: int) -> dict[str, float]:
+    """Sends requests of `SEEDS` seeds from many clients; returns how many had each status, and the wrong images."""
+    expected = [system.text2image(PROMPT, num=1, seed=seed).numpy[0].astype(int) for seed in range(SEEDS)]
+    found: dict[str, float] = {"wrong": 0}
+    lock, numbers, start = threading.Lock(), iter(range(requests)), time.perf_counter()
 
     def work(_: int) -> None:
-        while True:
+        while time.perf_counter() < start + STORM_SECONDS:
             with lock:
                 number = next(numbers, None)
             if number is None:
                 return
-            status, image = generate(host, port, number % 25)
-            difference = 0 if image is None else np.abs(image.astype(int) - expected[number % 25]).max()
+            status, content = server.generate(number % SEEDS)
+            wrong = content is not None and np.abs(_pixels(content) - expected[number % SEEDS]).max() > 1
             with lock:
                 found[str(status)] = found.get(str(status), 0) + 1
-                found["wrong"] += difference > 1
+                found["wrong"] += int(wrong)
 
     clients(count, work)
-    return found
+    return {**found, "seconds": time.perf_counter() - start}
 
 
-def soak(host: str, port: int, seconds: float) -> dict[str, float]:
+def _pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content))).astype(int)
+
+
+def soak(server: Server, seconds: float) -> dict[str, float]:
     """Returns the megabytes of memory after a tenth and at the end of a time under load."""
     name = "process_resident_memory_bytes"
-    throughput(host, port, 8, seconds / 10)
-    early = metric(host, port, name)
-    throughput(host, port, 8, seconds * 9 / 10)
-    late = metric(host, port, name)
-    return {"early_mb": early / 1e6, "late_mb": late / 1e6, "growth": late / early - 1}
+    throughput(server, 8, seconds / 10)
+    early = server.metric(name)
+    rate = throughput(server, 8, seconds * 9 / 10)
+    late = server.metric(name)
+    return {"early_mb": early / 1e6, "late_mb": late / 1e6, "growth": late / early - 1, "images_per_second": rate}
+
+
+def table(results: dict[str, dict]) -> str:
+    """Returns the figures as a Markdown table; ``results`` are those that `common.emit` prints, by name."""
+    rows = []
+    if "sampler alone" in results:
+        best = min(results["sampler alone"].items(), key=lambda pair: pair[1])
+        rows.append((f"`dalle2 sample` at its best batch size, {best[0]}", f"{1 / best[1]:.2f} images/s", ""))
+    if "16 clients" in results:
+        many = results["16 clients"]
+        rows.append(("16 clients", f"{many['images_per_second']:.2f} images/s, {many['ratio']:.3f} of it", ">= 0.9"))
+        rows.append(("rows of batches that are no padding", f"{many['fill']:.1%}", ""))
+    if "idle" in results:
+        one = results["idle"]
+        seconds = f"{one['latency']:.3f} s, {one['ratio']:.3f} of the sampler"
+        rows.append(("one request, idle server", seconds, "<= 1.15"))
+        rows.append(("of it without sampling", f"{1000 * one['overhead']:.1f} ms", "< 10 ms"))
+    if "50 clients" in results:
+        counts = {name: f"{value:g}" for name, value in results["50 clients"].items() if name != "seconds"}
+        rows.append(("50 clients: requests by status", ", ".join(map(": ".join, counts.items())), "wrong: 0"))
+    if "soak" in results:
+        long = results["soak"]
+        grown = f"{long['early_mb']:.0f} to {long['late_mb']:.0f} MB, {long['growth']:+.1%}"
+        rows.append((f"memory in {long['seconds']:g} s of 8 clients", grown, "<= 5 %"))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (("figure", "value", "target"), ("---",) * 3, *rows))
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", default="shapes")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of the measurement of throughput")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of the measurement of throughput")
+    parser.add_argument("--repeats", type=int, default=5, help="calls of the sampler a size; twice as many requests")
     parser.add_argument("--requests", type=int, default=500, help="of 50 clients")
-    parser.add_argument("--soak", type=float, default=0.0, help="seconds of load, for the growth of memory")
+    parser.add_argument("--soak", type=float, default=0.0, help="seconds of load, for the growth of memory; only that")
     options = parser.parse_args()
-    system = d2.load(options.system)
-    alone = bare(system, 5)
-    best = min(alone.values())
-    common.emit(what="sampler alone", seconds_per_image={size: round(each, 4) for size, each in alone.items()})
-    with running(options.system) as (host, port):
+    results: dict[str, dict] = {}
+
+    def record(name: str, found: dict) -> None:
+        results[name] = found
+        common.emit(what=name, **{str(key): round(value, 4) for key, value in found.items()})
+
+    with running(options.system) as server:
         if options.soak:
-            common.emit(what="soak", seconds=options.soak, **soak(host, port, options.soak))
-            return
-        latency, overhead = idle_latency(host, port, 10)
-        ratio = round(latency / alone[1], 3)
-        common.emit(what="idle", latency=round(latency, 4), ratio=ratio, overhead=round(overhead, 4))
-        rate = throughput(host, port, 16, options.seconds)
-        common.emit(what="16 clients", images_per_second=round(rate, 2), ratio=round(rate * best, 3))
-        fill = metric(host, port, "dalle2_batch_rows_total") / metric(host, port, "dalle2_batch_slots_total")
-        common.emit(what="batch fill", share=round(fill, 3))
-        common.emit(what="50 clients", **storm(host, port, system, options.requests, 50))
+            record("soak", {"seconds": options.soak, **soak(server, options.soak)})
+        else:
+            system = d2.load(options.system)
+            record("sampler alone", sampler_alone(system, options.repeats))
+            record("idle", idle(server, system, 2 * options.repeats))
+            names = ("dalle2_batch_rows_total", "dalle2_batch_slots_total")
+            before = [server.metric(name) for name in names]
+            rate = throughput(server, 16, options.seconds)
+            rows, slots = (server.metric(name) - value for name, value in zip(names, before, strict=True))
+            best = min(results["sampler alone"].values())
+            record("16 clients", {"images_per_second": rate, "ratio": rate * best, "fill": rows / slots})
+            record("50 clients", storm(server, system, options.requests, 50))
+    print(table(results))
 
 
 if __name__ == "__main__":
