@@ -73,7 +73,7 @@ async def _run(request: Request, command: str) -> JSONResponse:
         if body.previews and not body.background:
             raise invalid("previews are events of a job: set background too", "previews")
         arguments = await asyncio.to_thread(ARGUMENTS[command], body)
-        _check_inversion(service, body, arguments)
+        _check_inversion(arguments, service.config.max_steps)
         task = make_task(service, command, body, arguments, body.previews)
         images = body.n * arguments.get("frames", 1)
         if not body.background:
@@ -82,11 +82,11 @@ async def _run(request: Request, command: str) -> JSONResponse:
         return JSONResponse(_start_job(service, request, owner, task, body, images).describe(), 202)
 
 
-def _check_inversion(service: Service, body: Background, arguments: dict[str, Any]) -> None:
+def _check_inversion(arguments: dict[str, Any], max_steps: int) -> None:
     """Raises ApiError if an inversion has more steps than the server allows."""
     steps = arguments.get("steps")
-    if steps is not None and steps > service.config.max_steps:
-        raise invalid(f"steps are more than the {service.config.max_steps} that this server allows", "steps")
+    if steps is not None and steps > max_steps:
+        raise invalid(f"steps are more than the {max_steps} that this server allows", "steps")
 
 
 def _start_job(service: Service, request: Request, owner: str, task: Task, body: Background, images: int) -> Job:
