@@ -63,6 +63,18 @@ export class Drop {
   }
 }
 
+// Returns a checkerboard, which is seen on any image.
+function checkerboard(pen, cell) {
+  const tile = document.createElement("canvas");
+  tile.width = tile.height = 2 * cell;
+  const ink = tile.getContext("2d");
+  ink.fillStyle = "#fff";
+  ink.fillRect(0, 0, 2 * cell, 2 * cell);
+  ink.fillStyle = "#888";
+  for (const corner of [0, cell]) ink.fillRect(corner, corner, cell, cell);
+  return pen.createPattern(tile, "repeat");
+}
+
 // The mask of an image, painted with a pointer or with keys.
 export class Brush {
   constructor(canvas, size, painted) {
@@ -114,6 +126,7 @@ export class Brush {
   paint() {
     if (!this.image) return;
     const pen = this.painted.getContext("2d"), side = this.painted.width;
+    pen.fillStyle = checkerboard(pen, Math.ceil(side / 32));
     pen.beginPath();
     pen.arc(this.at.x * side, this.at.y * side, (this.size() / 100) * side, 0, 2 * Math.PI);
     pen.fill();
@@ -127,7 +140,7 @@ export class Brush {
     const pen = this.canvas.getContext("2d"), side = this.canvas.width;
     pen.drawImage(this.image, 0, 0, side, side);
     pen.save();
-    pen.globalAlpha = 0.7;
+    pen.globalAlpha = 0.85;
     pen.drawImage(this.painted, 0, 0);
     pen.restore();
     pen.strokeStyle = "#e91e63";
