@@ -68,7 +68,7 @@ def test_the_container_runs_the_command_as_the_user_of_kubernetes(client):
 
 
 def test_ray_serves_the_application_of_the_package():
-    """Ray is not installed for tests: the file's imports of this package are checked."""
+    """The file's imports of this package; `test_ray` runs it where Ray is installed."""
     tree = ast.parse((ROOT / "deploy" / "ray_serve.py").read_text())
     import dalle2_jax.server as server
 
