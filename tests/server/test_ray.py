@@ -49,8 +49,8 @@ def address(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {"DALLE2_SYSTEMS": "shapes", "DALLE2_REPLICAS": "2", "DALLE2_FILES": str(folder / "files")}
-    patience = {"RAY_raylet_start_wait_time_s": "600", "RAY_worker_register_timeout_seconds": "600"}
-    given = environment(PYTHONPATH=str(ROOT), RAY_USAGE_STATS_ENABLED="0", **settings, **patience)
+    waits = {"RAY_raylet_start_wait_time_s": "600", "RAY_worker_register_timeout_seconds": "600"}
+    given = environment(PYTHONPATH=str(ROOT), RAY_USAGE_STATS_ENABLED="0", **settings, **waits)
     with (
         open(folder / "log", "w") as log,
         subprocess.Popen(
