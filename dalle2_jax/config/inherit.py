@@ -2,7 +2,7 @@
 
 ``init_from`` names the system of the base. The architecture and the prediction target come from the base's experiment,
 and override those of the run's config; how the network is computed and trained is the run's own (`OWN`). The combined
-experiment is stored, so that only a LoRA needs its base afterwards, and a distilled stage until its training has ended.
+experiment is stored, so that only a LoRA needs its base afterwards, and a distilled stage until it is trained.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ OWN = {
     ),
     "diffusion": ("weighting", "max_weight", "gamma", "k", "timesteps"),
 }
-"""All other sections are the run's own: data, optim, mesh, sampling, teacher, lora. The loss comes with the variance."""
+"""All other sections are the run's own: data, optim, mesh, sampling, teacher, lora. The loss is the base's."""
 
 _MAX_BASES = 16
 """Maximum number of LoRAs in a chain, each the base of the one before."""
@@ -164,8 +164,9 @@ def base_of(folder: StageFolder, init_from: str | None) -> StageFolder:
         following = _next_base(following, stored.init_from)
     if not base.exists():
         raise UserError(
-            f"{folder.path} needs stage {folder.stage} of {base.root}, the base of its LoRA or its teacher, which is not "
-            f"there: put it back, or set init_from in {folder.path}/{folder.experiment_file()} to where it is (from {folder.root})"
+            f"{folder.path} needs stage {folder.stage} of {base.root}, as the base of a LoRA or as the teacher, and it "
+            f"is not there: put it back, or set init_from in {folder.path}/{folder.experiment_file()} to where it is "
+            f"(from {folder.root})"
         )
     return base
 
@@ -200,7 +201,7 @@ def incompatible_stages(base: StageFolder, folder: StageFolder) -> set[str]:
 
 
 def check_fingerprint(folder: StageFolder, base: StageFolder, weights: str) -> None:
-    """Raises UserError unless ``weights`` is the fingerprint of the weights that a LoRA or a student was trained on."""
+    """Raises UserError unless ``weights`` is the fingerprint of the base that a LoRA or a student was trained with."""
     trained_on = (folder.read_json("base.json") or {}).get("weights")
     if trained_on != weights:
         raise UserError(

@@ -16,7 +16,7 @@ from dalle2_jax.config.sections import (
     TokenizerConfig,
 )
 from dalle2_jax.diffusion import respace
-from dalle2_jax.errors import ConfigError, UserError
+from dalle2_jax.errors import ConfigError
 from dalle2_jax.models.clip import ClipConfig
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.stages import ClipStage, DiffusionConfig, SamplingConfig, Stage

@@ -67,7 +67,7 @@ def _respace(schedule: Schedule, spec: str) -> Schedule:
 def _selected_steps(schedule: Schedule, spec: str) -> Int[np.ndarray, "n"]:
     """Returns the indices that a respacing selects, ascending."""
     num_steps = schedule.num_steps
-    if match := re.fullmatch(r"([^/]+)/([1-9]\d{0,8})", spec):
+    if match := re.fullmatch(r"(.+)/([1-9]\d{0,8})", spec):
         return _share(_selected_steps(schedule, match[1]), int(match[2]), match[1])
     if spec == "fast27":
         indices = _sections(num_steps, [10, 10, 3, 2, 2])

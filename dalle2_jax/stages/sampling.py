@@ -189,7 +189,11 @@ def check_student(name: str, schedule: Schedule, own: SamplingConfig, config: Sa
             f"must be {own.steps!r}, which the stage is distilled to, not {config.steps!r}: leave steps out, or sample "
             "from the system that it was distilled from",
         )
-    fields = {"guidance": config.guidance, "image_guidance": config.image_guidance, "text_guidance": config.text_guidance}
+    fields = {
+        "guidance": config.guidance,
+        "image_guidance": config.image_guidance,
+        "text_guidance": config.text_guidance,
+    }
     for field, scale in fields.items():
         if scale is not None and scale != 1:
             raise _wrong(

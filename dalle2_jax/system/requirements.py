@@ -1,4 +1,4 @@
-"""What a training run requires of its system, the CLIP and the tokenizer, and of its base, the weights to start from."""
+"""What a training run requires of its system (the CLIP and the tokenizer), and of its base (weights)."""
 
 import dataclasses
 import pathlib
@@ -116,7 +116,7 @@ def start_from_base(
 ) -> tuple[Job, str | None]:
     """Makes a job start from ``base``, or continue from its own checkpoint.
 
-    Of a LoRA, and of a distilled stage, whose teacher it is, the base is among the job's ``frozen`` in both cases.
+    The base of a LoRA, and the teacher of a distilled stage, is loaded in both cases, into the job's ``frozen``.
 
     Args:
       job: of the run.
