@@ -68,9 +68,9 @@ class StudentSteps:
         expected = self.teacher.timesteps[self.stride - 1 :: self.stride]
         if not np.array_equal(self.student.timesteps, expected):
             raise UserError(
-                f"the student's {steps} steps must be every {self.stride}. of the teacher's {all_steps}, to the last: "
-                f"timesteps {', '.join(map(str, expected))}, not {', '.join(map(str, self.student.timesteps))}; steps "
-                f"'{all_steps}/{steps}' are these for a teacher of {all_steps} steps"
+                f"the student's {steps} steps must be spaced evenly among the teacher's {all_steps} and end with the "
+                f"last, as steps '{all_steps}/{steps}' of a teacher of {all_steps} steps do: timesteps "
+                f"{', '.join(map(str, expected))}, not {', '.join(map(str, self.student.timesteps))}"
             )
 
     @property
