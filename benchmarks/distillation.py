@@ -61,7 +61,7 @@ def main() -> None:
         sampling = {"decoder": settings} if settings else {}
         measured = d2.evaluate(system, ["attributes"], num=options.num, seed=options.seed, sampling=sampling)
         figures = [measured[f"attributes/{name}"] for name in ("all", "colour", "shape")]
-        cells = [in_percent(figure.value, figure.interval) for figure in figures]
+        cells = [in_percent(figure.value, figure.interval or (figure.value,) * 2) for figure in figures]
         values = {name: figure.value for name, figure in zip(("all", "colour", "shape"), figures, strict=True)}
         common.emit(benchmark="distillation", sampling=title, n=figures[0].n, **values)
         lines.append(f"| {title} | {figures[0].n} | " + " | ".join(cells) + " |")

@@ -68,7 +68,8 @@ def distilled(config: ConfigDict, teacher: Section, steps: str, init_from: str, 
     config.update(init_from=init_from, total_steps=total_steps)
     config.teacher = {"name": "ddim", **clip, **teacher}
     config.sampling = {"name": "ddim", "steps": steps, **clip}
-    cast(ConfigDict, config.optim).update(lr=0.5 * config.optim.lr, warmup_steps=total_steps // 20)
+    optim = cast(ConfigDict, config.optim)
+    optim.update(lr=0.5 * cast(float, optim.lr), warmup_steps=total_steps // 20)
     return config
 
 

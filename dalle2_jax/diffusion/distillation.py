@@ -37,7 +37,7 @@ from dalle2_jax import rng
 from dalle2_jax.diffusion import process, variance
 from dalle2_jax.diffusion.objective import Objective, noise_of, squared_error
 from dalle2_jax.diffusion.process import Denoised
-from dalle2_jax.diffusion.schedule import Level, Schedule
+from dalle2_jax.diffusion.schedule import Schedule
 from dalle2_jax.diffusion.steppers import Ddim, DdimRow, Predict
 from dalle2_jax.errors import UserError
 from dalle2_jax.types import Denoiser, Metrics
@@ -117,12 +117,8 @@ def distillation_target(
 
 def _rows_at(rows: DdimRow, index: Int[Array, "B"], ndim: int) -> DdimRow:
     """Returns the coefficients of one step for each example, ready to scale a batch."""
-    level = Level(
-        jnp.asarray(rows.level.timestep)[index],
-        process.at(np.asarray(rows.level.signal_rate), index, ndim),
-        process.at(np.asarray(rows.level.noise_rate), index, ndim),
-    )
-    return DdimRow(level, *(process.at(table, index, ndim) for table in rows[1:]))
+    row = jax.tree.map(lambda table: process.at(table, index, ndim), rows)
+    return row._replace(level=row.level._replace(timestep=jnp.asarray(rows.level.timestep)[index]))
 
 
 def distillation_loss(

@@ -12,7 +12,7 @@ from dalle2_jax.config import inherit
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.config.parse import Place, expand_file
 from dalle2_jax.config.sections import TokenizerConfig
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import ConfigError, UserError
 from dalle2_jax.stages import ClipStage, EmbeddingContract, LoraStage, Variables, abstract_variables, fingerprint
 from dalle2_jax.system import load
 from dalle2_jax.system.loaded_stage import LoadedStage
@@ -175,5 +175,8 @@ def _with_lora(job: Job, experiment: Experiment, base: Variables, loaded: Loaded
 
 def _check_teacher(loaded: LoadedStage, experiment: Experiment) -> None:
     """Raises ConfigError unless a stage can be sampled as the section ``teacher`` of an experiment has it."""
-    with Place("config", "teacher").errors():
+    try:
         cast(Any, loaded.stage).check_sampling(cast(Any, experiment.spec).teacher)
+    except UserError as error:
+        message = f"config.teacher: the stage of config.init_from cannot be sampled in this way: {error}"
+        raise ConfigError(message, "teacher") from error
