@@ -19,16 +19,16 @@ from dalle2_jax.config.sources import PythonDataConfig
 from dalle2_jax.config.stored import stored_experiment
 from dalle2_jax.data import PreparedSource, Source, as_source, fixed_batch, make_stream, prepare
 from dalle2_jax.errors import ConfigError, DataError, SystemWarning
-from dalle2_jax.stages import ClipStage, LoraStage, Stage, Variables, abstract_variables, fingerprint
+from dalle2_jax.stages import ClipStage, Stage, Variables
 from dalle2_jax.stages.base import select_columns
 from dalle2_jax.system import LoadedStage, load, make_preview
-from dalle2_jax.system.requirements import find_clip, find_tokenizer
+from dalle2_jax.system.requirements import find_clip, find_tokenizer, start_from_base
 from dalle2_jax.system.system import System
 from dalle2_jax.system.system import load as load_stages
 from dalle2_jax.training import hosts, loop
 from dalle2_jax.training.accumulation import check_accumulation
 from dalle2_jax.training.hooks import Hooks
-from dalle2_jax.training.loop import Job, Start
+from dalle2_jax.training.loop import Job
 from dalle2_jax.training.optim import OptimConfig, changed_state_field, make_optimizer
 from dalle2_jax.training.reporting import held_out, provenance
 from dalle2_jax.training.reporting.metrics import from_all_hosts
@@ -194,7 +194,7 @@ def build_job(
         accumulate=optim.accumulate,
         ema_memory=optim.ema_memory,
     )
-    job, identity = _from_base(job, base, experiment, clip_stage) if base else (job, None)
+    job, identity = start_from_base(job, base, experiment, clip_stage) if base else (job, None)
     job = _with_evaluation(experiment, job, stage, tokenizer)
     if jax.process_index() == 0:
         if base and folder.is_link_to(base):
@@ -320,45 +320,6 @@ def record_contract(job: Job, params: Params) -> None:
     if stored is not None and stored.clip == contract.clip:  # other stages may have been trained under it already
         contract = dataclasses.replace(contract, preprocessing=stored.preprocessing)
     job.folder.write_json("contract.json", dataclasses.asdict(contract))
-
-
-# --- fine-tuning ----------------------------------------------------------------------------
-
-
-def _from_base(job: Job, base: StageFolder, experiment: Experiment, clip: ClipStage | None) -> tuple[Job, str | None]:
-    """Makes a job start from ``base``, or continue from its own checkpoint, and train a LoRA if the experiment has one.
-
-    Returns:
-      The job, and the fingerprint of the weights that it starts from; None if it continues.
-    """
-    stage, start, identity = experiment.trained(job.stage), Start(), None
-    abstract_variables(stage)  # raises where a LoRA's targets match no kernel
-    if not inherit.resumes(job.folder, base):
-        variables = load.load_stage(base.root, base.stage, job.mesh, clip).variables
-        identity = fingerprint(variables.params)
-        start = Start(job.stage.adapted(variables.params), variables.stats)
-    else:
-        variables = None
-    if experiment.lora is None:
-        return dataclasses.replace(job, start=start), identity
-    variables = variables or load.load_base(job.folder, experiment, job.mesh, clip)
-    base_weights = cast(LoraStage, stage).frozen_part(variables)
-    frozen = {**job.frozen, stage.name: base_weights}
-
-    base_preview = job.hooks.preview
-
-    def preview(variables: Variables, step: int) -> None:
-        if base_preview is not None:
-            base_preview(stage.merged(frozen, variables), step)
-
-    lora = dataclasses.replace(
-        job,
-        stage=stage,
-        frozen=frozen,
-        start=start._replace(params=None),
-        hooks=dataclasses.replace(job.hooks, preview=base_preview and preview),
-    )
-    return lora, identity
 
 
 # --- the folder -----------------------------------------------------------------------------

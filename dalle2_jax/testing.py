@@ -140,8 +140,8 @@ def tiny_variables(stage: Stage, seed: int = 0) -> Variables:
 
 
 def tiny_frozen(stage: Stage) -> dict[str, Variables]:
-    """Returns the variables of the stages that ``stage`` requires."""
-    return {name: tiny_variables(tiny_stage("clip_vit")) for name in stage.requires}
+    """Returns the variables of the stages that ``stage`` requires: of CLIP, and of its teacher."""
+    return {name: tiny_variables(tiny_stage("clip_vit") if name == "clip" else stage) for name in stage.requires}
 
 
 def tiny_batch(size: int, seed: int = 0) -> Batch:

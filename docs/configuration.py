@@ -67,6 +67,7 @@ GROUPS: Mapping[str, tuple[tuple[str, str, type, tuple[str, ...]], ...]] = {
     "Diffusion": (
         ("`diffusion`", "prior, decoder, upsamplers", stages.DiffusionConfig, ()),
         ("`sampling`", "prior, decoder, upsamplers", stages.SamplingConfig, ()),
+        ("`teacher`", "distilled prior, decoder, upsamplers: how the teacher is sampled", stages.SamplingConfig, ()),
         ("`sampling`", "ar_prior", stages.ArSamplingConfig, ()),
     ),
     "Conditioning": (

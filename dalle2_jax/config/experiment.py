@@ -38,7 +38,8 @@ class Experiment:
 
     Attributes:
       stage: its name, a key of `SPECS`.
-      spec: what the stage is: its sections model, text, diffusion, sampling, conditioning, embedding, preprocessing.
+      spec: what the stage is: its sections model, text, diffusion, sampling, conditioning, embedding, preprocessing,
+        teacher.
       run: how long it is trained, and how often it reports. ``total_steps`` is 0 for an imported stage.
       data: what it is trained on; None for an imported stage, as are the following two.
       optim: the optimizer.
@@ -148,6 +149,12 @@ class Experiment:
             raise ConfigError(
                 "config.lora changes a trained stage: name its system, as in --config.init_from=runs/demo", "lora"
             )
+        if self.spec.distilled and self.init_from is None:
+            raise ConfigError(
+                "config.teacher distils a trained stage: name its system, as in --config.init_from=runs/demo", "teacher"
+            )
+        if self.spec.distilled and self.lora is not None:
+            raise ConfigError("config.lora cannot be trained by distillation: leave out lora or teacher", "lora")
         self.spec.check_steps()
         if isinstance(self.spec, ClipSpec) and self.run.batch_size % self.spec.objective.chunks:
             raise ConfigError(

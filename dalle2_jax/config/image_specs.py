@@ -39,10 +39,11 @@ class DecoderSpec(DiffusedSpec[ImageSamplingConfig]):
     diffusion: DiffusionConfig
     sampling: ImageSamplingConfig
     conditioning: DecoderConditioning = DecoderConditioning()
+    teacher: ImageSamplingConfig | None = None
 
     sections: ClassVar[Mapping[str, bool]] = {
         **dict.fromkeys(("model", "text", "diffusion", "sampling"), True),
-        "conditioning": False,
+        **dict.fromkeys(("conditioning", "teacher"), False),
     }
 
     @classmethod
@@ -55,6 +56,7 @@ class DecoderSpec(DiffusedSpec[ImageSamplingConfig]):
             expand(DiffusionConfig, config["diffusion"], "diffusion"),
             expand(ImageSamplingConfig, config["sampling"], "sampling"),
             optional(DecoderConditioning, config, "conditioning") or DecoderConditioning(),
+            optional(ImageSamplingConfig, config, "teacher"),
         )
 
     @property
@@ -80,7 +82,7 @@ class DecoderSpec(DiffusedSpec[ImageSamplingConfig]):
     def build(self, vocab_size: int | None, clip: ClipStage | None) -> stages.DecoderStage:
         """See `Spec.build`."""
         model = _decoder_sized(self.model, self.text, vocab_size, clip and clip.model)
-        parts = {"name": "decoder", "diffusion": self.diffusion, "sampling": self.sampling, "noise_statistics": None}
+        parts = self.parts("decoder")
         return make_stage(stages.DecoderStage, self.conditioning, model=model, clip=clip, **parts)
 
 
@@ -126,10 +128,11 @@ class UpsamplerSpec(DiffusedSpec[ImageSamplingConfig]):
     diffusion: DiffusionConfig
     sampling: ImageSamplingConfig
     conditioning: UpsamplerConditioning
+    teacher: ImageSamplingConfig | None = None
 
     sections: ClassVar[Mapping[str, bool]] = {
         **dict.fromkeys(("model", "diffusion", "sampling"), True),
-        **dict.fromkeys(("text", "conditioning"), False),
+        **dict.fromkeys(("text", "conditioning", "teacher"), False),
     }
 
     @classmethod
@@ -145,6 +148,7 @@ class UpsamplerSpec(DiffusedSpec[ImageSamplingConfig]):
             expand(DiffusionConfig, config["diffusion"], "diffusion"),
             expand(ImageSamplingConfig, config["sampling"], "sampling"),
             expand(UpsamplerConditioning, config.get("conditioning", {}), "conditioning"),
+            optional(ImageSamplingConfig, config, "teacher"),
         )
 
     @property
@@ -172,5 +176,4 @@ class UpsamplerSpec(DiffusedSpec[ImageSamplingConfig]):
         model = self.model
         if isinstance(model, DecoderConfig) and self.text is not None:
             model = _decoder_sized(model, self.text, vocab_size, None)
-        parts = {"name": self.name, "diffusion": self.diffusion, "sampling": self.sampling, "noise_statistics": None}
-        return make_stage(stages.UpsamplerStage, self.conditioning, model=model, **parts)
+        return make_stage(stages.UpsamplerStage, self.conditioning, model=model, **self.parts(self.name))

@@ -2,7 +2,7 @@
 
 ``init_from`` names the system of the base. The architecture and the prediction target come from the base's experiment,
 and override those of the run's config; how the network is computed and trained is the run's own (`OWN`). The combined
-experiment is stored, so that only a LoRA needs its base afterwards.
+experiment is stored, so that only a LoRA needs its base afterwards, and a distilled stage until it is trained.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ OWN = {
     ),
     "diffusion": ("weighting", "max_weight", "gamma", "k", "timesteps"),
 }
-"""All other sections are the run's own: data, optim, mesh, sampling, lora. The loss comes with the variance."""
+"""All other sections are the run's own: data, optim, mesh, sampling, teacher, lora. The loss is the base's."""
 
 _MAX_BASES = 16
 """Maximum number of LoRAs in a chain, each the base of the one before."""
@@ -141,22 +141,22 @@ def _experiment_of(base: StageFolder) -> Experiment:
 
 
 def base_of(folder: StageFolder, init_from: str | None) -> StageFolder:
-    """Returns the base of a stored LoRA.
+    """Returns the base of a stored LoRA, or the teacher of a stored stage.
 
-    Nothing but a stage is read there, and its weights must be those that the LoRA was trained on (`check_fingerprint`).
+    Nothing but a stage is read there, and its weights must be those that were trained on (`check_fingerprint`).
 
     Args:
-      folder: of the LoRA.
-      init_from: the system of the base, relative to the system of the LoRA.
+      folder: of the LoRA or the distilled stage.
+      init_from: the system of the base, relative to the system of ``folder``.
 
     Raises:
-      UserError: it is not there any more, its path is absolute or a URL, or it is a LoRA that leads back here.
+      UserError: it is not there any more, its path is absolute or a URL, or it leads back here.
     """
     base, seen = _next_base(folder, init_from), {folder.path.resolve()}
     following = base
     while following.exists():
         if following.path.resolve() in seen or len(seen) > _MAX_BASES:
-            raise UserError(f"{folder.path} is a LoRA whose base leads back to itself: {following.path}")
+            raise UserError(f"the base of {folder.path} leads back to itself: {following.path}")
         seen.add(following.path.resolve())
         stored = stored_experiment(following)
         if stored is None or stored.lora is None:
@@ -164,14 +164,15 @@ def base_of(folder: StageFolder, init_from: str | None) -> StageFolder:
         following = _next_base(following, stored.init_from)
     if not base.exists():
         raise UserError(
-            f"{folder.path} is a LoRA of stage {folder.stage} of {base.root}, which is not there: put it back, or set "
-            f"init_from in {folder.path}/{folder.experiment_file()} to where it is (from {folder.root})"
+            f"{folder.path} needs stage {folder.stage} of {base.root}, as the base of a LoRA or as the teacher, and it "
+            f"is not there: put it back, or set init_from in {folder.path}/{folder.experiment_file()} to where it is "
+            f"(from {folder.root})"
         )
     return base
 
 
 def _next_base(folder: StageFolder, path: str | None) -> StageFolder:
-    """Returns the folder that a stored LoRA's ``init_from`` leads to."""
+    """Returns the folder that a stored ``init_from`` leads to."""
     if not path or "\0" in path or "://" in path or os.path.isabs(path):
         raise UserError(
             f"init_from in {folder.path}/{folder.experiment_file()} must be the path of a system relative to "
@@ -200,11 +201,11 @@ def incompatible_stages(base: StageFolder, folder: StageFolder) -> set[str]:
 
 
 def check_fingerprint(folder: StageFolder, base: StageFolder, weights: str) -> None:
-    """Raises UserError unless ``weights`` is the fingerprint of the weights that a LoRA was trained on."""
+    """Raises UserError unless ``weights`` is the fingerprint of the base that a LoRA or a student was trained with."""
     trained_on = (folder.read_json("base.json") or {}).get("weights")
     if trained_on != weights:
         raise UserError(
-            f"{folder.path} is a LoRA of other weights ({trained_on}) than those now in "
+            f"{folder.path} was trained, as a LoRA or a student, from other weights ({trained_on}) than those now in "
             f"{base.path} ({weights}): put those back, or train it again in another --workdir"
         )
 

@@ -53,6 +53,26 @@ def for_gpu(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def distilled(config: ConfigDict, teacher: Section, steps: str, init_from: str, total_steps: int) -> ConfigDict:
+    """Returns the config of a diffusion stage changed for a student of it.
+
+    Args:
+      config: of the stage.
+      teacher: how the teacher is sampled: the fields of the section ``teacher`` other than its sampler.
+      steps: of the student, a part of the teacher's: "20/4" are 4 of the 20 steps.
+      init_from: the system of the teacher.
+      total_steps: of the run.
+    """
+    sampling = cast(ConfigDict, config.sampling)
+    clip = {"clip_sample": sampling.clip_sample} if "clip_sample" in sampling else {}
+    config.update(init_from=init_from, total_steps=total_steps)
+    config.teacher = {"name": "ddim", **clip, **teacher}
+    config.sampling = {"name": "ddim", "steps": steps, **clip}
+    optim = cast(ConfigDict, config.optim)
+    optim.update(lr=0.5 * cast(float, optim.lr), warmup_steps=total_steps // 20)
+    return config
+
+
 def pod_config(
     total_steps: int, batch_size: int, resolution: int, text: Section, optim: Section, crop: str = "random"
 ) -> ConfigDict:

@@ -59,10 +59,11 @@ class PriorSpec(PriorProperties, DiffusedSpec[SamplingConfig]):
     diffusion: DiffusionConfig
     sampling: SamplingConfig
     conditioning: PriorConditioning = PriorConditioning()
+    teacher: SamplingConfig | None = None
 
     sections: ClassVar[Mapping[str, bool]] = {
         **dict.fromkeys(("model", "text", "diffusion", "sampling"), True),
-        "conditioning": False,
+        **dict.fromkeys(("conditioning", "teacher"), False),
     }
     KINDS: ClassVar[Mapping[str, type]] = {"unclip": PriorConfig, "laion": LaionPriorConfig}
 
@@ -78,6 +79,7 @@ class PriorSpec(PriorProperties, DiffusedSpec[SamplingConfig]):
             expand(DiffusionConfig, config["diffusion"], "diffusion"),
             expand(SamplingConfig, config["sampling"], "sampling"),
             optional(PriorConditioning, config, "conditioning") or PriorConditioning(),
+            optional(SamplingConfig, config, "teacher"),
         )
 
     @property
@@ -99,8 +101,7 @@ class PriorSpec(PriorProperties, DiffusedSpec[SamplingConfig]):
                 "text_width": None if tokens else clip.model.text.width,
             }
             model = with_sizes(model, embed_dim=clip.model.embed_dim, **text)
-        parts = {"name": "prior", "diffusion": self.diffusion, "sampling": self.sampling, "noise_statistics": None}
-        return make_stage(stages.PriorStage, self.conditioning, model=model, clip=clip, **parts)
+        return make_stage(stages.PriorStage, self.conditioning, model=model, clip=clip, **self.parts("prior"))
 
 
 def _unclip_model(section: Config, text: TokenizerConfig) -> PriorConfig:
@@ -139,6 +140,7 @@ class ArPriorSpec(PriorProperties):
 
     sections: ClassVar[Mapping[str, bool]] = {"model": True, "text": True, "sampling": False, "conditioning": False}
     derived: ClassVar[tuple[str, ...]] = ("model.embed_dim", *TOWER_SIZES)
+    distilled: ClassVar[bool] = False
 
     @classmethod
     def parse(cls, config: Config, resolution: int | None) -> "ArPriorSpec":

@@ -16,10 +16,11 @@ from dalle2_jax.config.sections import (
     TokenizerConfig,
 )
 from dalle2_jax.diffusion import respace
-from dalle2_jax.errors import ConfigError, UserError
+from dalle2_jax.errors import ConfigError
 from dalle2_jax.models.clip import ClipConfig
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.stages import ClipStage, DiffusionConfig, SamplingConfig, Stage
+from dalle2_jax.stages.sampling import check_student, student_steps
 
 Config = Mapping[str, Any]
 """A config as a mapping: sections by name. It goes no further than the parse."""
@@ -88,8 +89,13 @@ class Spec(Protocol):
         """
         ...
 
+    @property
+    def distilled(self) -> bool:
+        """Whether the stage is distilled from a teacher."""
+        ...
+
     def check_steps(self) -> None:
-        """Raises ConfigError if ``sampling.steps`` does not fit the stage's noise schedule."""
+        """Raises ConfigError if ``sampling.steps`` does not fit the stage's noise schedule, or its teacher's steps."""
         ...
 
 
@@ -141,14 +147,40 @@ def check_caption_length(text: TokenizerConfig, text_input: str | None, clip: Cl
 
 
 class DiffusedSpec(Generic[Sampling]):
-    """What the specs of diffusion stages share."""
+    """What the specs of diffusion stages share.
+
+    Attributes:
+      diffusion: the section of this name.
+      sampling: the section of this name.
+      teacher: the section of this name, how the teacher of a distilled stage is sampled; None for other stages.
+    """
 
     diffusion: DiffusionConfig
     sampling: Sampling
+    teacher: Sampling | None
+
+    @property
+    def distilled(self) -> bool:
+        """See `Spec.distilled`."""
+        return self.teacher is not None
 
     def check_steps(self) -> None:
         """See `Spec.check_steps`."""
-        try:
-            respace(self.diffusion.make_schedule(), self.sampling.steps)
-        except UserError as error:
-            raise ConfigError(f"config.sampling.steps: {error}", "sampling.steps") from error
+        schedule = self.diffusion.make_schedule()
+        for name, section in (("sampling", self.sampling), ("teacher", self.teacher)):
+            if section is not None:
+                with Place("config", f"{name}.steps").errors():
+                    respace(schedule, section.steps)
+        if self.teacher is not None:
+            check_student("sampling", schedule, self.sampling, self.sampling)
+            with Place("config", "sampling.steps").errors():
+                student_steps(schedule, self.teacher, self.sampling)
+
+    def parts(self, name: str) -> dict[str, Any]:
+        """Returns the fields that every diffusion stage is made of, except its network and conditioning.
+
+        Args:
+          name: of the stage.
+        """
+        sections = {"diffusion": self.diffusion, "sampling": self.sampling, "teacher": self.teacher}
+        return {"name": name, **sections, "noise_statistics": None}

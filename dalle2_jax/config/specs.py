@@ -47,6 +47,7 @@ class ClipSpec:
         **{"embedding": False, "preprocessing": False, "objective": False},
     }
     derived: ClassVar[tuple[str, ...]] = TOWER_SIZES
+    distilled: ClassVar[bool] = False
 
     @classmethod
     def parse(cls, config: Config, resolution: int | None) -> "ClipSpec":

@@ -1,14 +1,15 @@
 """Discrete-time diffusion: schedules, objectives and samplers for any network ``(x_t, t) -> prediction``.
 
 schedule      signal and noise rates of each step            respacing     the steps that a sampler takes
-process       noising, the posterior, (eps, x_0, v)          variance      the variance of a reverse step
+process       noising, (eps, x_0, v), clipping of x_0         variance      the variance of a reverse step
 objective     the training loss                              timesteps     sampling of training timesteps
 likelihood    the variational bound, bits per dimension      guidance      classifier-free guidance
 steppers      one step of DDPM, DDIM, its inversion          solvers       one step of Euler, Heun, DPM-Solver++, UniPC
 sampler       configuration, `sample`, `invert`              loop          the loop over steps, `SamplingOptions`
-inpainting    known pixels, RePaint                          thresholding  clipping of x_0
+inpainting    known pixels, RePaint                          distillation  the loss of a student of few steps
 """
 
+from dalle2_jax.diffusion.distillation import StudentSteps, distillation_loss, distillation_target
 from dalle2_jax.diffusion.guidance import GuidanceSchedule, branches, guided
 from dalle2_jax.diffusion.inpainting import Inpainting, resampling
 from dalle2_jax.diffusion.likelihood import bits_per_dim, vlb_terms
@@ -19,6 +20,7 @@ from dalle2_jax.diffusion.process import (
     from_x0_eps,
     posterior,
     q_sample,
+    thresholding,
     to_x0_eps,
 )
 from dalle2_jax.diffusion.respacing import respace
@@ -41,7 +43,6 @@ from dalle2_jax.diffusion.schedule import (
 )
 from dalle2_jax.diffusion.solvers import DpmSolver, Heun, UniPc
 from dalle2_jax.diffusion.steppers import Ddim, Ddpm, InverseDdim, Stepper
-from dalle2_jax.diffusion.thresholding import thresholding
 from dalle2_jax.diffusion.timesteps import (
     LossHistory,
     empty_history,
@@ -70,9 +71,12 @@ __all__ = [
     "SamplingOptions",
     "Schedule",
     "Stepper",
+    "StudentSteps",
     "UniPc",
     "bits_per_dim",
     "branches",
+    "distillation_loss",
+    "distillation_target",
     "empty_history",
     "from_x0_eps",
     "guided",

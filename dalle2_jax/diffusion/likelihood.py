@@ -24,10 +24,9 @@ from jaxtyping import Array, Float, Int, Key
 from dalle2_jax import rng
 from dalle2_jax.diffusion import process, variance
 from dalle2_jax.diffusion.loop import predictor
-from dalle2_jax.diffusion.process import Denoised
+from dalle2_jax.diffusion.process import Denoised, thresholding
 from dalle2_jax.diffusion.schedule import Schedule
 from dalle2_jax.diffusion.steppers import Predict
-from dalle2_jax.diffusion.thresholding import thresholding
 from dalle2_jax.types import Denoiser, Metrics
 
 

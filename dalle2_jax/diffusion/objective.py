@@ -120,6 +120,38 @@ def loss_weights(schedule: Schedule, objective: Objective) -> Float[np.ndarray, 
     return weights.astype(np.float32)
 
 
+def noise_of(
+    key: Key[Array, ""] | None, x_0: Float[Array, "B *shape"], given: Float[Array, "B *shape"] | None = None
+) -> Float[Array, "B *shape"]:
+    """Returns the eps that noises x_0: ``given``, or that of the stream "eps" of ``key``."""
+    if given is not None:
+        return given
+    if key is None:
+        raise ValueError("a loss needs a key, or the noise")
+    return rng.per_row(jax.random.normal, rng.stream(key, "eps"), x_0.shape).astype(jnp.float32)
+
+
+def squared_error(
+    schedule: Schedule,
+    objective: Objective,
+    prediction: Float[Array, "B *shape"],
+    pair: process.Denoised,
+    t: Int[Array, "B"],
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Returns eq. (1) for each example, with and without the weight w_t.
+
+    Args:
+        schedule: of training.
+        objective: what is predicted, and the weights.
+        prediction: of the network.
+        pair: the (x_0, eps) that the network is to predict.
+        t: the step of each example.
+    """
+    target = process.from_x0_eps(schedule, objective.prediction, pair.x_0, pair.eps, t)
+    mse = jnp.mean(jnp.square(prediction - target), axis=tuple(range(1, prediction.ndim)))
+    return mse * jnp.asarray(loss_weights(schedule, objective))[t], mse
+
+
 def training_loss(
     schedule: Schedule,
     objective: Objective,
@@ -140,17 +172,11 @@ def training_loss(
         key: the key of this call; eps comes from a stream of it. It may be None where ``noise`` is given.
         noise: eps, in place of the key's.
     """
-    if noise is None:
-        if key is None:
-            raise ValueError("training_loss needs a key, or the noise")
-        noise = rng.per_row(jax.random.normal, rng.stream(key, "eps"), x_0.shape).astype(jnp.float32)
-    eps = noise
+    eps = noise_of(key, x_0, noise)
     x_t = process.q_sample(schedule, x_0, t, eps)
     output = denoiser(x_t, jnp.asarray(schedule.levels.timestep)[t]).astype(jnp.float32)
     prediction, raw = variance.split(objective.variance, output)
-    target = process.from_x0_eps(schedule, objective.prediction, x_0, eps, t)
-    mse = jnp.mean(jnp.square(prediction - target), axis=tuple(range(1, x_0.ndim)))
-    weighted = mse * jnp.asarray(loss_weights(schedule, objective))[t]
+    weighted, mse = squared_error(schedule, objective, prediction, process.Denoised(x_0, eps), t)
     metrics = {"mse": mse.mean()}
     if objective.loss == "mse":
         return weighted, metrics

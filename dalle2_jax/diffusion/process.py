@@ -1,4 +1,4 @@
-"""The forward process and its inverses: noising, the posterior, and the prediction types.
+"""The forward process and its inverses: noising, the posterior, the prediction types, and clipping of x_0.
 
 With signal rate a_t = sqrt(alpha_bar_t) and noise rate s_t = sqrt(1 - alpha_bar_t), a^2 + s^2 = 1,
 noising at once (Ho et al. 2020, arXiv 2006.11239, eq. 4) is
@@ -20,10 +20,19 @@ and the posterior q(x_{t-1} | x_t, x_0) has the mean and variance of Ho et al. e
 
     mean = c_t x_0 + d_t x_t,           variance = beta_tilde_t                               (6)
 
+A predicted x_0 outside the range of the data, which guidance often produces, is clipped:
+
+    static     clip(x_0, -c, c)                                          (Ho et al. 2020)        (7)
+    dynamic    clip(x_0, -s, s) c / s,    s = max(c, the p-quantile of |x_0| of each image)
+               (Saharia et al. 2022, Imagen, arXiv 2205.11487, section 2.3)                     (8)
+
+Where less than a share 1 - p of an image's values is out of range, both clip alike.
+
 Everything is float32. Here t is an *index* int32[B] into the given schedule, which equals the network's
 timestep only where the schedule is not respaced.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,7 +41,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dalle2_jax.diffusion.schedule import Level, Schedule
-from dalle2_jax.errors import choose
+from dalle2_jax.errors import UserError, choose
+
+THRESHOLDS = ("static", "dynamic")
 
 
 class Denoised(NamedTuple):
@@ -148,3 +159,35 @@ def from_x0_eps(
 def with_x_0(pair: Denoised, x_0: Float[Array, "B *shape"], x_t: Float[Array, "B *shape"], level: Level) -> Denoised:
     """Returns the pair with a corrected x_0; eps is computed from it and x_t, eq. (4)."""
     return pair._replace(x_0=x_0, eps=_eps_from_x0(x_0, x_t, level.signal_rate, level.noise_rate))
+
+
+def thresholding(kind: str, bound: float | None, quantile: float) -> Callable | None:
+    """Returns a function of x_0 [B, ...], eq. (7) or (8); None where there is no bound.
+
+    Args:
+        kind: one of `THRESHOLDS`.
+        bound: c, ``SamplerConfig.clip_sample``.
+        quantile: p of "dynamic".
+
+    Raises:
+        UserError: an unknown kind, a bound or quantile out of range, or a dynamic threshold without a bound.
+    """
+    choose("threshold", kind, dict.fromkeys(THRESHOLDS))
+    if bound is None:
+        if kind == "dynamic":
+            raise UserError("threshold 'dynamic' needs the range of the data: set clip_sample, for images to 1.0")
+        return None
+    if not 0 < bound < float("inf"):
+        raise UserError(f"clip_sample must be positive, not {bound}; use None for no bound")
+    if not 0 < quantile <= 1:
+        raise UserError(f"quantile must be above 0 and at most 1, not {quantile}")
+    if kind == "static":
+        return lambda x_0: jnp.clip(x_0, -bound, bound)
+    return lambda x_0: _dynamic(x_0, bound, quantile)
+
+
+def _dynamic(x_0: Float[Array, "B *shape"], bound: float, quantile: float) -> Float[Array, "B *shape"]:
+    """Eq. (8)."""
+    reach = jnp.quantile(jnp.abs(x_0).reshape(x_0.shape[0], -1), quantile, axis=1)
+    reach = jnp.maximum(reach, bound).reshape((-1,) + (1,) * (x_0.ndim - 1))
+    return jnp.clip(x_0, -reach, reach) * (bound / reach)

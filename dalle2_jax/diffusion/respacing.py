@@ -30,7 +30,7 @@ from dalle2_jax.errors import UserError, shown
 SIGMA_MAX = 80.0
 """The highest noise-to-signal ratio that the last two spacings start from."""
 
-GRAMMAR = "50, 'ddim50', '10,10,3,2,2', 'fast27', 'logsnr20', 'karras20', 'karras20:7' or 't:0,250,500,999'"
+GRAMMAR = "50, 'ddim50', '10,10,3,2,2', 'fast27', 'logsnr20', 'karras20', 'karras20:7', 't:0,250,500,999' or '20/4'"
 
 
 def respace(schedule: Schedule, spec: int | str) -> Schedule:
@@ -47,10 +47,11 @@ def respace(schedule: Schedule, spec: int | str) -> Schedule:
             "logsnr20"       20 steps evenly spaced in log SNR
             "karras20:7"     20 steps after eq. (2) with rho = 7, the default
             "t:0,250,999"    exactly these timesteps
+            "20/4"           4 of the steps of "20" (or of any of the above): every fifth, up to the last
 
     Raises:
-        UserError: more steps than the schedule has, a stride that does not divide, timesteps that do not exist
-            or do not ascend, or another syntax.
+        UserError: more steps than the schedule has, a stride or a share that does not divide, timesteps that do not
+            exist or do not ascend, or another syntax.
     """
     return _respace(schedule, str(spec).replace(" ", ""))
 
@@ -66,6 +67,8 @@ def _respace(schedule: Schedule, spec: str) -> Schedule:
 def _selected_steps(schedule: Schedule, spec: str) -> Int[np.ndarray, "n"]:
     """Returns the indices that a respacing selects, ascending."""
     num_steps = schedule.num_steps
+    if match := re.fullmatch(r"(.+)/([1-9]\d{0,8})", spec):
+        return _share(_selected_steps(schedule, match[1]), int(match[2]), match[1])
     if spec == "fast27":
         indices = _sections(num_steps, [10, 10, 3, 2, 2])
         indices[-1] = num_steps - 3
@@ -112,6 +115,15 @@ def _strided(num_steps: int, count: int) -> np.ndarray:
         nearest = min(strides, key=lambda n: abs(n - count))
         raise UserError(f"'ddim{count}' does not divide {num_steps} steps; the nearest that does is 'ddim{nearest}'")
     return np.arange(0, num_steps, strides[count])
+
+
+def _share(indices: np.ndarray, count: int, spec: str) -> np.ndarray:
+    """Returns count of some steps, evenly spaced, the last one included."""
+    if len(indices) % count:
+        options = ", ".join(str(n) for n in range(1, len(indices)) if len(indices) % n == 0)
+        raise UserError(f"{count} does not divide the {len(indices)} steps of {spec!r}; these do: {options}")
+    stride = len(indices) // count
+    return indices[stride - 1 :: stride]
 
 
 def _listed(schedule: Schedule, timesteps: list[int]) -> np.ndarray:

@@ -23,11 +23,11 @@ from jaxtyping import Array, Float, Key
 from dalle2_jax import rng
 from dalle2_jax.diffusion.inpainting import resampling
 from dalle2_jax.diffusion.loop import SamplingOptions, X0Transform, integrate, predictor
+from dalle2_jax.diffusion.process import thresholding
 from dalle2_jax.diffusion.respacing import respace
 from dalle2_jax.diffusion.schedule import Schedule
 from dalle2_jax.diffusion.solvers import DpmSolver, Heun, UniPc
 from dalle2_jax.diffusion.steppers import Ddim, Ddpm, InverseDdim, Stepper
-from dalle2_jax.diffusion.thresholding import thresholding
 from dalle2_jax.diffusion.variance import NoiseStatistics
 from dalle2_jax.errors import UserError, choose
 from dalle2_jax.ranges import DiffusionSteps, Fraction, Range
@@ -57,7 +57,7 @@ class SamplerConfig:
         eta: DDIM's noise, from 0 (none) to 1 (as much as DDPM).
         variance: DDPM's: "auto" (the network's own, else "fixed_small"), "fixed_small", "fixed_large", "analytic".
         clip_sample: bound on |x_0| at each step: 1 for images in [-1, 1]; None for data without a bound.
-        threshold: how x_0 is brought within ``clip_sample``: "static" or "dynamic" (``thresholding``).
+        threshold: how x_0 is brought within ``clip_sample``: "static" or "dynamic" (``process.thresholding``).
         quantile: of "dynamic".
         temperature: standard deviation of x_T; GLIDE's upsampler uses 0.997.
 

@@ -57,7 +57,7 @@ class DecoderStage(DiffusionStage):
         return images.image_channels(self.model.unet.in_channels, self.inpaint)
 
     @property
-    def requires(self) -> tuple[str, ...]:
+    def conditioned_on(self) -> tuple[str, ...]:
         return () if self.clip is None else ("clip",)
 
     @property

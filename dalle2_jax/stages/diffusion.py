@@ -2,6 +2,10 @@
 
 A subclass defines the data (``example``), the network and its conditioning (``bind``) and the parts of the condition
 that are dropped in training (``drop_rates``); the loss, classifier-free guidance and sampling are defined here.
+
+A stage with a ``teacher`` is a distilled one (``diffusion.distillation``): a student of the same network, whose
+``frozen`` has the variables of the teacher under the stage's own name. ``teacher`` is how the teacher is sampled, and
+``sampling`` how the student is: by DDIM, in its own few steps, without guidance.
 """
 
 import dataclasses
@@ -13,13 +17,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from dalle2_jax import diffusion, rng
-from dalle2_jax.diffusion import LossHistory, NoiseStatistics, Objective, SamplingOptions, Schedule
+from dalle2_jax.diffusion import LossHistory, NoiseStatistics, Objective, SamplingOptions, Schedule, StudentSteps
+from dalle2_jax.diffusion.steppers import Predict
 from dalle2_jax.diffusion.timesteps import SAMPLERS as TIMESTEP_SAMPLERS
 from dalle2_jax.diffusion.variance import LEARNED
 from dalle2_jax.errors import UserError, choose
 from dalle2_jax.ranges import DiffusionSteps, Range
 from dalle2_jax.stages.base import Outputs, StageDefaults, Variables
-from dalle2_jax.stages.sampling import Condition, Drops, SamplingConfig, SamplingPlan, make_plan
+from dalle2_jax.stages.sampling import (
+    Condition,
+    Drops,
+    SamplingConfig,
+    SamplingPlan,
+    check_student,
+    make_plan,
+    student_steps,
+)
 from dalle2_jax.types import Batch, Denoiser, Metrics, Params
 
 
@@ -66,13 +79,19 @@ class DiffusionConfig(Objective):
 class DiffusionStage(StageDefaults):
     """A network with a diffusion objective; it implements ``stages.base.Stage``.
 
-    ``noise_statistics`` are measured after training, for sampling with variance "analytic".
+    Attributes:
+      diffusion: the forward process and the objective.
+      sampling: how the stage is sampled unless a call says otherwise.
+      name: of the stage.
+      noise_statistics: measured after training, for sampling with variance "analytic".
+      teacher: how the teacher of a distilled stage is sampled; None for a stage that is trained on data alone.
     """
 
     diffusion: DiffusionConfig
     sampling: SamplingConfig
     name: str
     noise_statistics: NoiseStatistics | None = dataclasses.field(default=None, kw_only=True)
+    teacher: SamplingConfig | None = dataclasses.field(default=None, kw_only=True)
 
     # A subclass defines these.
 
@@ -80,6 +99,11 @@ class DiffusionStage(StageDefaults):
     def inputs(self) -> tuple[str, ...]:
         """See `Stage`."""
         raise NotImplementedError
+
+    @property
+    def conditioned_on(self) -> tuple[str, ...]:
+        """Names of the stages that make the condition."""
+        return ()
 
     @property
     def drop_rates(self) -> Mapping[str, float]:
@@ -113,6 +137,11 @@ class DiffusionStage(StageDefaults):
         raise NotImplementedError
 
     # These are the same for all.
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """The stages that make the condition, and the teacher, which has the stage's own name."""
+        return (*self.conditioned_on, *(() if self.teacher is None else (self.name,)))
 
     @property
     def diffusion_steps(self) -> int:
@@ -149,14 +178,23 @@ class DiffusionStage(StageDefaults):
 
     @property
     def _importance(self) -> bool:
-        return self.diffusion.timesteps == "loss_second_moment"
+        return self.diffusion.timesteps == "loss_second_moment" and self.teacher is None
+
+    @property
+    def student_steps(self) -> StudentSteps:
+        """The steps of a distilled stage and of its teacher. UserError if they do not fit, or there is no teacher."""
+        if self.teacher is None:
+            raise UserError(f"stage {self.name} is not distilled: it has no teacher")
+        return student_steps(self.schedule, self.teacher, self.sampling)
 
     def check_sampling(self, config: SamplingConfig) -> None:
         """Raises UserError for a configuration that this stage cannot be sampled with.
 
         It may have too many steps, need noise statistics that were not measured, or guide by a part of the condition
-        that was never dropped in training.
+        that was never dropped in training. A distilled stage has its own steps and its teacher's guidance.
         """
+        if self.teacher is not None:
+            check_student(self.name, self.schedule, self.sampling, config)
         stepper = diffusion.make_stepper(config, None, self.diffusion.variance, self.noise_statistics)
         stepper.rows(diffusion.steps_of(self.schedule, config))
         if config.guidance != 1.0 and not self.drop_rates:
@@ -187,6 +225,7 @@ class DiffusionStage(StageDefaults):
     ) -> tuple[jax.Array, Outputs]:
         """Returns the mean of the objective over the batch, with parts of the condition dropped at their rates.
 
+        The objective of a distilled stage is ``diffusion.distillation_loss``; the teacher lacks the same parts.
         ``t`` and ``noise`` (eps) replace those from the key; everything else random still comes from the key.
         """
         x_0, condition = self.example(stats, rng.stream(key, "example"), batch)
@@ -197,15 +236,34 @@ class DiffusionStage(StageDefaults):
         denoiser = self.bind(params, condition, drops, rng.stream(key, "dropout"))
         config, noise_key = self.diffusion, rng.stream(key, "noise")
         history = LossHistory(*(stats[name] for name in LossHistory._fields)) if self._importance else None
-        if t is None:
-            t, weights = diffusion.sample_timesteps(rng.stream(noise_key, "t"), x_0.shape[0], config.num_steps, history)
+        t, weights = self._timesteps(rng.stream(noise_key, "t"), x_0.shape[0], history, t)
+        if self.teacher is None:
+            losses, metrics = diffusion.training_loss(self.schedule, config, denoiser, x_0, t, noise_key, noise)
         else:
-            weights = diffusion.importance(t, config.num_steps, history)
-        losses, metrics = diffusion.training_loss(self.schedule, config, denoiser, x_0, t, noise_key, noise)
+            networks = denoiser, self._teacher(self.teacher, frozen[self.name].params, condition, drops)
+            losses, metrics = diffusion.distillation_loss(
+                self.schedule, config, self.student_steps, networks, x_0, t, noise_key, noise
+            )
         if history:
             stats = {**stats, **diffusion.record(history, t, jax.lax.stop_gradient(losses))._asdict()}
         quartiles = diffusion.quartile_losses(t, config.num_steps, losses, weights)
         return (losses * weights).mean(), Outputs({**metrics, **quartiles}, stats)
+
+    def _timesteps(
+        self, key: Key[Array, ""], batch: int, history: LossHistory | None, given: Int[Array, "B"] | None
+    ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+        """Returns the timesteps to train on, and the weight of each; those of a distilled stage are its own steps."""
+        if given is not None:
+            return given, diffusion.importance(given, self.diffusion.num_steps, history)
+        if self.teacher is not None:
+            return self.student_steps.sample_timesteps(key, batch), jnp.ones(batch)
+        return diffusion.sample_timesteps(key, batch, self.diffusion.num_steps, history)
+
+    def _teacher(self, config: SamplingConfig, params: Params, condition: Condition, drops: Drops) -> Predict:
+        """Returns the teacher's network as its sampler evaluates it: guided, and clipped or thresholded."""
+        guided = self._guided(params, condition, self.plan(config, absent=drops))
+        clip = diffusion.thresholding(config.threshold, config.clip_sample, config.quantile)
+        return diffusion.predictor(self.diffusion.prediction, guided, clip, self.diffusion.variance)
 
     def plan(
         self, config: SamplingConfig | None = None, *, absent: Drops | None = None, **options: Any
@@ -318,7 +376,15 @@ class DiffusionStage(StageDefaults):
         """Returns the network bound to its parameters and condition: (x_t, t) -> prediction, without guidance.
 
         t is a timestep of training, int32[B]. Parts of the condition are dropped only where ``absent`` is true.
+
+        Raises:
+          UserError: the stage is distilled, so that its network does not predict x_0.
         """
+        if self.teacher is not None:
+            raise UserError(
+                f"stage {self.name} is distilled: its network predicts where several steps lead, so it has no "
+                "inversion, likelihood or noise statistics; use the system that it was distilled from"
+            )
         return self.bind(params, condition, self._drops(condition, absent or {}), None)
 
     def _drops(self, condition: Condition, absent: Drops) -> Drops:

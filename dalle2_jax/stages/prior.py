@@ -92,7 +92,7 @@ class PriorStage(DiffusionStage):
     candidates: ClassVar[int] = 2  # embeddings sampled for each image, of which the closest to the caption is used
 
     @property
-    def requires(self) -> tuple[str, ...]:
+    def conditioned_on(self) -> tuple[str, ...]:
         return ("clip",)
 
     @property

@@ -13,8 +13,8 @@ import jax
 from jaxtyping import Array, Bool
 
 from dalle2_jax import diffusion
-from dalle2_jax.diffusion import GuidanceSchedule, SamplerConfig, SamplingOptions
-from dalle2_jax.errors import UserError, choose
+from dalle2_jax.diffusion import GuidanceSchedule, SamplerConfig, SamplingOptions, Schedule, StudentSteps
+from dalle2_jax.errors import ConfigError, UserError, choose
 from dalle2_jax.ranges import Fraction, GuidanceScale, Range
 from dalle2_jax.types import PerExample
 
@@ -63,6 +63,11 @@ class SamplingConfig(SamplerConfig):
     def scale_schedule(self) -> GuidanceSchedule:
         """How the guidance scales change over the steps."""
         return GuidanceSchedule(self.guidance_schedule, self.guidance_interval, self.guidance_rescale)
+
+    @property
+    def deterministic_ddim(self) -> bool:
+        """Whether the sampler is DDIM with eta = 0, or Euler's method, which is the same."""
+        return self.name in ("ddim", "euler") and self.eta == 0
 
     @property
     def scales(self) -> dict[str, float]:
@@ -146,6 +151,67 @@ def make_plan(config: SamplingConfig, parts: tuple[str, ...], absent: Drops, opt
     program = dataclasses.replace(config, eta=0.0, guidance=1.0, image_guidance=None, text_guidance=None)
     branches = diffusion.branches([*scales.values()], config.scale_schedule)
     return SamplingPlan(program, branches, parts, scales, dict(absent), options)
+
+
+def student_steps(schedule: Schedule, teacher: SamplingConfig, student: SamplingConfig) -> StudentSteps:
+    """Returns the steps of a teacher and of its student, which are those of their configurations.
+
+    Args:
+      schedule: of training.
+      teacher: how the teacher is sampled.
+      student: how the student is sampled.
+
+    Raises:
+      UserError: a teacher that is not sampled by DDIM, or steps that do not fit.
+    """
+    _check_deterministic("teacher", teacher)
+    return StudentSteps(diffusion.steps_of(schedule, teacher), diffusion.steps_of(schedule, student))
+
+
+def check_student(name: str, schedule: Schedule, own: SamplingConfig, config: SamplingConfig) -> None:
+    """Checks that a distilled stage can be sampled with a configuration.
+
+    Args:
+      name: of the stage, or of the section of a config.
+      schedule: of training.
+      own: the configuration of the stage.
+      config: the configuration to sample with.
+
+    Raises:
+      ConfigError: another sampler, other steps, or guidance in addition to the teacher's.
+    """
+    _check_deterministic(name, config)
+    steps = [diffusion.steps_of(schedule, one).timesteps.tolist() for one in (own, config)]
+    if steps[0] != steps[1]:
+        raise _wrong(
+            name,
+            "steps",
+            f"must be {own.steps!r}, which the stage is distilled to, not {config.steps!r}: leave steps out, or sample "
+            "from the system that it was distilled from",
+        )
+    fields = {
+        "guidance": config.guidance,
+        "image_guidance": config.image_guidance,
+        "text_guidance": config.text_guidance,
+    }
+    for field, scale in fields.items():
+        if scale is not None and scale != 1:
+            raise _wrong(
+                name,
+                field,
+                f"must be 1, not {scale:g}: the teacher's guidance is part of the weights of a distilled stage; leave "
+                f"{field} out, or distil again with another teacher.{field}",
+            )
+
+
+def _check_deterministic(name: str, config: SamplingConfig) -> None:
+    if not config.deterministic_ddim:
+        reason = "'ddim' with eta 0, as teachers and students of a distillation are sampled"
+        raise _wrong(name, "name", f"must be {reason}, not {config.name!r} with eta {config.eta:g}")
+
+
+def _wrong(name: str, field: str, reason: str) -> ConfigError:
+    return ConfigError(f"config.{name}.{field} {reason}", f"{name}.{field}")
 
 
 @jax.tree_util.register_dataclass

@@ -89,7 +89,7 @@ def _restore(
         warnings.warn(f"{message}; step {restored.step} is used", SystemWarning, stacklevel=2)
     stats = {**restored.trees["stats"], **restored.trees.get("ema_stats", {})}
     variables = Variables(restored.trees["ema"], stats)
-    base = {stage.name: load_base(folder, experiment, mesh, clip)} if stage.name in trained.requires else {}
+    base = {} if experiment.lora is None else {stage.name: load_base(folder, experiment, mesh, clip)}
     return trained.merged(base, variables), restored.step
 
 
@@ -165,10 +165,10 @@ def write_description(system: pathlib.Path, out: pathlib.Path) -> None:
 def load_base(
     folder: StageFolder, experiment: Experiment, mesh: jax.sharding.Mesh, clip: ClipStage | None
 ) -> Variables:
-    """Loads the variables of the stage that a stored LoRA was trained on.
+    """Loads the variables of the stage that a stored LoRA was trained on, or a stored stage is distilled from.
 
     Raises:
-      UserError: they are not there, or are not those that the LoRA was trained on.
+      UserError: they are not there, or are not those that it was trained on.
     """
     base = inherit.base_of(folder, experiment.init_from)
     variables = load_stage(base.root, base.stage, mesh, clip).variables

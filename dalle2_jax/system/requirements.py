@@ -1,18 +1,22 @@
-"""What a training run requires of the system that it belongs to: the CLIP and the tokenizer."""
+"""What a training run requires of its system (the CLIP and the tokenizer), and of its base (weights)."""
 
+import dataclasses
 import pathlib
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 
 from dalle2_jax import data, text
 from dalle2_jax.config import inherit
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.config.parse import Place, expand_file
 from dalle2_jax.config.sections import TokenizerConfig
-from dalle2_jax.errors import UserError
-from dalle2_jax.stages import EmbeddingContract
+from dalle2_jax.errors import ConfigError, UserError
+from dalle2_jax.stages import ClipStage, EmbeddingContract, LoraStage, Variables, abstract_variables, fingerprint
 from dalle2_jax.system import load
 from dalle2_jax.system.loaded_stage import LoadedStage
+from dalle2_jax.training.loop import Job, Start
 from dalle2_jax.workdir.folder import StageFolder
 
 
@@ -102,3 +106,77 @@ def check_contract(folder: StageFolder, contract: EmbeddingContract) -> None:
             f"{folder.path} was trained with another clip than that of its system",
             f"remove {folder.path} to train it again, or put back that clip",
         )
+
+
+# --- the base -------------------------------------------------------------------------------
+
+
+def start_from_base(
+    job: Job, base: StageFolder, experiment: Experiment, clip: ClipStage | None
+) -> tuple[Job, str | None]:
+    """Makes a job start from ``base``, or continue from its own checkpoint.
+
+    The base of a LoRA, and the teacher of a distilled stage, is loaded in both cases, into the job's ``frozen``.
+
+    Args:
+      job: of the run.
+      base: the stage that ``experiment.init_from`` leads to.
+      experiment: of the run.
+      clip: the CLIP that the stage requires.
+
+    Returns:
+      The job, and the fingerprint of the weights that it starts from; None if it continues.
+
+    Raises:
+      UserError: the base cannot be loaded, or be the teacher that the experiment describes; a LoRA that fits no kernel.
+    """
+    abstract_variables(experiment.trained(job.stage))  # raises where a LoRA's targets match no kernel
+    loaded, identity = None, None
+    if not inherit.resumes(job.folder, base):
+        loaded = load.load_stage(base.root, base.stage, job.mesh, clip)
+        identity = fingerprint(loaded.variables.params)
+        if experiment.spec.distilled:
+            _check_teacher(loaded, experiment)
+    if experiment.lora is None and not experiment.spec.distilled:
+        return dataclasses.replace(job, start=_start(job, loaded)), identity
+    variables = load.load_base(job.folder, experiment, job.mesh, clip) if loaded is None else loaded.variables
+    if experiment.lora is not None:
+        return _with_lora(job, experiment, variables, loaded), identity
+    teacher = Variables(job.stage.adapted(variables.params), variables.stats)
+    start = _start(job, loaded)
+    if start.params is not None:  # those of the start are donated
+        start = start._replace(params=jax.tree.map(jnp.copy, start.params))
+    return dataclasses.replace(job, start=start, frozen={**job.frozen, job.stage.name: teacher}), identity
+
+
+def _start(job: Job, loaded: LoadedStage | None) -> Start:
+    """Returns the variables of a base that has been loaded, for the job's network."""
+    return Start() if loaded is None else Start(job.stage.adapted(loaded.variables.params), loaded.variables.stats)
+
+
+def _with_lora(job: Job, experiment: Experiment, base: Variables, loaded: LoadedStage | None) -> Job:
+    """Returns a job that trains the experiment's LoRA of the job's stage."""
+    stage = cast(LoraStage, experiment.trained(job.stage))
+    frozen = {**job.frozen, stage.name: stage.frozen_part(base)}
+    base_preview = job.hooks.preview
+
+    def preview(variables: Variables, step: int) -> None:
+        if base_preview is not None:
+            base_preview(stage.merged(frozen, variables), step)
+
+    return dataclasses.replace(
+        job,
+        stage=stage,
+        frozen=frozen,
+        start=_start(job, loaded)._replace(params=None),
+        hooks=dataclasses.replace(job.hooks, preview=base_preview and preview),
+    )
+
+
+def _check_teacher(loaded: LoadedStage, experiment: Experiment) -> None:
+    """Raises ConfigError unless a stage can be sampled as the section ``teacher`` of an experiment has it."""
+    try:
+        cast(Any, loaded.stage).check_sampling(cast(Any, experiment.spec).teacher)
+    except UserError as error:
+        message = f"config.teacher: the stage of config.init_from cannot be sampled in this way: {error}"
+        raise ConfigError(message, "teacher") from error

@@ -87,7 +87,7 @@ def computes(stage, state, side, length):
         "mask": jax.ShapeDtypeStruct((2, length), jnp.bool_),
     }
     key = jax.random.key(0)
-    frozen = {name: abstract_variables(stage.clip) for name in stage.requires}
+    frozen = {name: abstract_variables(stage.clip if name == "clip" else stage) for name in stage.requires}
 
     def loss(params, stats, frozen, batch):
         return stage.loss(params, stats, frozen, key, stage.prepare(frozen, batch))[0]

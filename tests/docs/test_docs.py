@@ -48,6 +48,7 @@ GIVEN = {
     "README.md": ("demo", "included", "digits", "karlo", "shared"),
     "degradation.md": ("images",),
     "diffusion.md": ("demo", "karlo"),
+    "distillation.md": ("demo",),
     "editing.md": ("demo", "images"),
     "embeddings.md": ("digits",),
     "evaluation.md": ("demo", "digits", "included"),

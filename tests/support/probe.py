@@ -23,7 +23,6 @@ class Probe(DiffusionStage):
     name: str = "probe"
     seen: list = dataclasses.field(default_factory=list, compare=False)
 
-    requires = ()
     drop_rates = {"image": 0.1, "text": 0.5}
 
     def init_params(self, key):

@@ -86,7 +86,7 @@ def tiny(name):
             config.text = small.text
         if "calibration_examples" in config.get("conditioning", {}):
             config.conditioning.calibration_examples = 64
-        if config.get("sampling", {}).get("name") == "ddim":
+        if config.get("sampling", {}).get("name") == "ddim" and "teacher" not in config:
             config.sampling.steps = 8
         return config
 

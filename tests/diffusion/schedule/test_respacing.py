@@ -170,6 +170,9 @@ EXAMPLES = (50, "'ddim50'")
         ("karras20:0", ["rho", "above 0", 0.0]),
         ("t:0,500,250", ["ascend", "0,500,250"]),
         ("t:0,250,250", ["ascend", "0,250,250"]),
+        ("20/3", [3, 20, "1, 2, 4, 5, 10"]),
+        ("20/0", ["'20/0'"]),
+        ("x/2", ["'x'"]),
         ("t:0,1000", ["timestep 1000", 999]),
         *((spec, [f"'{spec}'", *EXAMPLES]) for spec in (0, -3, 2.5, "", "fast", "fast28", "ddim", "10,,2", "10,")),
         *((spec, [f"'{spec}'", *EXAMPLES]) for spec in ("logsnr", "logsnr0", "karras0", "karras")),
@@ -187,3 +190,12 @@ def test_impossible_respacings_say_what_to_do(spec, facts):
 def test_a_timestep_that_was_left_out_is_not_there():
     with pytest.raises(UserError, check=mentions("timestep 5", 990)):
         respace(respace(COSINE, "ddim100"), "t:0,5")
+
+
+@pytest.mark.parametrize(
+    ("spec", "whole", "indices"),
+    [("20/4", "20", [4, 9, 14, 19]), ("logsnr12/3", "logsnr12", [3, 7, 11]), ("16/4/2", "16", [7, 15])],
+)
+def test_a_share_of_steps_ends_with_the_last(spec, whole, indices):
+    schedule = make_schedule("cosine", 1000)
+    assert respace(schedule, spec).timesteps.tolist() == respace(schedule, whole).timesteps[indices].tolist()

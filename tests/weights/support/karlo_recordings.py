@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.config.experiment import Experiment
-from dalle2_jax.diffusion import make_stepper, predictor, respace
-from dalle2_jax.diffusion.thresholding import thresholding
+from dalle2_jax.diffusion import make_stepper, predictor, respace, thresholding
 from dalle2_jax.stages import Stage, Variables
 from dalle2_jax.stages.upsampler import Networks
 from dalle2_jax.weights.clip import transformers
