@@ -75,7 +75,7 @@ def load_or_build_shapes(description: str, build: Callable[[], Shapes]) -> Shape
 
 
 def _key(description: str) -> str:
-    values = description, _code(), str(jax.config.values["jax_enable_x64"])
+    values = description, _code(), str(jax.dtypes.canonicalize_dtype(float))
     return hashlib.sha256("\0".join(values).encode()).hexdigest()
 
 
