@@ -61,7 +61,7 @@ def test_shapes_are_built_once(cache, shapes):
     assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize("kind", ["clip", "prior", "ar_prior", "decoder", "upsampler_1"])
+@pytest.mark.parametrize("kind", testing.KINDS)
 def test_stored_shapes_of_a_stage(cache, kind):
     stage = testing.tiny_stage(kind)
     expected = abstract_variables(stage)
