@@ -27,10 +27,9 @@ from dalle2_jax.system.system import System
 from dalle2_jax.system.system import load as load_stages
 from dalle2_jax.training import hosts, loop
 from dalle2_jax.training.accumulation import check_accumulation
-from dalle2_jax.training.configs import OptimConfig
 from dalle2_jax.training.hooks import Hooks
 from dalle2_jax.training.loop import Job, Start
-from dalle2_jax.training.optim import changed_state_field, make_optimizer
+from dalle2_jax.training.optim import OptimConfig, changed_state_field, make_optimizer
 from dalle2_jax.training.reporting import held_out, provenance
 from dalle2_jax.training.reporting.metrics import from_all_hosts
 from dalle2_jax.training.reporting.profiling import Profile
