@@ -26,8 +26,8 @@ BOUNDARIES = {
     "rng": (),
     "signals": (),
     "files": (),
-    "compilation": ("files",),
     "reading": (),
+    "compilation": ("reading", "files"),
     "lock": ("files", "signals"),
     "text": ("reading", "files"),
     "diffusion": ("rng",),
@@ -96,7 +96,7 @@ FOREIGN_OBJECTS = {
     "dalle2_jax/data/storage/retry.py": "threading.local",
     "dalle2_jax/signals.py": "bars of tqdm",
     "dalle2_jax/system/inputs.py": "objects of the user",
-    "dalle2_jax/training/optim.py": "keys of jax.tree_util",
+    "dalle2_jax/training/sharding.py": "keys of jax.tree_util",
 }
 """Files that look for an attribute of an object which is not of this package: path -> which objects."""
 

@@ -100,7 +100,7 @@ def write_emoji(options: argparse.Namespace) -> None:
 
 def preview(options: argparse.Namespace) -> None:
     """Writes a contact sheet of the first examples of a split."""
-    from dalle2_jax.data.configs import source_named
+    from dalle2_jax.data.opening import source_named
     from dalle2_jax.files import write_png
 
     source = source_named(options.source, options.split, options.resolution, options.max_rejected)
@@ -124,7 +124,7 @@ def inspect(options: argparse.Namespace) -> None:
     Raises:
         UserError: the data set or the tokenizer cannot be read.
     """
-    from dalle2_jax.data.configs import source_named
+    from dalle2_jax.data.opening import source_named
     from dalle2_jax.data.tools import inspection
     from dalle2_jax.text import clip_tokenizer, load_tokenizer
 
@@ -139,7 +139,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 def run_convert(options: argparse.Namespace) -> None:
     """Writes splits of a data set in another format."""
-    from dalle2_jax.data.configs import source_named
+    from dalle2_jax.data.opening import source_named
     from dalle2_jax.data.tools.convert import convert
 
     images = options.resolution, options.max_rejected
@@ -239,7 +239,7 @@ def _embedded_data(options: argparse.Namespace, how: "Preprocessing", clip_side:
         clip_side: side of CLIP's input.
     """
     from dalle2_jax.config.experiment import experiment
-    from dalle2_jax.data.configs import source_named
+    from dalle2_jax.data.opening import source_named
     from dalle2_jax.system import stored_data
 
     own = how.resample != "area"

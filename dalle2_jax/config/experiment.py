@@ -6,9 +6,7 @@ up in. A stage's folder stores it as experiment.json, which reads back to an equ
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any, cast
 
 from dalle2_jax.config import pages
 from dalle2_jax.config.parse import expand, flatten
@@ -18,10 +16,12 @@ from dalle2_jax.config.spec import Spec
 from dalle2_jax.config.specs import SPECS, ClipSpec
 from dalle2_jax.errors import ConfigError, UsageError, choose, shown
 from dalle2_jax.stages import ClipStage, LoraConfig, LoraStage, Stage
-from dalle2_jax.training.loop import RunConfig
-from dalle2_jax.training.optim import HOST, OptimConfig
+from dalle2_jax.training.configs import HOST, OptimConfig, RunConfig
 from dalle2_jax.training.sharding import MeshConfig
 from dalle2_jax.types import Preprocessing
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 RUN_FIELDS = tuple(field.name for field in dataclasses.fields(RunConfig))
 TRAINING = ("data", "optim", "mesh")
@@ -58,13 +58,19 @@ class Experiment:
     init_from: str | None = None
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | ConfigDict) -> "Experiment":
+    def from_config(cls, config: "Mapping[str, Any] | ConfigDict") -> "Experiment":
         """Returns the experiment of a ConfigDict or of nested dicts; the flag `resume_changes` is ignored.
 
         Raises:
           ConfigError: an unknown stage, section, field or value; the message offers the nearest name.
         """
-        config = config.to_dict() if isinstance(config, ConfigDict) else config
+        from ml_collections import ConfigDict
+
+        return cls.from_json(config.to_dict() if isinstance(config, ConfigDict) else config)
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "Experiment":
+        """Returns the experiment that `to_json` wrote. ConfigError as `from_config`."""
         stage = _check_sections(config)
         data = parse_source(config["data"]) if "data" in config else None
         init_from = config["init_from"] if "init_from" in config else None
@@ -80,11 +86,6 @@ class Experiment:
             expand(LoraConfig, config["lora"], "lora") if "lora" in config else None,
             init_from or None,
         )
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Experiment":
-        """Returns the experiment that `to_json` wrote. ConfigError as `from_config`."""
-        return cls.from_config(content)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON object of experiment.json: the config with every field in it."""
@@ -199,7 +200,7 @@ def _choose(what: str, name: Any, options: Mapping[str, Any]) -> Any:
         raise ConfigError(str(error), str(name) if what != "stage" else "stage") from error
 
 
-def resume_changes(config: Mapping[str, Any] | ConfigDict) -> bool:
+def resume_changes(config: "Mapping[str, Any] | ConfigDict") -> bool:
     """Returns the flag ``config.resume_changes`` of a command line: it is of the command and is never stored.
 
     Raises:
@@ -222,6 +223,8 @@ def experiment(page: str, **overrides: Any) -> Experiment:
       UsageError: the page cannot be read.
       ConfigError: as `Experiment.from_config`.
     """
+    from ml_collections import ConfigDict
+
     config = pages.call_config_page(page)
     if not isinstance(config, ConfigDict):
         raise UsageError(f"get_config of {page} returns {shown(config)} and not a ConfigDict")

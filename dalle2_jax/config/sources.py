@@ -2,13 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dalle2_jax import data
 from dalle2_jax.config.parse import Place, expand, expand_kind
+from dalle2_jax.data import configs
 from dalle2_jax.errors import DataError, shown
 from dalle2_jax.ranges import NonNegativeInt, Side
 from dalle2_jax.types import Preprocessing
+
+if TYPE_CHECKING:
+    from dalle2_jax.data.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +29,10 @@ class PythonDataConfig:
     resolution: Side | None = None
 
 
-KINDS: Mapping[str, type] = {**data.KINDS, "python": PythonDataConfig}
+KINDS: Mapping[str, type] = {**configs.KINDS, "python": PythonDataConfig}
 """Configs of data sets by the name that a section gives as ``kind``."""
 
-SourceConfig = data.SourceConfig | PythonDataConfig
+SourceConfig = configs.SourceConfig | PythonDataConfig
 
 
 def parse_source(section: Any, where: str = "data") -> SourceConfig:
@@ -50,7 +53,7 @@ def parse_source(section: Any, where: str = "data") -> SourceConfig:
             name: parse_source({**common, **part} if isinstance(part, Mapping) else part, f"{where}.parts.{name}")
             for name, part in parts.items()
         }
-        return expand(data.MixtureConfig, {**_without_kind(section), "parts": parsed}, where)
+        return expand(configs.MixtureConfig, {**_without_kind(section), "parts": parsed}, where)
     return expand_kind(KINDS, section, where)
 
 
@@ -60,10 +63,10 @@ def _without_kind(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def resolution_of(source: SourceConfig | None) -> int | None:
     """Returns the resolution of a data set's images; None without images."""
-    return None if source is None or isinstance(source, data.EmbeddingsConfig) else source.resolution
+    return None if source is None or isinstance(source, configs.EmbeddingsConfig) else source.resolution
 
 
-def open_source(config: SourceConfig | None, split: str, preprocessing: Preprocessing | None = None) -> data.Source:
+def open_source(config: SourceConfig | None, split: str, preprocessing: Preprocessing | None = None) -> "Source":
     """Opens a split of a data set.
 
     Args:
@@ -75,6 +78,8 @@ def open_source(config: SourceConfig | None, split: str, preprocessing: Preproce
       DataError: there is no data set to open.
       UserError: it cannot be read.
     """
+    from dalle2_jax import data  # with the libraries that read data sets
+
     if config is None:
         raise DataError("the stage was imported, not trained here, and its config names no data: name a data set")
     if isinstance(config, PythonDataConfig):

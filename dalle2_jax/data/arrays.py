@@ -12,10 +12,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from dalle2_jax.data.configs import source_named
 from dalle2_jax.data.images import decoding
 from dalle2_jax.data.images.records import Record, RejectionCounts, captions_in, spread
-from dalle2_jax.data.images.source import MAX_REJECTED, ImageSource
+from dalle2_jax.data.images.rejections import MAX_REJECTED
+from dalle2_jax.data.images.source import ImageSource
+from dalle2_jax.data.opening import source_named
 from dalle2_jax.data.sources import Source
 from dalle2_jax.errors import DataError, shown
 

@@ -13,6 +13,8 @@ import jax.extend.backend
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from dalle2_jax.models import linear
+
 
 class KeyValues(NamedTuple):
     """Keys and values of previous tokens, [B, S, N, K] for a layer, [layers, B, S, N, K] for a stack."""
@@ -88,19 +90,19 @@ class SelfAttention(nn.Module):
     ) -> tuple[Float[Array, "B S D"], KeyValues]:
         """Attends to ``past`` (R - S tokens, none if None) and to x itself; returns x's own keys and values too."""
         width = x.shape[-1]
-        qkv = nn.DenseGeneral(
+        qkv = linear.DenseGeneral(
             (3, self.heads, width // self.heads),
             dtype=self.dtype,
-            kernel_init=nn.initializers.normal(self.qkv_std),
+            kernel_init=linear.normal(self.qkv_std),
             name="qkv",
         )(x)
         queries, own = qkv[:, :, 0], KeyValues(qkv[:, :, 1], qkv[:, :, 2])
         total = own if past is None else jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), past, own)
-        out = nn.DenseGeneral(
+        out = linear.DenseGeneral(
             width,
             axis=(-2, -1),
             dtype=self.dtype,
-            kernel_init=nn.initializers.normal(self.out_std),
+            kernel_init=linear.normal(self.out_std),
             name="out",
         )(attend(queries, total.keys, total.values, mask))
         return out, own
@@ -125,10 +127,11 @@ class CrossAttention(nn.Module):
         batch, height, width, channels = x.shape
         head_width = channels // self.heads
         tokens = x.reshape(batch, height * width, channels)
-        queries = nn.DenseGeneral((self.heads, head_width), dtype=self.dtype, name="q")(tokens)
-        joined = nn.DenseGeneral((2, self.heads, head_width), dtype=self.dtype, name="context_kv")(context)
+        queries = linear.DenseGeneral((self.heads, head_width), dtype=self.dtype, name="q")(tokens)
+        joined = linear.DenseGeneral((2, self.heads, head_width), dtype=self.dtype, name="context_kv")(context)
         mask = None if context_mask is None else context_mask[:, None, None, :]
-        out = nn.DenseGeneral(channels, axis=(-2, -1), dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(
+        zeros = nn.initializers.zeros
+        out = linear.DenseGeneral(channels, axis=(-2, -1), dtype=self.dtype, kernel_init=zeros, name="out")(
             attend(queries, joined[:, :, 0], joined[:, :, 1], mask)
         )
         return out.reshape(batch, height, width, channels)
@@ -156,17 +159,18 @@ class ContextAttention(nn.Module):
         batch, height, width, channels = x.shape
         head_width = channels // self.heads
         tokens = x.reshape(batch, height * width, channels)
-        qkv = nn.DenseGeneral((3, self.heads, head_width), dtype=self.dtype, name="qkv")(tokens)
+        qkv = linear.DenseGeneral((3, self.heads, head_width), dtype=self.dtype, name="qkv")(tokens)
         keys, values = qkv[:, :, 1], qkv[:, :, 2]
         mask = None
         if context is not None:
-            joined = nn.DenseGeneral((2, self.heads, head_width), dtype=self.dtype, name="context_kv")(context)
+            joined = linear.DenseGeneral((2, self.heads, head_width), dtype=self.dtype, name="context_kv")(context)
             keys = jnp.concatenate([joined[:, :, 0], keys], axis=1)
             values = jnp.concatenate([joined[:, :, 1], values], axis=1)
             if context_mask is not None:
                 own = jnp.ones((batch, height * width), bool)
                 mask = jnp.concatenate([context_mask, own], axis=1)[:, None, None, :]
-        out = nn.DenseGeneral(channels, axis=(-2, -1), dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(
+        zeros = nn.initializers.zeros
+        out = linear.DenseGeneral(channels, axis=(-2, -1), dtype=self.dtype, kernel_init=zeros, name="out")(
             attend(qkv[:, :, 0], keys, values, mask)
         )
         return out.reshape(batch, height, width, channels)

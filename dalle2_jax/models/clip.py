@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.models import linear
 from dalle2_jax.models.layers import LayerNorm
 from dalle2_jax.models.resnet import ModifiedResNet, ResNetConfig
 from dalle2_jax.models.transformer import TextConfig, Transformer, causal_mask
@@ -63,7 +64,7 @@ class TextTransformer(nn.Module):
     def __call__(
         self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None
     ) -> tuple[Float[Array, "B E"], Float[Array, "B L D"]]:
-        config, normal = self.config, nn.initializers.normal
+        config, normal = self.config, linear.normal
         length = tokens.shape[1]
         if length != config.context_length:
             raise UserError(f"{length} tokens a caption but CLIP's context_length is {config.context_length}")
@@ -77,7 +78,7 @@ class TextTransformer(nn.Module):
         x = LayerNorm(self.dtype, name="ln_final")(x)
         end = tokens.argmax(axis=-1) if mask is None else length - 1 - jnp.flip(mask, axis=-1).argmax(axis=-1)
         pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        proj = nn.Dense(
+        proj = linear.Dense(
             self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=normal(config.width**-0.5), name="proj"
         )
         return proj(pooled).astype(jnp.float32), x.astype(jnp.float32)

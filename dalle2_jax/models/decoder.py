@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.models import linear
 from dalle2_jax.models.layers import LayerNorm
 from dalle2_jax.models.remat import Remat
 from dalle2_jax.models.transformer import TextConfig, Transformer
@@ -103,7 +104,7 @@ class CaptionEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None) -> Float[Array, "B L D"]:
-        config, normal = self.config, nn.initializers.normal
+        config, normal = self.config, linear.normal
         shape = (config.context_length, config.width)
         if tokens.shape[1] != config.context_length:
             raise UserError(
@@ -135,7 +136,7 @@ class DecoderNetwork(nn.Module):
         config, unet = self.config, self.config.unet
 
         def dense(features: int) -> nn.Dense:
-            return nn.Dense(features, dtype=unet.dtype)
+            return linear.Dense(features, dtype=unet.dtype)
 
         self.unet = UNet(unet)
         context_dim = cast(int, unet.context_dim)  # None only without context
@@ -143,7 +144,7 @@ class DecoderNetwork(nn.Module):
             self.null_image_emb = self.param("null_image_emb", nn.initializers.zeros, (config.image_emb_dim,))
             self.image_emb_proj = dense(unet.time_dim)
             if config.image_tokens:
-                self.image_token_proj = nn.DenseGeneral((config.image_tokens, context_dim), dtype=unet.dtype)
+                self.image_token_proj = linear.DenseGeneral((config.image_tokens, context_dim), dtype=unet.dtype)
         if config.text is not None and config.text_input == "tokens":
             self.caption_encoder = CaptionEncoder(config.text, unet.remat, unet.dtype)
             self.caption_emb_proj = dense(unet.time_dim)
@@ -159,7 +160,7 @@ class DecoderNetwork(nn.Module):
                 cast(int, config.num_classes),
                 unet.time_dim,
                 dtype=unet.dtype,
-                embedding_init=nn.initializers.normal(1.0),
+                embedding_init=linear.normal(1.0),
             )
 
     def encode_condition(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from dalle2_jax import rng
 from dalle2_jax.errors import UserError
+from dalle2_jax.models import linear
 
 NORM_EPSILON = 1e-5
 """Epsilon of every norm: CLIP, GLIDE, ADM and Karlo agree on it."""
@@ -124,8 +125,8 @@ class TimeMLP(nn.Module):
     @nn.compact
     def __call__(self, t: Int[Array, "B"]) -> Float[Array, "B D"]:
         h = timestep_embedding(t, self.frequencies).astype(self.dtype)
-        h = nn.Dense(self.features, dtype=self.dtype, name="fc_1")(h)
-        return nn.Dense(self.features, dtype=self.dtype, name="fc_2")(nn.silu(h))
+        h = linear.Dense(self.features, dtype=self.dtype, name="fc_1")(h)
+        return linear.Dense(self.features, dtype=self.dtype, name="fc_2")(nn.silu(h))
 
 
 def fold_patches(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w c"]:

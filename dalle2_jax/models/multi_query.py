@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.models import linear
 from dalle2_jax.models.attention import KeyValues
 from dalle2_jax.models.layers import NORM_EPSILON
 from dalle2_jax.models.remat import block_input, rematerialised
@@ -110,11 +111,11 @@ class MultiQueryAttention(nn.Module):
         self, x: Float[Array, "B S D"], mask: Bool[Array, "_B 1 S R"], positions: Positions, past: KeyValues | None
     ) -> tuple[Float[Array, "B S D"], KeyValues]:
         """Attends to the null key, to ``past`` and to x itself; returns x's own keys and values too, [B, S, K]."""
-        config, normal = self.config, nn.initializers.normal
+        config, normal = self.config, linear.normal
         spread = normal(config.width**-0.5)
         shape = (config.heads, config.head_width)
-        queries = nn.DenseGeneral(shape, use_bias=False, dtype=config.dtype, kernel_init=spread, name="q")(x)
-        both = nn.DenseGeneral(
+        queries = linear.DenseGeneral(shape, use_bias=False, dtype=config.dtype, kernel_init=spread, name="q")(x)
+        both = linear.DenseGeneral(
             (2, config.head_width), use_bias=False, dtype=config.dtype, kernel_init=spread, name="kv"
         )(x)
         null = self.param("null_kv", normal(1.0), (2, config.head_width)).astype(config.dtype)
@@ -129,7 +130,7 @@ class MultiQueryAttention(nn.Module):
         parts = (nulls, own) if past is None else (nulls, past, own)
         total = jax.tree.map(lambda *every: jnp.concatenate(every, axis=1), *parts)
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (1, 0)), constant_values=True)
-        out = nn.DenseGeneral(
+        out = linear.DenseGeneral(
             config.width,
             axis=(-2, -1),
             use_bias=False,
@@ -162,14 +163,14 @@ class MultiQueryBlock(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, positions: Positions, past: KeyValues | None
     ) -> tuple[jax.Array, KeyValues | None]:
-        config, normal = self.config, nn.initializers.normal
+        config, normal = self.config, linear.normal
         x = block_input(x)
         h, own = MultiQueryAttention(config, name="attn")(
             ScaleLayerNorm(config.dtype, name="ln_1")(x), mask, positions, past
         )
         x = x + h
         h = ScaleLayerNorm(config.dtype, name="ln_2")(x)
-        h = nn.DenseGeneral(
+        h = linear.DenseGeneral(
             (2, config.mlp_width),
             use_bias=False,
             dtype=config.dtype,
@@ -180,7 +181,9 @@ class MultiQueryBlock(nn.Module):
         if config.normformer:
             h = ScaleLayerNorm(config.dtype, name="ln_mid")(h)
         residual_std = (2 * config.layers * config.mlp_width) ** -0.5
-        h = nn.Dense(config.width, use_bias=False, dtype=config.dtype, kernel_init=normal(residual_std), name="proj")(h)
+        h = linear.Dense(
+            config.width, use_bias=False, dtype=config.dtype, kernel_init=normal(residual_std), name="proj"
+        )(h)
         # without a cache no keys and values are stacked
         return x + h, (None if past is None else own)
 
@@ -205,7 +208,7 @@ class MultiQueryTransformer(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=config.layers,
         )(config)
-        self.position_bias = self.param("position_bias", nn.initializers.normal(0.02), (_BUCKETS, config.heads))
+        self.position_bias = self.param("position_bias", linear.normal(0.02), (_BUCKETS, config.heads))
         if config.norm_in:
             self.ln_in = ScaleLayerNorm(config.dtype)
         if config.norm_out:

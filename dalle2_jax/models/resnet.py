@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.models import linear
 from dalle2_jax.models.attention import attend
 from dalle2_jax.models.layers import NORM_EPSILON, average_pool
 from dalle2_jax.ranges import Depth, Range, Side
@@ -63,7 +64,7 @@ class _ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Conv(
+        x = linear.Conv(
             self.features,
             (self.kernel, self.kernel),
             strides=self.strides,
@@ -117,7 +118,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
         batch, height, width, channels = x.shape
-        normal = nn.initializers.normal(channels**-0.5)
+        normal = linear.normal(channels**-0.5)
         x = x.reshape(batch, height * width, channels)
         mean = x.astype(jnp.float32).mean(axis=1, keepdims=True).astype(x.dtype)
         x = jnp.concatenate([mean, x], axis=1)
@@ -126,10 +127,10 @@ class AttentionPool(nn.Module):
 
         def project(name: str, inputs: jax.Array) -> jax.Array:
             heads = (self.heads, channels // self.heads)
-            return nn.DenseGeneral(heads, dtype=self.dtype, kernel_init=normal, name=name)(inputs)
+            return linear.DenseGeneral(heads, dtype=self.dtype, kernel_init=normal, name=name)(inputs)
 
         pooled = attend(project("query", x[:, :1]), project("key", x), project("value", x))
-        out = nn.DenseGeneral(self.features, axis=(-2, -1), dtype=self.dtype, kernel_init=normal, name="out")
+        out = linear.DenseGeneral(self.features, axis=(-2, -1), dtype=self.dtype, kernel_init=normal, name="out")
         return out(pooled)[:, 0]
 
 

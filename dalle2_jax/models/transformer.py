@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.models import linear
 from dalle2_jax.models.attention import KeyValues, SelfAttention
 from dalle2_jax.models.layers import LayerNorm, activation
 from dalle2_jax.models.remat import Remat, block_input, policy_name, rematerialised
@@ -80,7 +81,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array | None, past: KeyValues | None
     ) -> tuple[jax.Array, KeyValues | None]:
-        config, normal = self.config, nn.initializers.normal
+        config, normal = self.config, linear.normal
         x = block_input(x)
         # CLIP's initial deviations: residual branches shrink with depth (Radford et al. 2019, section 2.3)
         residual_std = config.width**-0.5 * (2 * config.layers) ** -0.5
@@ -90,9 +91,9 @@ class Block(nn.Module):
         x = x + h
         hidden = int(config.width * config.mlp_ratio)
         h = LayerNorm(config.dtype, name="ln_2")(x)
-        h = nn.Dense(hidden, dtype=config.dtype, kernel_init=normal((2 * config.width) ** -0.5), name="fc")(h)
+        h = linear.Dense(hidden, dtype=config.dtype, kernel_init=normal((2 * config.width) ** -0.5), name="fc")(h)
         h = activation(config.activation)(h)
-        h = nn.Dense(config.width, dtype=config.dtype, kernel_init=normal(residual_std), name="proj")(h)
+        h = linear.Dense(config.width, dtype=config.dtype, kernel_init=normal(residual_std), name="proj")(h)
         # without a cache no keys and values are stacked
         return x + h, (None if past is None else own)
 

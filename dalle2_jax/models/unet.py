@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dalle2_jax.errors import UserError, choose
+from dalle2_jax.models import linear
 from dalle2_jax.models.attention import ContextAttention, CrossAttention
 from dalle2_jax.models.layers import (
     Dropout,
@@ -150,9 +151,9 @@ class ResBlock(nn.Module):
             h, x = upsample_nearest(h), upsample_nearest(x)
         elif self.resample == "down":
             h, x = average_pool(h, 2), average_pool(x, 2)
-        h = nn.Conv(self.features, **conv, name="conv_1")(h)
+        h = linear.Conv(self.features, **conv, name="conv_1")(h)
         width = 2 * self.features if config.scale_shift else self.features
-        shift = nn.Dense(width, dtype=config.dtype, name="emb_proj")(emb)[:, None, None, :]
+        shift = linear.Dense(width, dtype=config.dtype, name="emb_proj")(emb)[:, None, None, :]
         norm = GroupNorm(config.norm_groups, config.dtype, name="norm_2")
         if config.scale_shift:
             scale, shift = jnp.split(shift, 2, axis=-1)
@@ -160,9 +161,9 @@ class ResBlock(nn.Module):
         else:
             h = norm(h + shift)
         h = Dropout(config.dropout, self.train)(nn.silu(h))
-        h = nn.Conv(self.features, **conv, kernel_init=nn.initializers.zeros, name="conv_2")(h)
+        h = linear.Conv(self.features, **conv, kernel_init=nn.initializers.zeros, name="conv_2")(h)
         if x.shape[-1] != self.features:
-            x = nn.Conv(self.features, (1, 1), dtype=config.dtype, name="skip")(x)
+            x = linear.Conv(self.features, (1, 1), dtype=config.dtype, name="skip")(x)
         return x + h
 
 
@@ -262,7 +263,7 @@ class UNet(nn.Module):
         if context is not None:
             context = context.astype(config.dtype)
         h = fold_patches(x.astype(config.dtype), config.patch_size)
-        h = nn.Conv(config.level_channels(0), (3, 3), padding=1, dtype=config.dtype, name="conv_in")(h)
+        h = linear.Conv(config.level_channels(0), (3, 3), padding=1, dtype=config.dtype, name="conv_in")(h)
         h, skips = self._down(h, step, context, context_mask, train)
         h = self._res("mid_0", h, step, train)
         if config.middle_attention:
@@ -271,7 +272,8 @@ class UNet(nn.Module):
         h = self._up(h, skips, step, context, context_mask, train)
         h = nn.silu(GroupNorm(config.norm_groups, config.dtype, name="norm_out")(h))
         out = config.out_channels * config.patch_size**2
-        h = nn.Conv(out, (3, 3), padding=1, dtype=config.dtype, kernel_init=nn.initializers.zeros, name="conv_out")(h)
+        zeros = nn.initializers.zeros
+        h = linear.Conv(out, (3, 3), padding=1, dtype=config.dtype, kernel_init=zeros, name="conv_out")(h)
         h = unfold_patches(h, config.patch_size).astype(jnp.float32)
         return h + self._input_share(x, step) if config.input_skip else h
 
@@ -283,7 +285,8 @@ class UNet(nn.Module):
         config = self.config
         if config.has_mask:
             x = jnp.delete(x, 2 * config.out_channels, axis=-1)
-        share = nn.Dense(x.shape[-1], dtype=config.dtype, kernel_init=nn.initializers.zeros, name="input_skip")(step)
+        zeros = nn.initializers.zeros
+        share = linear.Dense(x.shape[-1], dtype=config.dtype, kernel_init=zeros, name="input_skip")(step)
         shared = share.astype(jnp.float32)[:, None, None, :] * x.astype(jnp.float32)
         return shared.reshape(*x.shape[:3], -1, config.out_channels).sum(axis=3)
 
@@ -354,7 +357,7 @@ class UNet(nn.Module):
             h = upsample_nearest(h)
         else:
             strides = 2
-        conv = nn.Conv(h.shape[-1], (3, 3), strides=strides, padding=1, dtype=self.config.dtype, name=name)
+        conv = linear.Conv(h.shape[-1], (3, 3), strides=strides, padding=1, dtype=self.config.dtype, name=name)
         return conv(h)
 
     def _check(self, x: jax.Array, context: jax.Array | None) -> None:

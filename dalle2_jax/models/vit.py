@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.models import linear
 from dalle2_jax.models.layers import LayerNorm, fold_patches
 from dalle2_jax.models.transformer import Transformer, TransformerConfig
 from dalle2_jax.ranges import Depth, MlpRatio, Side, Width
@@ -57,12 +58,12 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
-        config, normal = self.config, nn.initializers.normal
+        config, normal = self.config, linear.normal
         std = config.width**-0.5
         # a patch's convolution at its own stride is a matrix product over folded patches
         patches = fold_patches(image.astype(self.dtype), config.patch_size)
         batch, count = patches.shape[0], patches.shape[1] * patches.shape[2]
-        x = nn.Dense(config.width, use_bias=False, dtype=self.dtype, name="patch_embed")(
+        x = linear.Dense(config.width, use_bias=False, dtype=self.dtype, name="patch_embed")(
             patches.reshape(batch, count, patches.shape[3])
         )
         first = self.param("class_embedding", normal(std), (config.width,)).astype(self.dtype)
@@ -71,5 +72,5 @@ class VisionTransformer(nn.Module):
         x = LayerNorm(self.dtype, name="ln_pre")(x)
         x = Transformer(config.transformer(self.remat, self.dtype), name="transformer")(x)
         x = LayerNorm(self.dtype, name="ln_post")(x[:, 0])
-        proj = nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=normal(std), name="proj")
+        proj = linear.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=normal(std), name="proj")
         return proj(x).astype(jnp.float32)

@@ -16,7 +16,8 @@ from dalle2_jax.errors import ConfigError
 from dalle2_jax.stages import ClipStage, Stage, abstract_variables
 from dalle2_jax.stages.base import CLIP_COLUMNS, select_columns
 from dalle2_jax.system import programs
-from dalle2_jax.training.optim import HOST, make_optimizer
+from dalle2_jax.training.configs import HOST
+from dalle2_jax.training.optim import make_optimizer
 from dalle2_jax.training.sharding import (
     batch_sharding,
     logical_axes,

@@ -20,7 +20,7 @@ from dalle2_jax.planning import planner, program
 from dalle2_jax.planning.chips import CHIPS
 from dalle2_jax.planning.result import Plan, shown_bytes
 from dalle2_jax.planning.topology import AXES, all_meshes, check_name, find_topology
-from dalle2_jax.training.optim import OptimConfig
+from dalle2_jax.training.configs import OptimConfig
 
 REMAT = ((False, True), ("none", "dots", "blocks"))
 """Values of a field ``remat``, a switch or a policy, from the fastest to the one that needs the least memory."""

@@ -17,7 +17,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, Key
 
@@ -134,6 +133,8 @@ class ArPriorStage(StageDefaults):
         Metrics: ``accuracy``, the share of codes predicted correctly, and ``code_error``, the mean squared error of
         the quantised embeddings over the variance of the embeddings (below 1 % in the paper).
         """
+        import optax  # for training only
+
         image_emb = batch["image_emb"]
         target = codes.encode(stats, image_emb)
         dot = codes.encode_dot(stats, image_emb, batch["text_emb"])

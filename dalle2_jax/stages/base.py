@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jaxtyping import Array, Key
 
+from dalle2_jax.models import linear
 from dalle2_jax.stages.contract import EmbeddingContract
 from dalle2_jax.types import Batch, Degrading, Metrics, Params
 
@@ -52,7 +53,8 @@ class Network(Protocol):
 
 def apply(network: Network, params: Params, *args: Any, **kwargs: Any) -> Any:
     """Applies a network without mutable collections; ``kwargs`` are those of ``flax.linen.Module.apply``."""
-    return network.apply({"params": params}, *args, **kwargs)
+    with linear.shapes_only():
+        return network.apply({"params": params}, *args, **kwargs)
 
 
 class Outputs(NamedTuple):

@@ -26,7 +26,6 @@ from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
@@ -83,6 +82,8 @@ def softmax_loss(
         in_chunks = jax.custom_vjp(lambda *args: _softmax_forward(chunks, *args)[0])
         in_chunks.defvjp(functools.partial(_softmax_forward, chunks), functools.partial(_softmax_backward, chunks))
         return Contrast(*in_chunks(image_emb, text_emb, scale))
+    import optax  # for training only
+
     logits = scale * image_emb @ text_emb.T
     labels = jnp.arange(logits.shape[0])
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels

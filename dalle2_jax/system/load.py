@@ -10,7 +10,7 @@ from typing import Any, TypeGuard, cast
 
 import jax
 
-from dalle2_jax import pretrained, text
+from dalle2_jax import compilation, pretrained, text
 from dalle2_jax.config import inherit
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.config.parse import expand_file
@@ -78,7 +78,7 @@ def _restore(
 ) -> tuple[Variables, int]:
     """Returns the averaged weights and statistics of the newest readable checkpoint, and its step."""
     trained = experiment.trained(stage)
-    abstract = abstract_variables(trained)
+    abstract = _shapes(trained)
     shapes = with_shardings(abstract, tree_shardings(abstract, mesh))
     averaged = {name: shapes.stats[name] for name in trained.training_rules.averaged_stats}
     trees = {"ema": shapes.params, "stats": shapes.stats, "ema_stats": averaged}
@@ -91,6 +91,11 @@ def _restore(
     variables = Variables(restored.trees["ema"], stats)
     base = {} if experiment.lora is None else {stage.name: load_base(folder, experiment, mesh, clip)}
     return trained.merged(base, variables), restored.step
+
+
+def _shapes(stage: Stage) -> Variables:
+    """Returns the shapes of a stage's variables, from disk where they are in the cache of compiled programs."""
+    return Variables(**compilation.load_or_build_shapes(repr(stage), lambda: abstract_variables(stage)._asdict()))
 
 
 def _with_noise_statistics(folder: StageFolder, stage: Stage, step: int) -> Stage:

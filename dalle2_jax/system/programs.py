@@ -128,6 +128,12 @@ def request_keys(key: Key[Array, ""], index: Int[Array, "B"], sample: Int[Array,
     return jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j))(index, sample)
 
 
+@jax.jit
+def to_uint8(image: Float[Array, "B H W C"]) -> UInt8[Array, "B H W C"]:
+    """Returns images in [-1, 1] as 0..255, see `stages.images.to_uint8`: one program in place of one an operation."""
+    return images.to_uint8(image)
+
+
 class _Observer:
     """A callback, and the first error that it raised."""
 

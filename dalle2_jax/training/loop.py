@@ -6,15 +6,15 @@ while they compute the previous step, and checkpoints are written by a thread.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax.sharding import Mesh
 
 from dalle2_jax import rng
-from dalle2_jax.errors import UserError, choose
-from dalle2_jax.ranges import NonNegativeInt, PositiveInt, Range, Seed
+from dalle2_jax.errors import UserError
 from dalle2_jax.stages.base import Stage, Variables
+from dalle2_jax.training.configs import RunConfig
 from dalle2_jax.training.divergence import FiniteCheckpoints, not_finite
 from dalle2_jax.training.feed import Stream, prefetched
 from dalle2_jax.training.hooks import Hooks
@@ -24,49 +24,13 @@ from dalle2_jax.training.reporting.console import Console, progress
 from dalle2_jax.training.reporting.meter import Meter
 from dalle2_jax.training.reporting.metrics import MetricWriter
 from dalle2_jax.training.reporting.profiling import Profile, Tracer
-from dalle2_jax.training.reporting.trackers import TRACKERS, Tracker, Tracking
+from dalle2_jax.training.reporting.trackers import Tracker, Tracking
 from dalle2_jax.training.sharding import on_devices, shard_batch, with_shardings
 from dalle2_jax.training.state import Start, TrainState
 from dalle2_jax.training.step import abstract_state, init_state, make_train_step, parameter_count, state_shardings
 from dalle2_jax.types import Batch, Metrics, Params
 from dalle2_jax.workdir.checkpoints import Checkpoints
 from dalle2_jax.workdir.folder import StageFolder
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """The length of a run and how often it reports.
-
-    Attributes:
-      seed: of the parameters, the order of the data, and the noise.
-      total_steps: after which the run ends.
-      batch_size: examples per step, over all devices.
-      log_every: steps between two lines of metrics.jsonl.
-      checkpoint_every: steps between two checkpoints; the last step has one too.
-      keep_checkpoints: how many of the newest checkpoints stay on disk.
-      sample_every: steps between two previews; 0 for none.
-      eval_every: steps between two evaluations on split "val"; 0 for none.
-      workers: processes that prepare batches; 0 prepares them in a thread.
-      tracker: a service that gets the metrics too, a key of `trackers.TRACKERS`; "" for none.
-
-    Raises:
-      UsageError: an unknown tracker.
-    """
-
-    seed: Seed = 0
-    total_steps: NonNegativeInt = 1000  # 0 for an imported stage, which was not trained here
-    batch_size: Annotated[int, Range(1, 10_000_000)] = 64
-    log_every: PositiveInt = 50
-    checkpoint_every: PositiveInt = 500
-    keep_checkpoints: PositiveInt = 2
-    sample_every: NonNegativeInt = 0
-    eval_every: NonNegativeInt = 0
-    workers: Annotated[int, Range(0, 1_000)] = 0
-    tracker: str = ""
-
-    def __post_init__(self) -> None:
-        if self.tracker:
-            choose("tracker", self.tracker, TRACKERS)
 
 
 @dataclasses.dataclass(frozen=True)

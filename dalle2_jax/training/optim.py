@@ -9,14 +9,15 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dalle2_jax.errors import ConfigError, SystemWarning, choose
-from dalle2_jax.ranges import BelowOne, Fraction, NonNegativeFloat, NonNegativeInt, Range
+from dalle2_jax.errors import ConfigError, SystemWarning
+from dalle2_jax.training.configs import OptimConfig
+from dalle2_jax.training.sharding import path_name
 from dalle2_jax.types import Params
 
 DecayRules = tuple[tuple[str, bool], ...]
@@ -32,52 +33,6 @@ DECAY_RULES: DecayRules = (
 The default is that of GPT. Ramesh et al. 2022 (App. C) give a weight decay for the priors only, and do not say which
 parameters it applies to. CLIP's own rules are in ``stages.clip``.
 """
-
-
-HOST = "pinned_host"
-"""The kind of memory of a device's host from and to which the device copies directly."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """The optimizer of one stage.
-
-    Attributes:
-      lr: the learning rate after warm-up.
-      warmup_steps: steps of linear warm-up; see `warmup_steps` for runs that are shorter.
-      schedule: "constant", or "cosine" to zero at the last step.
-      beta1: decay of the first moment.
-      beta2: decay of the second moment.
-      eps: added to the root of the second moment.
-      weight_decay: decoupled, times the learning rate.
-      clip_norm: maximal global norm of the gradients; 0 turns clipping off.
-      ema_decay: largest decay of the averaged weights, see `ema_update`.
-      sam_rho: rho of sharpness-aware minimisation, see `sharpness_aware`; 0 turns it off. The paper's CLIP has 0.1.
-      name: "adamw", or "adafactor" (Shazeer & Stern 2018, arXiv 1804.04235), whose second moment of a matrix is
-        stored as one row and one column.
-      mu_dtype: dtype in which the first moment is stored, "float32" or "bfloat16".
-      ema_memory: where the averaged weights are stored, "device" or "pinned_host", the memory of the host.
-      accumulate: number of micro-batches in which the gradients of a batch are computed, see `accumulation`.
-    """
-
-    lr: Annotated[float, Range(0, 1_000, exclusive_min=True)] = 1e-4
-    warmup_steps: NonNegativeInt = 0
-    schedule: str = "constant"
-    beta1: BelowOne = 0.9
-    beta2: BelowOne = 0.999
-    eps: Fraction = 1e-8
-    weight_decay: Annotated[float, Range(0, 1_000)] = 0.0
-    clip_norm: NonNegativeFloat = 1.0
-    ema_decay: BelowOne = 0.9999
-    sam_rho: Annotated[float, Range(0, 1_000)] = 0.0
-    accumulate: Annotated[int, Range(1, 1_000_000)] = 1
-    name: str = "adamw"
-    mu_dtype: str = "float32"
-    ema_memory: str = "device"
-
-    def __post_init__(self) -> None:
-        choose("name", self.name, dict.fromkeys(("adamw", "adafactor")))
-        choose("ema_memory", self.ema_memory, dict.fromkeys(("device", HOST)))
 
 
 class Optimizer(NamedTuple):
@@ -132,11 +87,6 @@ def warmup_steps(config: OptimConfig, total_steps: int) -> int:
         stacklevel=2,
     )
     return scaled
-
-
-def path_name(path: tuple) -> str:
-    """Returns a tree path as "a/b/c"."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def decay_mask(params: Params, rules: DecayRules = ()) -> Params:

@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from dalle2_jax.errors import ConfigError, UserError
 from dalle2_jax.ranges import Range
-from dalle2_jax.training.optim import HOST, path_name
+from dalle2_jax.training.configs import HOST
 from dalle2_jax.types import Batch
 
 SIZE_FLOOR = 2**14
@@ -56,6 +56,11 @@ class MeshConfig:
     data: AxisSize = -1
     fsdp: AxisSize = 1
     tensor: AxisSize = 1
+
+
+def path_name(path: tuple) -> str:
+    """Returns a tree path as "a/b/c"."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def make_mesh(config: MeshConfig, local: bool = False) -> Mesh:

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from dalle2_jax import rng
 from dalle2_jax.stages.base import Stage, Variables, abstract_variables
 from dalle2_jax.training.accumulation import Gradients, loss_and_gradients
-from dalle2_jax.training.optim import HOST, Optimizer, ema_decay_at, ema_update, sharpness_aware
+from dalle2_jax.training.configs import HOST
+from dalle2_jax.training.optim import Optimizer, ema_decay_at, ema_update, sharpness_aware
 from dalle2_jax.training.sharding import logical_axes, replicated, tree_shardings
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.types import Batch, Metrics, Params

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 
 from dalle2_jax.errors import SystemWarning, UserError
 from dalle2_jax.workdir import digests, packed
@@ -45,6 +44,8 @@ def start_writing(path: pathlib.Path, trees: Mapping[str, Any], data_state: Mapp
     Returns:
       An object whose ``result()`` waits for the end and raises what went wrong.
     """
+    from orbax.checkpoint import v1 as ocp
+
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = LEAST_SLICE
     if lean:
@@ -131,6 +132,8 @@ def _load(path: pathlib.Path, requested: Mapping[str, Any]) -> tuple[dict[str, A
         try:
             if packed.is_packed(path):
                 return packed.load(path, requested), {}
+            from orbax.checkpoint import v1 as ocp
+
             trees = ocp.load_checkpointables(cast(Any, path), dict(requested))
             metadata = cast(Any, ocp.checkpointables_metadata(cast(Any, path)).custom_metadata)
             return dict(trees), metadata["data_state"]

@@ -11,8 +11,8 @@ from raised import mentions
 
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.errors import ConfigError
+from dalle2_jax.training.configs import HOST
 from dalle2_jax.training.loop import train
-from dalle2_jax.training.optim import HOST
 from dalle2_jax.training.sharding import MeshConfig, check_host_memory, make_mesh, on_devices
 
 CONFIG = {"stage": "clip", "data": {"kind": "shapes"}, "text": {}, "mesh": {}}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_system
+from orbax.checkpoint import v1 as ocp
 from raised import mentions
 from tiny_checkpoints import abstract, save, trees
 
@@ -192,7 +193,7 @@ def test_an_error_that_may_pass_is_one_line_and_touches_nothing(folder, monkeypa
         for step in (1, 2):
             (folder.path / f"checkpoints/{step}" / digests.NAME).unlink()
     before = contents(folder)
-    monkeypatch.setattr(orbax_io.ocp, "load_checkpointables", raising(error))
+    monkeypatch.setattr(ocp, "load_checkpointables", raising(error))
     with pytest.raises(UserError, check=mentions(folder.path / "checkpoints/2")) as raised:
         Checkpoints(folder).restore(abstract())
     assert "checkpoints/1" not in str(raised.value)
@@ -218,7 +219,7 @@ def test_a_sound_checkpoint_that_cannot_be_loaded_is_not_damaged(folder):
 
 def test_a_file_of_an_earlier_version_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
     shutil.copytree(EARLIER, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(orbax_io.ocp, "load_checkpointables", raising(ValueError("it does not decode")))
+    monkeypatch.setattr(ocp, "load_checkpointables", raising(ValueError("it does not decode")))
     monkeypatch.setattr(os, "preadv", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
     shutil.copytree(tmp_path / "prior/checkpoints/3", tmp_path / "prior/checkpoints/2")
     with pytest.raises(UserError, check=mentions("checkpoints/3", os.strerror(errno.EIO))) as raised:

@@ -11,8 +11,8 @@ from dalle2_jax import reading
 from dalle2_jax.cli import main
 from dalle2_jax.config.inherit import base_of
 from dalle2_jax.config.stored import stored_experiment
-from dalle2_jax.data.configs import source_named
 from dalle2_jax.data.images.records import json_object
+from dalle2_jax.data.opening import source_named
 from dalle2_jax.data.storage import files
 from dalle2_jax.errors import UserError, WeightsError
 from dalle2_jax.text import load_tokenizer

@@ -11,7 +11,8 @@ from dalle2_jax.data.embeddings.source import EmbeddingSource
 from dalle2_jax.data.images import decoding
 from dalle2_jax.data.images.filters import Filters
 from dalle2_jax.data.images.records import Record, Records, Rejected
-from dalle2_jax.data.images.source import MAX_REJECTED, ImageSource
+from dalle2_jax.data.images.rejections import MAX_REJECTED
+from dalle2_jax.data.images.source import ImageSource
 from dalle2_jax.data.sources import (
     Generators,
     Indices,

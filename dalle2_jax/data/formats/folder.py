@@ -31,7 +31,8 @@ from dalle2_jax.data.images.records import (
     spread,
     text_of,
 )
-from dalle2_jax.data.images.source import MAX_REJECTED, ImageSource, check_arguments
+from dalle2_jax.data.images.rejections import MAX_REJECTED
+from dalle2_jax.data.images.source import ImageSource, check_arguments
 from dalle2_jax.data.storage.arrays import NUMBERS, cache_path, load_or_build
 from dalle2_jax.errors import DataError
 from dalle2_jax.reading import read_bytes

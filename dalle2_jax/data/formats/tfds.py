@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle2_jax.data.formats.tfds_metadata import FEATURES, INFO, check_metadata
+from dalle2_jax.data.formats.tfds_metadata import FEATURES, INFO, TEMPLATES, check_metadata
 from dalle2_jax.data.images.records import (
     OTHER_NAMES,
     Record,
@@ -31,9 +31,6 @@ from dalle2_jax.errors import UserError
 
 FIELDS = "json_fields"
 """The feature that holds all other fields of a record, as a JSON object."""
-
-TEMPLATES = ("a photo of a {}",)
-"""Default captions of a class, with its name in place of {}."""
 
 _TEXTS, _LABELS = ("caption", "captions", "text", "captions/text"), ("label",)
 _KEYS = ("key", "id", "image_id", "image/filename")

@@ -17,6 +17,9 @@ from dalle2_jax.reading import open_regular, parse_json
 
 FEATURES, INFO = "features.json", "dataset_info.json"
 
+TEMPLATES = ("a photo of a {}",)
+"""Default captions of a class, with its name in place of {}."""
+
 _MODULES = "tensorflow_datasets.core.features"
 CLASSES = frozenset(
     f"{_MODULES}.{name}"

@@ -11,6 +11,9 @@ from typing import Any
 from dalle2_jax import signals
 from dalle2_jax.reading import parse_json
 
+MAX_REJECTED = 0.1
+"""Rejection rate above which a run ends. A small data set may have ten bad records, if they are under a third."""
+
 _ONE_AT_A_TIME = threading.Lock()
 
 

@@ -18,13 +18,10 @@ from jaxtyping import UInt8
 from dalle2_jax.data.images import decoding
 from dalle2_jax.data.images.filters import Filters
 from dalle2_jax.data.images.records import REPLACEMENT, Record, Records, Rejected, RejectionCounts
-from dalle2_jax.data.images.rejections import RejectionLog
+from dalle2_jax.data.images.rejections import MAX_REJECTED, RejectionLog
 from dalle2_jax.data.sources import DESCRIPTIVE, Generators, Indices, Rejections, Source, stacked
 from dalle2_jax.errors import UserError, printable
 from dalle2_jax.types import Preprocessing
-
-MAX_REJECTED = 0.1
-"""Rejection rate above which a run ends. A small data set may have ten bad records, if they are under a third."""
 
 _MIN_RECENT, _RECENT = 100, 1000
 """Below the first number of records the rejection rate is not meaningful; the rate is that of the last ``_RECENT``."""

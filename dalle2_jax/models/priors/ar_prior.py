@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.models import linear
 from dalle2_jax.models.attention import KeyValues
 from dalle2_jax.models.decoder import CaptionEncoder
 from dalle2_jax.models.layers import LayerNorm
@@ -102,11 +103,11 @@ class ArPriorNetwork(nn.Module):
     config: ArPriorConfig
 
     def setup(self) -> None:
-        config, normal = self.config, nn.initializers.normal
+        config, normal = self.config, linear.normal
         self.caption_encoder = CaptionEncoder(config.text, config.remat, config.dtype)
         head_width = config.width // config.heads
-        self.context_kv = nn.DenseGeneral((config.layers, 2, config.heads, head_width), dtype=config.dtype)
-        self.text_emb_proj = nn.Dense(config.width, dtype=config.dtype)
+        self.context_kv = linear.DenseGeneral((config.layers, 2, config.heads, head_width), dtype=config.dtype)
+        self.text_emb_proj = linear.Dense(config.width, dtype=config.dtype)
         self.code_embedding = nn.Embed(config.buckets, config.width, dtype=config.dtype, embedding_init=normal(0.02))
         self.positional_embedding = self.param(
             "positional_embedding", normal(0.01), (config.context_length, config.width)
@@ -116,7 +117,7 @@ class ArPriorNetwork(nn.Module):
         self.latent_decoder = Transformer(config.transformer())
         self.ln_final = LayerNorm(config.dtype)
         # float32: a softmax over many buckets needs the digits. Zeros: training starts at log(buckets).
-        self.out_proj = nn.Dense(config.buckets, kernel_init=nn.initializers.zeros)
+        self.out_proj = linear.Dense(config.buckets, kernel_init=nn.initializers.zeros)
 
     def __call__(
         self,

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.models import linear
 from dalle2_jax.models.multi_query import MultiQueryConfig, MultiQueryTransformer, unit
 from dalle2_jax.models.priors.prior import PriorCache
 from dalle2_jax.ranges import Depth, DiffusionSteps, Length, Range, Width
@@ -116,7 +117,7 @@ class LaionPriorNetwork(nn.Module):
     config: LaionPriorConfig
 
     def setup(self) -> None:
-        config, normal = self.config, nn.initializers.normal(1.0)  # as the embeddings between which these stand
+        config, normal = self.config, linear.normal(1.0)  # as the embeddings between which these stand
         if config.timesteps is None:
             self.time_mlp = SinusoidMLP(config.width, config.time_tokens * config.width, config.dtype)
         else:
@@ -124,9 +125,9 @@ class LaionPriorNetwork(nn.Module):
                 config.timesteps, config.time_tokens * config.width, dtype=config.dtype, embedding_init=normal
             )
         if config.text_tokens > 1:
-            self.text_emb_proj = nn.Dense(config.text_tokens * config.width, dtype=config.dtype)
+            self.text_emb_proj = linear.Dense(config.text_tokens * config.width, dtype=config.dtype)
         if config.image_tokens > 1:
-            self.image_emb_proj = nn.Dense(config.image_tokens * config.width, dtype=config.dtype)
+            self.image_emb_proj = linear.Dense(config.image_tokens * config.width, dtype=config.dtype)
         self.query = self.param("query", normal, (config.width,))
         if config.nulls != "hidden":
             self.null_text = self.param("null_text", normal, (config.context_length, config.width))
@@ -135,7 +136,7 @@ class LaionPriorNetwork(nn.Module):
             self.null_image_emb = self.param("null_image_emb", normal, (config.width,))
         self.transformer = MultiQueryTransformer(config.transformer())
         if config.final_proj:
-            self.out_proj = nn.Dense(config.width, use_bias=False, dtype=config.dtype)
+            self.out_proj = linear.Dense(config.width, use_bias=False, dtype=config.dtype)
 
     def __call__(
         self,
@@ -253,9 +254,9 @@ class SinusoidMLP(nn.Module):
         rates = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
         angles = t.astype(jnp.float32)[:, None] * rates[None]
         h = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).astype(self.dtype)
-        h = nn.silu(nn.Dense(2 * self.features, dtype=self.dtype, name="fc_1")(h))
-        h = nn.silu(nn.Dense(2 * self.features, dtype=self.dtype, name="fc_2")(h))
-        return nn.Dense(self.features, dtype=self.dtype, name="fc_3")(h)
+        h = nn.silu(linear.Dense(2 * self.features, dtype=self.dtype, name="fc_1")(h))
+        h = nn.silu(linear.Dense(2 * self.features, dtype=self.dtype, name="fc_2")(h))
+        return linear.Dense(self.features, dtype=self.dtype, name="fc_3")(h)
 
 
 def _and_tail(visible: jax.Array, tail: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.models import linear
 from dalle2_jax.models.attention import KeyValues
 from dalle2_jax.models.layers import LayerNorm, TimeMLP
 from dalle2_jax.models.transformer import Transformer, TransformerConfig, causal_mask
@@ -101,17 +102,17 @@ class PriorNetwork(nn.Module):
     config: PriorConfig
 
     def setup(self) -> None:
-        config, normal = self.config, nn.initializers.normal
+        config, normal = self.config, linear.normal
         if config.text_input == "tokens":
             self.token_embedding = nn.Embed(
                 cast(int, config.vocab_size), config.width, dtype=config.dtype, embedding_init=normal(0.02)
             )
         else:
-            self.text_seq_proj = nn.Dense(config.width, dtype=config.dtype)
-        self.text_emb_proj = nn.Dense(config.width, dtype=config.dtype)
+            self.text_seq_proj = linear.Dense(config.width, dtype=config.dtype)
+        self.text_emb_proj = linear.Dense(config.width, dtype=config.dtype)
         if config.time_token:
             self.time_mlp = TimeMLP(config.width, config.width, config.dtype)
-        self.image_emb_proj = nn.Dense(config.width, dtype=config.dtype)
+        self.image_emb_proj = linear.Dense(config.width, dtype=config.dtype)
         self.query = self.param("query", normal(0.02), (config.width,))
         self.positional_embedding = self.param(
             "positional_embedding", normal(0.01), (config.context_length + 1 + config.tail, config.width)
@@ -122,7 +123,7 @@ class PriorNetwork(nn.Module):
         self.transformer = Transformer(config.transformer())
         if config.final_norm:
             self.ln_final = LayerNorm(config.dtype)
-        self.out_proj = nn.Dense(config.embed_dim, dtype=config.dtype)
+        self.out_proj = linear.Dense(config.embed_dim, dtype=config.dtype)
 
     def __call__(
         self,
