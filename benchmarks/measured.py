@@ -133,16 +133,20 @@ def table(figures: Figures) -> str:
 
 
 def publish(name: str, text: str, page: pathlib.Path | None) -> None:
-    """Prints a table, and replaces what a page has between ``<!-- NAME -->`` and ``<!-- /NAME -->`` by it.
+    """Prints a table, and writes it to its place on a page."""
+    print(text)
+    if page is not None:
+        put(page, name, text)
+
+
+def put(page: pathlib.Path, name: str, text: str) -> None:
+    """Replaces what a page has between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 
     Raises:
       UsageError: the page has no such place.
     """
-    print(text)
-    if page is None:
-        return
     before, start, rest = page.read_text().partition(f"<!-- {name} -->")
     _, end, after = rest.partition(f"<!-- /{name} -->")
     if not end:
-        raise UsageError(f"{page} has no place for the table: write <!-- {name} --> and <!-- /{name} -->")
+        raise UsageError(f"{page} has no place for {name}: write <!-- {name} --> and <!-- /{name} -->")
     write_atomically(page, f"{before}{start}\n\n{text.strip()}\n\n{end}{after}")
