@@ -61,11 +61,11 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row("diffusion", "two draws, the closer to the caption kept (default)", {}),
-    Row("diffusion", "one draw", {}, 1),
+    Row("diffusion", "two samples, the closer to the caption kept (default)", {}),
+    Row("diffusion", "one sample", {}, 1),
     Row("diffusion", "guidance 2", {"guidance": 2.0}),
     Row("diffusion", "guidance 4", {"guidance": 4.0}),
-    Row("ar", "guidance 1, dot product of the upper half, one draw (default)", {}),
+    Row("ar", "guidance 1, dot product of the upper half, one sample (default)", {}),
     Row("ar", "guidance 1.5", {"guidance": 1.5}),
     Row("ar", "guidance 2", {"guidance": 2.0}),
     Row("ar", "guidance 4", {"guidance": 4.0}),
@@ -73,8 +73,8 @@ ROWS = (
     Row("ar", "dot product above quantile 0.7", {"dot_quantile": 0.7}),
     Row("ar", "dot product above quantile 0.85", {"dot_quantile": 0.85}),
     Row("ar", "dot product above quantile 0.95", {"dot_quantile": 0.95}),
-    Row("ar", "two draws, the closer to the caption kept", {}, 2),
-    Row("ar", "four draws, the closest to the caption kept", {}, 4),
+    Row("ar", "two samples, the closer to the caption kept", {}, 2),
+    Row("ar", "four samples, the closest to the caption kept", {}, 4),
 )
 """The first row of each prior is its default."""
 

@@ -1,11 +1,10 @@
 """Ablations of the paper's choices on the embedded data set of shapes: each changes one part of `configs/shapes.py`.
 
-    python train.py --config configs/ablations.py:clip,sam --workdir runs/sam
+    python train.py --config configs/ablations.py:decoder,text_emb --workdir runs/demo-text
     dalle2 sweep --config configs/ablations.py:decoder,drops --system shapes --out runs/drops --measure attributes
 
 | config                     | what differs between its runs, or from `configs/shapes.py`                    |
 | -------------------------- | ----------------------------------------------------------------------------- |
-| clip,sam                   | sharpness-aware minimisation, without and with rho 0.1                        |
 | decoder,drops              | whether the image embedding and the caption are dropped in training           |
 | decoder,without_captions   | the image embedding alone                                                     |
 | decoder,text_emb           | CLIP's text embedding and text states in place of the image embedding         |
@@ -84,7 +83,6 @@ CORRUPTIONS = (
 
 STAGES = {
     # name: (what it changes in the config of configs/shapes.py, its runs)
-    "clip,sam": (unchanged, ({"optim.sam_rho": 0.0}, {"optim.sam_rho": 0.1})),
     "clip,drops": (unchanged, ONE_RUN),
     "clip,without_captions": (unchanged, ONE_RUN),
     "clip,text_emb": (unchanged, ONE_RUN),
