@@ -24,7 +24,7 @@ PUBLISHED = {
     "glide": ("glide", 50_257),
     "adm": ("labels", 1000),
 }
-OWN = {"shapes", "folder", "emoji"}
+OWN = {"ablations", "shapes", "folder", "emoji"}
 """Pages of models that are published nowhere: their tokenizer is trained on the captions."""
 
 

@@ -62,6 +62,7 @@ GIVEN = {
     "sampling.md": ("demo",),
     "sweeps.md": ("demo",),
     "own_data.md": ("digits", "tars"),
+    "paper.md": ("demo", "included"),
     "quickstart.md": ("demo", "included"),
     "face.md": ("demo",),
     "quickstart.ipynb": ("demo",),

@@ -1,0 +1,188 @@
+"""Images for the figures of Ramesh et al. 2022, made by a system of shapes: one small PNG file for each figure.
+
+    python benchmarks/paper_figures.py --system shapes --page docs/paper.md
+
+The files are in a folder of the page's name, and the page shows each between ``<!-- figure4 -->`` and ``<!-- /figure4
+-->``. Given images are rendered scenes of split ``val``. ``--only figure4`` makes one of them.
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import argparse
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import measured
+import numpy as np
+from jaxtyping import UInt8
+from measured import HeldOut
+from PIL import Image, ImageDraw, ImageFont
+
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
+from dalle2_jax.data.synthetic import grammar
+from dalle2_jax.data.synthetic.scenes import Scene
+from dalle2_jax.errors import UserError, choose
+from dalle2_jax.files import write_atomically
+from dalle2_jax.system.editing.components import Components
+from dalle2_jax.system.system import System, load
+
+MAX_BYTES = 60_000
+"""Largest size of a file: 256 colours, then as few as it takes."""
+
+COLUMNS = 8
+GAP, HEADER = 2, 14
+BACKGROUND, INK = (235, 235, 235), (20, 20, 20)
+
+COUNTS = (1, 2, 4, 8, 12, 16, 32, 48)
+"""Numbers of principal components; the paper has 20 to 320 of 1,024."""
+
+EMBEDDED = 2048
+"""Scenes whose embeddings the components are measured on."""
+
+SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+class Sheet(NamedTuple):
+    """Rows of images of one size, and a header of each column."""
+
+    rows: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]]
+    headers: Sequence[str]
+
+
+def variations(system: System, data: HeldOut, options: argparse.Namespace) -> Sheet:
+    """Figure 3: an image, and images that the decoder generates from its CLIP embedding."""
+    given = data.images[:2]
+    found = system.variations(list(given), num=COLUMNS - 1, seed=options.seed, progress=True).numpy
+    rows = found.reshape(len(given), COLUMNS - 1, *found.shape[1:])
+    return Sheet([[image, *row] for image, row in zip(given, rows, strict=True)], ["given", *[""] * (COLUMNS - 1)])
+
+
+def interpolations(system: System, data: HeldOut, options: argparse.Namespace) -> Sheet:
+    """Figure 4: paths between two images, with one fresh noise and with the interpolated noises of both images."""
+    pair = list(data.images[2:4])
+    shared = {"frames": COLUMNS, "seed": options.seed, "progress": True}
+    rows = [system.interpolate(pair, **shared).numpy, system.interpolate(pair, eta=0.0, **shared).numpy]
+    return Sheet(rows, [f"{place:.2f}" for place in np.linspace(0.0, 1.0, COLUMNS)])
+
+
+def text_diffs(system: System, data: HeldOut, options: argparse.Namespace) -> Sheet:
+    """Figure 5: an image changed by the difference of two captions, by another colour and by another shape."""
+    rows = []
+    for place, change in enumerate(({"colour": "blue"}, {"shape": "star"})):
+        given = data.scenes[4 + place]
+        [thing] = given.objects
+        target = Scene((dataclasses.replace(thing, **change),), given.background)
+        captions = [grammar.captions(scene)[0] for scene in (given, target)]
+        shared = {"frames": COLUMNS, "theta": 0.5, "seed": options.seed, "progress": True}
+        rows.append(system.text_diff(data.images[4 + place], *captions, **shared).numpy)
+    return Sheet(rows, [f"{theta:.2f}" for theta in np.linspace(0.0, 0.5, COLUMNS)])
+
+
+def typography(system: System, data: HeldOut, options: argparse.Namespace) -> Sheet:
+    """Figure 6: variations of an image, and of the same image with the name of another colour on it."""
+    [thing] = data.scenes[6].objects
+    word = "blue" if thing.colour != "blue" else "red"
+    labels = [f"a {colour} {thing.shape}" for colour in (thing.colour, word)]
+    shared = {"num": COLUMNS - 1, "seed": options.seed, "progress": True}
+    found = system.typographic_probe(data.images[6], word, labels, **shared)
+    return Sheet(found.numpy.reshape(2, COLUMNS, *found.numpy.shape[1:]), ["given", *[""] * (COLUMNS - 1)])
+
+
+def projections(system: System, data: HeldOut, options: argparse.Namespace) -> Sheet:
+    """Figure 7: images decoded from projections of their embeddings, an image a row, with one noise for each row."""
+    scenes = measured.held_out(system, EMBEDDED, "train").images
+    train = system.embed_image(list(scenes)).astype(np.float64)
+    components = Components.of(train.mean(axis=0), np.cov(train.T, bias=True), len(train))
+    emb = system.embed_image(list(data.images[:2]))
+    counts = [count for count in COUNTS if count <= components.rank]
+    columns = [
+        system.decode(components.project(emb, count), seed=options.seed, progress=True).numpy for count in counts
+    ]
+    return Sheet(list(zip(*columns, strict=True)), list(map(str, counts)))
+
+
+def conditions(system: System, data: HeldOut, options: argparse.Namespace) -> Sheet:
+    """Figure 8: the caption alone, its text embedding in place of an image embedding, and the prior's sample."""
+    captions = list(data.captions[:COLUMNS])
+    shared = {"num": 1, "seed": options.seed, "progress": True}
+    rows = [system.text2image(captions, image_emb=source, **shared).numpy for source in ("none", "text", "prior")]
+    return Sheet(rows, [""] * COLUMNS)
+
+
+def guidance(system: System, data: HeldOut, options: argparse.Namespace) -> Sheet:
+    """Figure 9: one noise under growing guidance of the decoder, for two captions."""
+    shared = {"num": 1, "seed": options.seed, "progress": True}
+    columns = [system.text2image(data.captions[:2], decoder={"guidance": scale}, **shared).numpy for scale in SCALES]
+    return Sheet(list(zip(*columns, strict=True)), [f"{scale:g}" for scale in SCALES])
+
+
+FIGURES: dict[str, Callable[[System, HeldOut, argparse.Namespace], Sheet]] = {
+    "figure3": variations,
+    "figure4": interpolations,
+    "figure5": text_diffs,
+    "figure6": typography,
+    "figure7": projections,
+    "figure8": conditions,
+    "figure9": guidance,
+}
+
+
+def rendered(sheet: Sheet) -> Image.Image:
+    """Returns the rows of a sheet below the headers of their columns."""
+    height, width, _ = sheet.rows[0][0].shape
+    top = HEADER if any(sheet.headers) else 0
+    size = (len(sheet.headers) * (width + GAP) - GAP, top + len(sheet.rows) * (height + GAP) - GAP)
+    image = Image.new("RGB", size, BACKGROUND)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    for column, header in enumerate(sheet.headers):
+        pen.text((column * (width + GAP) + width // 2, HEADER // 2), header, fill=INK, font=font, anchor="mm")
+    for number, row in enumerate(sheet.rows):
+        for column, pixels in enumerate(row):
+            place = (column * (width + GAP), top + number * (height + GAP))
+            image.paste(Image.fromarray(np.asarray(pixels)), place)
+    return image
+
+
+def compressed(image: Image.Image) -> bytes:
+    """Returns a PNG file of at most `MAX_BYTES`, with 256 colours or fewer.
+
+    Raises:
+      UserError: 16 colours take more.
+    """
+    for colours in (256, 128, 64, 32, 16):
+        content = io.BytesIO()
+        image.quantize(colours, dither=Image.Dither.NONE).save(content, "PNG", optimize=True)
+        if len(content.getvalue()) <= MAX_BYTES:
+            return content.getvalue()
+    raise UserError(f"a figure of {image.width} x {image.height} pixels takes more than {MAX_BYTES} bytes")
+
+
+def main() -> None:
+    """Runs the command line."""
+    example = "python benchmarks/paper_figures.py --system shapes --page docs/paper.md"
+    parser = args.make_parser("python benchmarks/paper_figures.py", "Makes the figures of docs/paper.md.", example)
+    parser.add_argument("--system", type=args.system, required=True, help=args.SYSTEM)
+    parser.add_argument("--page", type=args.path, required=True, help="the page, such as docs/paper.md")
+    parser.add_argument("--only", action="append", metavar="FIGURE", help="figure3 to figure9; may be repeated")
+    parser.add_argument("--seed", type=args.seed, default=0, help="random seed (default %(default)s)")
+    options = parser.parse_args()
+    chosen = {name: choose("figure", name, FIGURES) for name in options.only or FIGURES}
+    system = load(options.system)
+    data = measured.held_out(system, COLUMNS)
+    if any(len(scene.objects) != 1 for scene in data.scenes):
+        raise UserError(f"{options.system} was trained on scenes of two objects: these figures edit one")
+    for name, figure in chosen.items():
+        path = options.page.with_suffix("") / f"{name}.png"
+        write_atomically(path, compressed(rendered(figure(system, data, options))))
+        measured.put(options.page, name, f"![{figure.__doc__.rstrip('.')}]({path.parent.name}/{path.name})")
+        print(path)
+
+
+if __name__ == "__main__":
+    run_cli.exit_process(run_cli.run_cli(main))

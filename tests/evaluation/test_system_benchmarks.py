@@ -1,0 +1,176 @@
+"""Benchmarks of systems: editors whose results are known get the figures that they should, and pages their tables."""
+
+import argparse
+import importlib
+import pathlib
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from raised import mentions
+
+from dalle2_jax.data import ShapesSource
+from dalle2_jax.data.synthetic.scene_reader import read_scene
+from dalle2_jax.data.synthetic.scenes import Scene
+from dalle2_jax.data.synthetic.shapes import COLOURS, render
+from dalle2_jax.errors import UsageError
+from dalle2_jax.system.editing.similarity import MAX_PSNR
+
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
+SIDE, COUNT = 64, 6
+
+OPTIONS = argparse.Namespace(steps=250, edit_steps=50, theta=(0.25, 0.5), seed=0)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """Imports a program of benchmarks/ by its name."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def data(benchmark):
+    """Rendered scenes of one object, of different colours and shapes."""
+    source = ShapesSource("val", SIDE, jitter=0.04)
+    scenes = [source.scene(index) for index in range(COUNT)]
+    captions = [source.caption(index) for index in range(COUNT)]
+    return benchmark("measured").HeldOut(scenes, captions, np.stack([render(scene, SIDE) for scene in scenes]))
+
+
+def images(pixels):
+    """What a method of a system returns, as far as benchmarks read it."""
+    return SimpleNamespace(numpy=np.asarray(pixels, np.uint8))
+
+
+class Perfect:
+    """An editor without errors: it renders what it is asked for."""
+
+    def reconstruct(self, given, **_):
+        return images(np.stack([np.asarray(image) for image in given]))
+
+    def variations(self, given, num=1, **_):
+        return images(np.stack([np.asarray(image) for image in given for _ in range(num)]))
+
+    def interpolate(self, pair, frames, **_):
+        first, last = (np.asarray(image, np.float64) for image in pair)
+        return images(np.rint([first + share * (last - first) for share in np.linspace(0, 1, frames)]))
+
+    def text_diff(self, image, before, after, frames, **_):
+        given, [colour] = np.asarray(image), [name for name in COLOURS if name in after.split()]
+        background = render(Scene((), read_scene(given).background), SIDE)
+        foreground = (given != background).any(axis=2, keepdims=True)
+        return images([given, np.where(foreground, np.asarray(COLOURS[colour], np.uint8), given)])
+
+    def inpaint(self, image, mask, caption, **_):
+        return images(image[None])
+
+
+class Careless(Perfect):
+    """An editor that ignores what it is given: every image is black."""
+
+    def reconstruct(self, given, **_):
+        return images(np.zeros((len(given), SIDE, SIDE, 3)))
+
+    def variations(self, given, num=1, **_):
+        return images(np.zeros((len(given) * num, SIDE, SIDE, 3)))
+
+    def text_diff(self, image, before, after, frames, **_):
+        return images(np.zeros((frames, SIDE, SIDE, 3)))
+
+    def inpaint(self, image, mask, caption, **_):
+        return images(np.zeros((1, SIDE, SIDE, 3)))
+
+
+def values(figures):
+    """Returns figures as numbers, in order."""
+    return [figure.value for figure in figures.values()]
+
+
+def test_perfect_editor(benchmark, data):
+    editing, measured = benchmark("editing"), benchmark("measured")
+    distance = ("pixels", measured.root_mean_square)
+    assert values(editing.reconstruction(Perfect(), data, OPTIONS)) == [MAX_PSNR, 0.0]
+    shape, everything, apart = editing.variations(Perfect(), data, OPTIONS, *distance).values()
+    assert shape.value == everything.value == 1.0 and everything.baseline.value < 1.0
+    assert apart.value == 0.0 < apart.baseline.value
+    ends, evenness, smooth, worst = values(editing.interpolation(Perfect(), data, OPTIONS, *distance))
+    assert ends == MAX_PSNR and smooth == 1.0
+    assert 1.0 <= evenness <= worst < 1.05
+
+
+def test_text_diff_of_both_rotations(benchmark, data):
+    """The first frame is the image itself, and the second has the other colour and nothing else changed."""
+    figures = benchmark("editing").text_diff(Perfect(), data, OPTIONS)
+    before, after = (
+        {name: figure for name, figure in figures.items() if name.startswith(f"theta {theta}:")}
+        for theta in OPTIONS.theta
+    )
+    assert values(before)[0] == 0.0 and values(before)[-2:] == [0.0, 1.0]
+    assert values(after)[0] == 1.0 and values(after)[-2:] == [1.0, 0.0]
+    assert all(figure.n == COUNT for figure in figures.values())
+
+
+def test_careless_editor(benchmark, data):
+    editing, measured = benchmark("editing"), benchmark("measured")
+    assert values(editing.reconstruction(Careless(), data, OPTIONS))[0] < 20
+    found = editing.variations(Careless(), data, OPTIONS, "pixels", measured.root_mean_square)
+    assert values(found)[:2] == [0.0, 0.0]
+    assert set(values(editing.text_diff(Careless(), data, OPTIONS))) <= {0.0}
+
+
+def test_inpainting(benchmark, data):
+    inpainting = benchmark("inpainting")
+    masks = inpainting.boxes(COUNT, SIDE, 0)
+    shares = masks.mean(axis=(1, 2))
+    assert ((shares >= 0.25**2) & (shares <= 0.75**2)).all() and len({*shares}) > 1
+    for editor, error, unchanged in ((Perfect(), 0.0, 1.0), (Careless(), None, 0.0)):
+        pixels = inpainting.inpainted(inpainting.Method("one", editor), data, masks, 0)
+        figures, compared = inpainting.measure(data, masks, pixels, None)
+        assert figures["unchanged outside"].value == unchanged
+        assert figures["RMS error inside"].value == (pytest.approx(compared.mean()) if error is None else error)
+
+
+def test_error_is_that_of_the_box(benchmark):
+    inpainting, given = benchmark("inpainting"), np.zeros((1, 4, 4, 3), np.uint8)
+    mask, changed = np.zeros((1, 4, 4), bool), given.copy()
+    mask[0, :2] = True
+    changed[0, 0] = 10  # half of the box
+    assert inpainting.error_inside(changed, given, mask) == pytest.approx(np.sqrt(50))
+    assert inpainting.unchanged_outside(changed, given, mask).value == 1.0
+    changed[0, 3, 3, 0] = 1
+    assert inpainting.unchanged_outside(changed, given, mask).value == 0.0
+
+
+def test_cached_prior_has_the_same_logits(benchmark, monkeypatch, capsys):
+    priors = benchmark("priors")
+    for name, value in {"CODES": 6, "POSITIONS": 8, "BUCKETS": 16, "CAPTION": 4}.items():
+        monkeypatch.setattr(priors, name, value)
+    model, variables, prefix = priors.network(32, 1)
+    found = {name: sampler(variables, prefix) for name, sampler in priors.make_samplers(model).items()}
+    codes, logits = found["cached"]
+    assert (codes == found["uncached"][0]).all() and len({*codes.tolist()}) > 1
+    assert abs(logits - found["uncached"][1]).max() < priors.MAX_LOGIT_DIFFERENCE
+
+
+def test_table_takes_its_place_on_a_page(benchmark, tmp_path):
+    measured, page = benchmark("measured"), tmp_path / "page.md"
+    page.write_text("before\n\n<!-- editing -->\nold\n<!-- /editing -->\n\nafter\n")
+    for text in ("| one |\n", "| two |\n"):
+        measured.put(page, "editing", text)
+        assert page.read_text() == f"before\n\n<!-- editing -->\n\n{text}\n<!-- /editing -->\n\nafter\n"
+    with pytest.raises(UsageError, check=mentions("page.md", "<!-- priors -->")):
+        measured.put(page, "priors", "| one |")
+
+
+def test_documented_places_exist(benchmark):
+    """docs/paper.md has a place for every table and figure that is written to it."""
+    page = (BENCHMARKS.parent / "docs" / "paper.md").read_text()
+    names = ("editing", "inpainting", "priors", "cache", *benchmark("paper_figures").FIGURES)
+    for name in names:
+        start, end = page.find(f"<!-- {name} -->"), page.find(f"<!-- /{name} -->")
+        assert 0 <= start < end, name
