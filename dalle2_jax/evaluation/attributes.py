@@ -12,6 +12,9 @@ from dalle2_jax.data.synthetic.grammar import mentions_background
 from dalle2_jax.data.synthetic.scene_reader import ATTRIBUTES, matches, read_scene
 from dalle2_jax.data.synthetic.scenes import Scene
 
+_BY_COUNT = {1: "one_object", 2: "two_objects"}
+"""Names of the rates of images that are right in everything, by the number of objects of the scene."""
+
 
 def attribute_accuracy(
     images: UInt8[np.ndarray, "B H W 3"],
@@ -30,8 +33,9 @@ def attribute_accuracy(
     Returns:
         ``{"matched": rates, "shuffled": rates, "n": counts}``. Rates in [0, 1] by attribute (`ATTRIBUTES`):
         ``relation`` over the scenes of two objects and ``background`` over those that count, each missing if there
-        are none. "shuffled" pairs every image with the scene and caption of another image. "n" is the number of
-        examples of each rate, the same for both.
+        are none; ``one_object`` and ``two_objects`` are ``all`` over the scenes with as many. "shuffled" pairs every
+        image with the scene and caption of another image. "n" is the number of examples of each rate, the same for
+        both.
 
     Raises:
         ValueError: the lengths differ, or there are no images.
@@ -55,7 +59,7 @@ def attribute_accuracy(
 
 def _hits(readings: Sequence[Scene], scenes: Sequence[Scene], captions: Sequence[str | None]) -> dict[str, list[bool]]:
     """Returns whether each image matches each attribute, for those that count."""
-    hits: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
+    hits: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, *_BY_COUNT.values())}
     for reading, scene, caption in zip(readings, scenes, captions, strict=True):
         judged = matches(reading, scene, caption)
         counts = {
@@ -65,4 +69,5 @@ def _hits(readings: Sequence[Scene], scenes: Sequence[Scene], captions: Sequence
         for name in ATTRIBUTES:
             if counts.get(name, True):
                 hits[name].append(judged[name])
+        hits[_BY_COUNT[len(scene.objects)]].append(judged["all"])
     return {name: judged for name, judged in hits.items() if judged}

@@ -21,6 +21,7 @@ from dalle2_jax.errors import SystemWarning, UserError, choose
 from dalle2_jax.stages import ClipStage, EmbeddingContract, Stage, Variables, abstract_variables, fingerprint
 from dalle2_jax.system import PRIORS, LoadedStage, check_agreement
 from dalle2_jax.training.sharding import tree_shardings, with_shardings
+from dalle2_jax.workdir import packed
 from dalle2_jax.workdir.checkpoints import Checkpoints
 from dalle2_jax.workdir.folder import StageFolder
 
@@ -181,9 +182,16 @@ def load_base(
     return variables
 
 
+def tokenizer_path(folder: StageFolder) -> pathlib.Path:
+    """Returns the folder of a stage's tokenizer: its own, or CLIP's for a packed stage that shares it."""
+    path, step = folder.path / "tokenizer", folder.latest_step()
+    shares = not path.exists() and step is not None and packed.is_packed(folder.path / "checkpoints" / str(step))
+    return StageFolder(folder.root, "clip").path / "tokenizer" if shares else path
+
+
 def _load_tokenizer(folder: StageFolder) -> text.Tokenizer | None:
     """Returns a stage's tokenizer; None for an imported stage without one."""
-    path = folder.path / "tokenizer"
+    path = tokenizer_path(folder)
     return None if folder.read_json("source.json") and not path.exists() else text.load_tokenizer(path)
 
 

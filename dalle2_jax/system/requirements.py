@@ -41,7 +41,7 @@ def own_tokenizer(
     if inherit.resumes(folder, base):  # without a checkpoint, the folder may hold files of an aborted run
         return text.load_tokenizer(folder.path / "tokenizer")
     if base or config.path:
-        return text.load_tokenizer(base.path / "tokenizer" if base else config.path)
+        return text.load_tokenizer(load.tokenizer_path(base) if base else config.path)
     kinds = {
         "sentencepiece": lambda size: text.train_sentencepiece(source.captions(20_000), size),
         "clip": text.clip_tokenizer,

@@ -15,11 +15,13 @@ def _examples(count, max_objects):
 def test_rendered_images_score_one_and_shuffled_captions_chance():
     images, scenes, captions = _examples(200, 2)
     measured = attribute_accuracy(images, scenes, captions)
-    assert measured["matched"] == dict.fromkeys(ATTRIBUTES, 1.0)
-    assert measured["n"].keys() == {*ATTRIBUTES} and measured["n"]["all"] == 200
+    assert measured["matched"] == dict.fromkeys([*ATTRIBUTES, "one_object", "two_objects"], 1.0)
+    assert measured["n"].keys() == measured["matched"].keys() and measured["n"]["all"] == 200
+    assert measured["n"]["one_object"] + measured["n"]["two_objects"] == 200
+    assert measured["n"]["two_objects"] == measured["n"]["relation"]
     assert 0 < measured["n"]["relation"] < 200 and 0 < measured["n"]["background"] < 200  # where the caption names it
     shuffled = measured["shuffled"]
-    assert shuffled.keys() == set(ATTRIBUTES)
+    assert shuffled.keys() == measured["matched"].keys()
     assert shuffled["all"] < 0.03 and shuffled["colour"] < 0.2 and 0.3 < shuffled["count"] < 0.7
     assert attribute_accuracy(images, scenes, captions) == measured
     assert attribute_accuracy(images, scenes, captions, seed=1)["shuffled"] != shuffled
@@ -28,7 +30,7 @@ def test_rendered_images_score_one_and_shuffled_captions_chance():
 def test_one_object_has_no_relation_and_chance_rates():
     images, scenes, _ = _examples(300, 1)
     measured = attribute_accuracy(images, scenes)
-    assert "relation" not in measured["matched"]
+    assert not {"relation", "two_objects"} & measured["matched"].keys()
     assert measured["n"] == dict.fromkeys(measured["matched"], 300)
     assert measured["shuffled"]["colour"] == pytest.approx(1 / 8, abs=0.06)
     assert measured["shuffled"]["shape"] == pytest.approx(1 / 5, abs=0.07)

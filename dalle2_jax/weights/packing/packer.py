@@ -55,7 +55,8 @@ def pack(
     """Writes a copy of a trained system with averaged weights only, one safetensors file per stage.
 
     The copy samples, edits and is evaluated as the system is; other stages can be trained on its CLIP, and its stages
-    are fine-tuned with ``init_from``. Their own training does not continue. A LoRA is merged into its base.
+    are fine-tuned with ``init_from``. Their own training does not continue. A LoRA is merged into its base. A tokenizer
+    that CLIP has too is stored once.
 
     With "bfloat16", the packed CLIP has other weights than the original one, and therefore another fingerprint in its
     embedding contract, which all packed stages share.
@@ -96,12 +97,16 @@ def _write_stages(root: Path, out: Path, members: Mapping[str, LoadedStage], dty
     identity = None
     if "clip" in stored:
         identity = fingerprint(jax.tree.map(lambda leaf: leaf.astype(np.float32), stored["clip"]["ema"]))
+    shared = members["clip"].tokenizer if "clip" in members else None
     found = []
     for name, member in members.items():
         source, folder = StageFolder(root, name), StageFolder(out, name)
         weights = folder.path / "checkpoints" / str(member.step)
         packed.write(weights, stored[name])
         _write_description(source, folder, member, identity)
+        if member.tokenizer is not None and (name == "clip" or member.tokenizer != shared):
+            member.tokenizer.save(folder.path / "tokenizer")
+            folder.record("tokenizer")
         found.append(
             PackedStage(
                 name,
@@ -125,9 +130,6 @@ def _write_description(source: StageFolder, folder: StageFolder, member: LoadedS
         content = source.read_json(name)
         if content is not None:
             folder.write_json(name, content)
-    if member.tokenizer is not None:
-        member.tokenizer.save(folder.path / "tokenizer")
-        folder.record("tokenizer")
     if member.contract is not None:
         contract = dataclasses.replace(member.contract, clip=identity or member.contract.clip)
         folder.write_json("contract.json", dataclasses.asdict(contract))
