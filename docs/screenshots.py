@@ -46,8 +46,9 @@ def shoot(page: Page, name: str) -> None:
     page.run("scrollTo(0, 0)")
     with tempfile.TemporaryDirectory() as folder:
         page.screenshot(path := pathlib.Path(folder, "shot.png"))
-        image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB").quantize(COLOURS)
-    image.save(PAGES / name, optimize=True)
+        image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+    window = image.crop((0, 0, *page.run("[innerWidth, innerHeight]")))
+    window.quantize(COLOURS).save(PAGES / name, optimize=True)
 
 
 def open_form(page: Page, address: str) -> None:
@@ -70,7 +71,7 @@ def main() -> None:
     """Takes all screenshots."""
     browser.TIMEOUT = SECONDS
     with tempfile.TemporaryDirectory() as folder, server() as address, open_page(pathlib.Path(folder)) as page:
-        page.resize(1440, 900)
+        page.resize(1440, 640)
         open_form(page, address)
         generate(page, "a large red circle", 5)
         shown = "[...document.querySelectorAll('.state')]"
@@ -78,7 +79,7 @@ def main() -> None:
         shoot(page, "serving_page.png")
         page.wait(DONE)
 
-        page.resize(1440, 900, dark=True)
+        page.resize(1440, 740, dark=True)
         open_form(page, address)
         generate(page, "a small blue star", 7)
         page.wait(DONE)

@@ -166,6 +166,8 @@ def test_it_fits_phones_and_desktops(page, shots, tmp_path, width, dark):
         choose(page, command)
         too_wide, elements = page.overflow()
         assert too_wide <= 0 and elements == [], (command, elements)
+        inside = "document.getElementById('form').getBoundingClientRect().right <= innerWidth - 15"
+        assert page.run(inside), f"{command} reaches over the margin"
     choose(page, "text2image")
     page.run("scrollTo(0, 0)")
     page.screenshot(path := shots / f"page_{width}_{'dark' if dark else 'light'}.png")
