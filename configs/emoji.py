@@ -243,19 +243,19 @@ def upsampler_1_inpaint() -> ConfigDict:
 
 def decoder_distilled() -> ConfigDict:
     """The decoder in 4 evaluations, with its guidance in the weights."""
-    config = distilled(decoder(), {"steps": 20, "guidance": 2.0}, "20/4", "runs/emoji", total_steps=8000)
+    config = distilled(decoder(), {"steps": "20", "guidance": 2.0}, "20/4", "runs/emoji", total_steps=8000)
     config.conditioning = {"drop_image": 0.05, "drop_text": 0.1}
     return config
 
 
 def prior_distilled() -> ConfigDict:
     """The prior in 4 evaluations."""
-    return distilled(prior(), {"steps": 20}, "20/4", "runs/emoji", total_steps=3000)
+    return distilled(prior(), {"steps": "20"}, "20/4", "runs/emoji", total_steps=3000)
 
 
 def upsampler_1_distilled() -> ConfigDict:
     """The upsampler in 2 evaluations."""
-    return distilled(upsampler_1(), {"steps": 8}, "8/2", "runs/emoji", total_steps=2000)
+    return distilled(upsampler_1(), {"steps": "8"}, "8/2", "runs/emoji", total_steps=2000)
 
 
 STAGES = {

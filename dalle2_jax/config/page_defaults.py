@@ -58,7 +58,8 @@ def distilled(config: ConfigDict, teacher: Section, steps: str, init_from: str, 
 
     Args:
       config: of the stage.
-      teacher: how the teacher is sampled: the fields of the section ``teacher`` other than its sampler.
+      teacher: how the teacher is sampled: the fields of the section ``teacher`` other than its sampler. Its steps are
+        a string, so that the command line may give a number or a spacing.
       steps: of the student, a part of the teacher's: "20/4" are 4 of the 20 steps.
       init_from: the system of the teacher.
       total_steps: of the run.

@@ -38,7 +38,7 @@ def mesh():
 
 def experiment_of(which, teacher, steps="4/2", **fields):
     """A student of two steps, each of two of the teacher's; ``a__b`` is the field a.b."""
-    config = distilled(tiny_system.get_config(which), {"steps": 4}, steps, str(teacher), total_steps=4)
+    config = distilled(tiny_system.get_config(which), {"steps": "4"}, steps, str(teacher), total_steps=4)
     config.checkpoint_every = 2
     config.optim.update(warmup_steps=0, schedule="constant")
     if which == "decoder":
@@ -120,7 +120,7 @@ def test_the_teacher_is_needed_for_training_alone(fast, teacher, mesh, tmp_path)
 def test_a_teacher_must_be_sampled_as_its_stage_allows(fast, teacher, tmp_path):
     """A distilled stage is a teacher in its own steps only; a student of it has fewer."""
     root, _ = fast
-    with pytest.raises(ConfigError, check=mentions("teacher", "decoder.steps", "'4/2'")):
+    with pytest.raises(ConfigError, check=mentions("decoder.steps", "'4/2'", field="teacher")):
         job_of("decoder", root, tmp_path / "again", teacher__guidance=1.0)
     with pytest.raises(ConfigError, check=mentions("decoder.guidance")):
         job_of("decoder", root, tmp_path / "again", teacher__steps="4/2", sampling__steps="4/2/1")
