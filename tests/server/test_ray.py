@@ -50,6 +50,7 @@ def address(tmp_path_factory):
         port = free.getsockname()[1]
     settings = {"DALLE2_SYSTEMS": "shapes", "DALLE2_REPLICAS": "2", "DALLE2_FILES": str(folder / "files")}
     waits = {"RAY_raylet_start_wait_time_s": "600", "RAY_worker_register_timeout_seconds": "600"}
+    waits["RAY_agent_register_timeout_ms"] = "600000"  # 30 s by default: too few on a busy machine
     given = environment(PYTHONPATH=str(ROOT), RAY_USAGE_STATS_ENABLED="0", **settings, **waits)
     with (
         open(folder / "log", "w") as log,
