@@ -156,7 +156,7 @@ def base_of(folder: StageFolder, init_from: str | None) -> StageFolder:
     following = base
     while following.exists():
         if following.path.resolve() in seen or len(seen) > _MAX_BASES:
-            raise UserError(f"the base of {folder.path} leads back to itself: {following.path}")
+            raise UserError(f"{folder.path} is a LoRA or a student whose base leads back to itself: {following.path}")
         seen.add(following.path.resolve())
         stored = stored_experiment(following)
         if stored is None or stored.lora is None:
