@@ -55,6 +55,22 @@ def test_one_owner_is_served_in_order():
     assert [entry.ticket for entry in queue.take(8)] == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("waiting", "counts"), [(1, [1]), (3, [3]), (5, [4, 1]), (6, [6]), (9, [8, 1]), (11, [8, 3]), (12, [8, 4])]
+)
+def test_rows_that_leave_a_batch_rather_empty_fill_a_smaller_one(waiting, counts):
+    queue = FairQueue()
+    queue.add(0, [Item(FIRST, None, number) for number in range(waiting)], queue.admit("me", waiting))
+    assert [len(queue.take(8, (1, 2, 4, 8))) for _ in counts] == counts
+    assert not queue.take(8, (1, 2, 4, 8))
+
+
+def test_a_single_size_takes_all_rows():
+    queue = FairQueue()
+    queue.add(0, [Item(FIRST, None, number) for number in range(5)], queue.admit("me", 5))
+    assert len(queue.take(8, (8,))) == 5
+
+
 def test_full_batches_of_the_last_step_come_first_and_else_the_earliest_step():
     queue = FairQueue()
     submit(queue, "a", 3, LAST)

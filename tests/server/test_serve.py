@@ -237,12 +237,13 @@ def test_a_server_that_is_killed_under_load_serves_again(tmp_path):
     with child(tmp_path) as (process, address):
         url = json.loads(fetch(asking_for(address, 0)))["data"][0]["url"]
         before = fetch(url)
+        found = []
         with ThreadPoolExecutor(8) as pool:
-            statuses = pool.map(lambda seed: status(asking_for(address, seed)), range(200))
-            wait_until(lambda: len(list(tmp_path.glob("*.png"))) > 4)
+            for seed in range(200):
+                pool.submit(lambda seed: found.append(status(asking_for(address, seed))), seed)
+            wait_until(lambda: 200 in found)
             process.kill()
-            found = list(statuses)
-    assert process.returncode == -signal.SIGKILL and set(found) == {200, None}
+    assert process.returncode == -signal.SIGKILL and set(found) == {200, None} and len(found) == 200
     for path in tmp_path.glob("*.png"):
         assert pixels(path.read_bytes()).shape == (16, 16, 3)
     with child(tmp_path) as (_, address):

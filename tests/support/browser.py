@@ -82,10 +82,12 @@ class Page:
         return result["result"].get("value")
 
     def wait(self, script):
-        """Waits until an expression is true, and returns its value."""
+        """Waits until the page is loaded and an expression is true, and returns its value."""
         end = time.monotonic() + TIMEOUT
         while time.monotonic() < end:
-            if value := self.run(script):
+            if value := self.run(
+                f"document.readyState === 'complete' && location.href !== 'about:blank' && ({script})"
+            ):
                 return value
             time.sleep(0.1)
         raise AssertionError(f"{script} is not true; the page shows: {self.run('document.body.innerText')}")

@@ -11,8 +11,11 @@ its tag through all of its steps.
 """
 
 import dataclasses
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
+
+MIN_FILL = 0.75
+"""Share of a batch's size that must be rows and no padding, where a smaller size can be filled instead."""
 
 MAX_PASSES = 4
 """Batches of other steps that run while the row with the smallest tag waits; then its step is next."""
@@ -72,6 +75,13 @@ class Entry:
         return self.tag, self.serial
 
 
+def _count(waiting: int, sizes: Sequence[int]) -> int:
+    """Returns how many of the waiting rows one batch has."""
+    padded = min((size for size in sizes if size >= waiting), default=waiting)
+    filled = max((size for size in sizes if size <= waiting), default=waiting)
+    return waiting if waiting >= MIN_FILL * padded else filled
+
+
 class FairQueue:
     """Items that wait, by step. Not safe for threads: the engine locks it."""
 
@@ -106,8 +116,11 @@ class FairQueue:
         self._waiting = {step: entries for step, entries in kept.items() if entries}
         return removed
 
-    def take(self, limit: int) -> list[Entry]:
+    def take(self, limit: int, sizes: Sequence[int] = ()) -> list[Entry]:
         """Removes and returns the entries of the next batch, at most ``limit``; none of an empty queue.
+
+        With ``sizes``, to the next of which a batch is padded, rows that would fill less than `MIN_FILL` of one fill a
+        smaller one, and the rest wait.
 
         Of the steps that can fill a batch, the latest is run: it finishes images and frees memory. If none can, the
         earliest is: its rows then join those that wait for the next step, so that batches are as full as possible.
@@ -118,7 +131,7 @@ class FairQueue:
         oldest = min((entry for entries in self._waiting.values() for entry in entries), key=lambda e: e.order)
         step = oldest.item.step if oldest.passes >= MAX_PASSES else self._choose(limit)
         entries = sorted(self._waiting.pop(step), key=lambda entry: entry.order)
-        count = limit if step.batched else 1
+        count = _count(min(len(entries), limit), sizes) if step.batched else 1
         batch, rest = entries[:count], entries[count:]
         if rest:
             self._waiting[step] = rest
