@@ -143,6 +143,17 @@ class _JaxWithCachedShapes:
 flax.core.scope.jax = _JaxWithCachedShapes()
 
 
+# --- shared fixtures --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    """All devices along the data axis."""
+    from dalle2_jax.training.sharding import MeshConfig, make_mesh
+
+    return make_mesh(MeshConfig())
+
+
 # --- order ------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,6 @@ from dalle2_jax.run import build_job
 from dalle2_jax.stages import fingerprint
 from dalle2_jax.system import load
 from dalle2_jax.training.loop import train
-from dalle2_jax.training.sharding import MeshConfig, make_mesh
 
 PAGE = "tests/support/tiny_system.py"
 
@@ -29,11 +28,6 @@ PAGE = "tests/support/tiny_system.py"
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return write_system(tmp_path_factory.mktemp("teacher") / "runs" / "slow")
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(MeshConfig())
 
 
 def experiment_of(which, teacher, steps="4/2", **fields):

@@ -24,7 +24,6 @@ from dalle2_jax.stages import LoraStage, Variables, fingerprint
 from dalle2_jax.stages.lora import merge
 from dalle2_jax.system import load
 from dalle2_jax.training.loop import restore_or_init, train
-from dalle2_jax.training.sharding import MeshConfig, make_mesh
 from dalle2_jax.types import complete_contract
 from dalle2_jax.workdir.checkpoints import Checkpoints
 from dalle2_jax.workdir.folder import StageFolder
@@ -35,11 +34,6 @@ CONFIG = "tests/support/tiny_system.py"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return write_system(tmp_path_factory.mktemp("base") / "runs" / "public")
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(MeshConfig())
 
 
 def config_of(which, base, lora=None, **overrides):

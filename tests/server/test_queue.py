@@ -22,9 +22,9 @@ def owners(batch):
 def test_a_flood_of_one_owner_does_not_delay_another():
     queue = FairQueue()
     submit(queue, "flood", 100)
-    queue.take(8)
+    queue.take((8,))
     submit(queue, "one", 1)
-    assert owners(queue.take(8))["one"] == 1
+    assert owners(queue.take((8,)))["one"] == 1
 
 
 def test_owners_with_much_to_do_get_equal_shares():
@@ -33,7 +33,7 @@ def test_owners_with_much_to_do_get_equal_shares():
         submit(queue, owner, 40)
     served = Counter()
     for _ in range(10):
-        served += owners(queue.take(6))
+        served += owners(queue.take((6,)))
         assert max(served.values()) - min(served.values()) <= 1
 
 
@@ -42,9 +42,9 @@ def test_idle_time_is_not_saved_up():
     queue = FairQueue()
     submit(queue, "early", 80)
     for _ in range(5):
-        queue.take(8)
+        queue.take((8,))
     submit(queue, "late", 20)
-    assert owners(queue.take(8)) == {"early": 4, "late": 4}
+    assert owners(queue.take((8,))) == {"early": 4, "late": 4}
 
 
 def test_one_owner_is_served_in_order():
@@ -52,7 +52,7 @@ def test_one_owner_is_served_in_order():
     for number in range(3):
         tag = queue.admit("me", 2)
         queue.add(number, [Item(FIRST, None, 0), Item(FIRST, None, 1)], tag)
-    assert [entry.ticket for entry in queue.take(8)] == [0, 0, 1, 1, 2, 2]
+    assert [entry.ticket for entry in queue.take((8,))] == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -61,32 +61,32 @@ def test_one_owner_is_served_in_order():
 def test_rows_that_leave_a_batch_rather_empty_fill_a_smaller_one(waiting, counts):
     queue = FairQueue()
     queue.add(0, [Item(FIRST, None, number) for number in range(waiting)], queue.admit("me", waiting))
-    assert [len(queue.take(8, (1, 2, 4, 8))) for _ in counts] == counts
-    assert not queue.take(8, (1, 2, 4, 8))
+    assert [len(queue.take((1, 2, 4, 8))) for _ in counts] == counts
+    assert not queue.take((1, 2, 4, 8))
 
 
 def test_a_single_size_takes_all_rows():
     queue = FairQueue()
     queue.add(0, [Item(FIRST, None, number) for number in range(5)], queue.admit("me", 5))
-    assert len(queue.take(8, (8,))) == 5
+    assert len(queue.take((8,))) == 5
 
 
 def test_full_batches_of_the_last_step_come_first_and_else_the_earliest_step():
     queue = FairQueue()
     submit(queue, "a", 3, LAST)
     submit(queue, "a", 4, FIRST)
-    assert queue.take(4)[0].item.step == FIRST  # a full batch
+    assert queue.take((4,))[0].item.step == FIRST  # a full batch
     submit(queue, "a", 1, FIRST)
-    assert queue.take(4)[0].item.step == FIRST  # neither is full: its row may join the other three
+    assert queue.take((4,))[0].item.step == FIRST  # neither is full: its row may join the other three
     submit(queue, "a", 1, LAST)
     submit(queue, "a", 4, FIRST)
-    assert [entry.item.step for entry in queue.take(4)] == [LAST] * 4
+    assert [entry.item.step for entry in queue.take((4,))] == [LAST] * 4
 
 
 def test_items_that_cannot_share_a_batch_run_alone():
     queue = FairQueue()
     submit(queue, "a", 3, Step("prepare", 0, batched=False))
-    assert [len(queue.take(8)) for _ in range(4)] == [1, 1, 1, 0]
+    assert [len(queue.take((8,))) for _ in range(4)] == [1, 1, 1, 0]
 
 
 def test_rare_settings_wait_for_a_bounded_number_of_batches():
@@ -95,7 +95,7 @@ def test_rare_settings_wait_for_a_bounded_number_of_batches():
     submit(queue, "rare", 1, Step("rare", 1))
     batches = 0
     submit(queue, "common", 16)
-    while not owners(queue.take(8))["rare"]:
+    while not owners(queue.take((8,)))["rare"]:
         submit(queue, "common", 16)
         batches += 1
     assert batches <= MAX_PASSES
@@ -110,10 +110,10 @@ def test_every_item_is_taken_once_whatever_the_order(seed):
             submit(queue, owner, rows, Step(chance.choice("xyz"), chance.randint(0, 2), chance.random() < 0.8))
             expected[owner] += rows
         else:
-            batch = queue.take(chance.choice([1, 4, 8]))
+            batch = queue.take((chance.choice([1, 4, 8]),))
             assert len({entry.item.step for entry in batch}) <= 1
             taken += batch
-    while batch := queue.take(8):
+    while batch := queue.take((8,)):
         taken += batch
     assert owners(taken) == expected and len(set(map(id, taken))) == len(taken) and len(queue) == 0
 
@@ -123,4 +123,4 @@ def test_discarded_entries_are_gone():
     submit(queue, "a", 3)
     submit(queue, "b", 2)
     assert len(queue.discard(lambda entry: entry.ticket == "a")) == 3
-    assert owners(queue.take(8)) == {"b": 2} and not queue.discard(lambda entry: True)
+    assert owners(queue.take((8,))) == {"b": 2} and not queue.discard(lambda entry: True)

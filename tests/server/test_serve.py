@@ -51,6 +51,18 @@ def fetch(url):
         return answer.read()
 
 
+def connection(address):
+    """Returns a socket that is connected to a server."""
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=TIMEOUT)
+
+
+def head_of(length):
+    """Returns the head of a request for images with a body of ``length`` bytes."""
+    lines = ["POST /v1/images/generations HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"]
+    return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
+
+
 def status(request):
     """Returns the status of the answer to a request; None without a connection."""
     try:
@@ -113,10 +125,8 @@ def test_many_clients_at_once_get_their_own_images(address, tiny):
 def test_a_client_that_leaves_cancels_its_request(serve):
     with running(serve(port=0)) as (server, address):
         body = json.dumps({"prompt": "a", "n": 10, "decoder": {"steps": 60}}).encode()
-        host, port = address.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as leaving:
-            head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            leaving.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        with connection(address) as leaving:
+            leaving.sendall(head_of(len(body)) + body)
             wait_until(lambda: server.service.engine.waiting >= 10)
         wait_until(lambda: server.service.engine.waiting == 0)
         assert 'status="499"' in server.service.metrics.text().decode()
@@ -125,8 +135,7 @@ def test_a_client_that_leaves_cancels_its_request(serve):
 def test_headers_that_never_end_are_cut_off(serve, monkeypatch):
     monkeypatch.setattr(serving, "HEADER_SECONDS", 0.2)
     with running(serve(port=0)) as (_, address):
-        host, port = address.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as slow:
+        with connection(address) as slow:
             slow.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: ")
             assert slow.recv(1000) == b""  # closed
 
@@ -135,9 +144,8 @@ def test_headers_of_a_later_request_that_never_end_are_cut_off(serve, monkeypatc
     """A connection may be used again, and no byte of the next request makes the server wait without limit."""
     monkeypatch.setattr(serving, "HEADER_SECONDS", 0.2)
     with running(serve(port=0)) as (_, address):
-        host, port = address.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as slow:
-            slow.sendall(f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\nGET /healthz HTTP/1.1\r\nHo".encode())
+        with connection(address) as slow:
+            slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /healthz HTTP/1.1\r\nHo")
             answer = b"".join(iter(lambda: slow.recv(1000), b""))  # until the server closes
     assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"ok\n") and answer.count(b"HTTP/1.1") == 1
 
@@ -146,10 +154,8 @@ def test_a_slow_request_within_the_limits_is_answered(serve, monkeypatch):
     monkeypatch.setattr("dalle2_jax.server.api.guard.BODY_SECONDS", TIMEOUT)
     body = b'{"prompt": 5}'
     with running(serve(port=0)) as (_, address):
-        host, port = address.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as slow:
-            head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            for byte in f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body:
+        with connection(address) as slow:
+            for byte in head_of(len(body)) + body:
                 slow.sendall(bytes([byte]))
                 time.sleep(0.005)
             assert slow.recv(1000).startswith(b"HTTP/1.1 400 ")
@@ -159,10 +165,8 @@ def test_a_body_that_takes_too_long_in_all_is_408(serve, monkeypatch):
     """Its parts arrive in time, each."""
     monkeypatch.setattr("dalle2_jax.server.api.guard.BODY_SECONDS", 0.5)
     with running(serve(port=0)) as (_, address):
-        host, port = address.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as slow:
-            head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            slow.sendall(f"{head}Content-Length: 50000\r\n\r\n".encode())
+        with connection(address) as slow:
+            slow.sendall(head_of(50_000))
             slow.settimeout(0.05)
             answer, end = b"", time.monotonic() + TIMEOUT
             while b"request_timeout" not in answer:
@@ -177,10 +181,8 @@ def test_a_body_that_takes_too_long_in_all_is_408(serve, monkeypatch):
 def test_a_body_that_never_ends_is_408(serve, monkeypatch):
     monkeypatch.setattr("dalle2_jax.server.api.guard.PART_SECONDS", 0.2)
     with running(serve(port=0)) as (_, address):
-        host, port = address.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as slow:
-            head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            slow.sendall(f"{head}Content-Length: 50\r\n\r\n{{".encode())
+        with connection(address) as slow:
+            slow.sendall(head_of(50) + b"{")
             answer = b"".join(iter(lambda: slow.recv(10_000), b"")).decode()  # until the server closes
     assert " 408 " in answer.splitlines()[0] and "request_timeout" in answer
 

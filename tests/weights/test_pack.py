@@ -42,11 +42,6 @@ def rounded(system, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(MeshConfig())
-
-
-@pytest.fixture(scope="module")
 def original(system, mesh):
     """The loaded stages of the system."""
     return load.load_system(system, mesh)

@@ -224,7 +224,7 @@ class Engine:
         with self._changed:
             while True:
                 self._drop_cancelled()
-                batch = self._queue.take(self.sizes[-1], self.sizes)
+                batch = self._queue.take(self.sizes)
                 if batch:
                     now = time.monotonic()
                     for entry in batch:

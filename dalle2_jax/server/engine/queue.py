@@ -76,10 +76,10 @@ class Entry:
 
 
 def _count(waiting: int, sizes: Sequence[int]) -> int:
-    """Returns how many of the waiting rows one batch has."""
-    padded = min((size for size in sizes if size >= waiting), default=waiting)
+    """Returns how many of the waiting rows the next batch takes."""
+    padded = min((size for size in sizes if size >= waiting), default=max(sizes))
     filled = max((size for size in sizes if size <= waiting), default=waiting)
-    return waiting if waiting >= MIN_FILL * padded else filled
+    return min(waiting, padded) if waiting >= MIN_FILL * padded else filled
 
 
 class FairQueue:
@@ -116,11 +116,11 @@ class FairQueue:
         self._waiting = {step: entries for step, entries in kept.items() if entries}
         return removed
 
-    def take(self, limit: int, sizes: Sequence[int] = ()) -> list[Entry]:
-        """Removes and returns the entries of the next batch, at most ``limit``; none of an empty queue.
+    def take(self, sizes: Sequence[int]) -> list[Entry]:
+        """Removes and returns the entries of the next batch; none of an empty queue.
 
-        With ``sizes``, to the next of which a batch is padded, rows that would fill less than `MIN_FILL` of one fill a
-        smaller one, and the rest wait.
+        A batch is padded to the next of ``sizes``, and is not larger than the largest. Rows that would fill less than
+        `MIN_FILL` of one fill a smaller one, and the rest wait.
 
         Of the steps that can fill a batch, the latest is run: it finishes images and frees memory. If none can, the
         earliest is: its rows then join those that wait for the next step, so that batches are as full as possible.
@@ -129,9 +129,9 @@ class FairQueue:
         if not self._waiting:
             return []
         oldest = min((entry for entries in self._waiting.values() for entry in entries), key=lambda e: e.order)
-        step = oldest.item.step if oldest.passes >= MAX_PASSES else self._choose(limit)
+        step = oldest.item.step if oldest.passes >= MAX_PASSES else self._choose(max(sizes))
         entries = sorted(self._waiting.pop(step), key=lambda entry: entry.order)
-        count = _count(min(len(entries), limit), sizes) if step.batched else 1
+        count = _count(len(entries), sizes) if step.batched else 1
         batch, rest = entries[:count], entries[count:]
         if rest:
             self._waiting[step] = rest
