@@ -67,11 +67,11 @@ def large(total_steps: int, batch_size: int, lr: float, resolution: int) -> Conf
 
 def clip() -> ConfigDict:
     """A ViT of 16 patches and a text encoder of 3 layers."""
-    config = common(600, 128, 1e-3, resolution=32)
+    config = common(1000, 128, 1e-3, resolution=32)
     config.model = {
         "embed_dim": 64,
-        "text": {"width": 96, "layers": 3, "heads": 4},
-        "vision": {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 96, "layers": 4, "heads": 4},
+        "text": {"width": 64, "layers": 3, "heads": 4},
+        "vision": {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 64, "layers": 4, "heads": 4},
         "image_mean": (0.5, 0.5, 0.5),
         "image_std": (0.25, 0.25, 0.25),
     }
@@ -95,9 +95,9 @@ def clip_large() -> ConfigDict:
 
 
 def prior() -> ConfigDict:
-    """4 layers of width 128; it predicts the embedding."""
-    config = common(1200, 64, 1e-3, resolution=32)
-    config.model = {"width": 128, "layers": 4, "heads": 4, "text_input": "tokens"}
+    """3 layers of width 96; it predicts the embedding."""
+    config = common(2000, 64, 1e-3, resolution=32)
+    config.model = {"width": 96, "layers": 3, "heads": 4, "text_input": "tokens"}
     config.conditioning = {"drop_text": 0.1}
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
     config.sampling = {"name": "ddpm", "steps": 32, "clip_sample": None}
@@ -115,28 +115,37 @@ def prior_large() -> ConfigDict:
 
 
 def decoder() -> ConfigDict:
-    """A U-Net on the 8x8 grid; it predicts the image."""
-    config = common(6000, 16, 1.5e-3, resolution=32)
+    """A U-Net of three levels on the 16x16 grid; it predicts the image.
+
+    Without ``input_skip`` no share of the noise reaches the output, so that backgrounds are plain.
+    """
+    config = common(4000, 32, 2e-3, resolution=32)
     config.model = {
         "unet": {
             "image_size": 32,
-            "patch_size": 4,
-            "channels": 64,
-            "channel_mult": (1, 2),
+            "patch_size": 2,
+            "channels": 32,
+            "channel_mult": (1, 1.5, 2),
             "num_res_blocks": 1,
             "attention_resolutions": (8, 4),
-            "head_channels": 32,
-            "norm_groups": 16,
+            "head_channels": 16,
+            "norm_groups": 8,
+            "resblock_updown": False,
             "context_dim": 64,
-            "input_skip": True,
         },
         "image_tokens": 4,
         "text_input": "tokens",
         "text": {"width": 64, "layers": 2, "heads": 4, "activation": "gelu"},
     }
-    config.conditioning = {"drop_image": 0.1, "drop_text": 0.5}
-    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0", "weighting": "snr"}
-    config.sampling = {"name": "ddim", "steps": 25, "guidance": 2.0}
+    config.conditioning = {"drop_image": 0.3, "drop_text": 0.3}
+    config.diffusion = {
+        "schedule": "cosine",
+        "num_steps": 1000,
+        "prediction": "x0",
+        "weighting": "snr",
+        "max_weight": 5.0,
+    }
+    config.sampling = {"name": "dpmpp_2m", "steps": "logsnr15", "guidance": 2.0, "clip_sample": 1.0}
     return config
 
 
@@ -167,23 +176,28 @@ def decoder_large() -> ConfigDict:
 
 def upsampler_1() -> ConfigDict:
     """A U-Net of convolutions alone, on a 32x32 grid."""
-    config = common(1500, 8, 3e-3, resolution=64)
+    config = common(1500, 16, 3e-3, resolution=64)
     config.model = {
         "image_size": 64,
         "in_channels": 6,
         "patch_size": 2,
-        "channels": 32,
+        "channels": 16,
         "channel_mult": (1, 2),
         "num_res_blocks": 1,
         "attention_resolutions": (),
         "middle_attention": False,
         "norm_groups": 8,
         "scale_shift": False,
-        "input_skip": True,
     }
     config.conditioning = {"low_size": 32, "crop_fraction": 0.5}
-    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
-    config.sampling = {"name": "ddim", "steps": 8}
+    config.diffusion = {
+        "schedule": "cosine",
+        "num_steps": 1000,
+        "prediction": "x0",
+        "weighting": "snr",
+        "max_weight": 5.0,
+    }
+    config.sampling = {"name": "ddim", "steps": 8, "clip_sample": 1.0}
     return config
 
 

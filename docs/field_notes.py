@@ -14,7 +14,7 @@ NOTES = {
     "tracker": '"wandb", "trackio" or "mlflow" gets the metrics too; its package must be installed',
     # --- data
     "resolution": "side of the images, in pixels",
-    "max_objects": "largest number of shapes in an image",
+    "max_objects": "1, or 2 for scenes with one or two objects",
     "num_examples": "examples of split `train`",
     "ShapesConfig.seed": "seed of the generated scenes",
     "jitter": "largest random offset of a shape's position, as a fraction of the image",

@@ -19,7 +19,7 @@ class ShapesConfig:
     """The generated data set of shapes; see `ShapesSource`."""
 
     resolution: Side = 64
-    max_objects: Annotated[int, Range(1, 2)] = 1
+    max_objects: Annotated[int, Range(1, 2)] = 2
     num_examples: PositiveInt = 50_000
     seed: Annotated[int, Range(0, 2**64 - 1)] = 0
     jitter: Annotated[float, Range(0, 0.2)] = 0.2

@@ -81,7 +81,7 @@ def source_named(name: str, split: str, resolution: int, max_rejected: float = M
         UserError: on any other name, or when the data set cannot be read.
     """
     if name == "shapes":
-        return make_source(ShapesConfig(resolution, max_objects=2), split)
+        return make_source(ShapesConfig(resolution), split)
     kind, _, path = name.partition(":")
     kinds = {"folder": FolderConfig, "webdataset": WebdatasetConfig, "tfds": TfdsConfig}
     if kind not in kinds:

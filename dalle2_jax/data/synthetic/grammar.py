@@ -3,6 +3,8 @@
 A caption is picked by a tuple of choices (template, size words, relation word, which object comes
 first, background or not), so that all paraphrases can be listed and one can be chosen by number.
 Articles agree ("an orange star"). Every caption names size, colour and shape of each object.
+
+Held-out templates are for captions of split ``val``: none of them occurs in training, but all of their words do.
 """
 
 import math
@@ -36,6 +38,11 @@ _ONE = (
     "this image shows {colour_it} that is {size}{tail}",
     "the {shape} is {colour} and {size}{tail}",
 )
+_ONE_HELD_OUT = (
+    "this image shows {it}{tail}",
+    "there is {colour_it} that is {size}{tail}",
+    "one {colour} {shape}, {size}{tail}",
+)
 # {a} stands in {relation} to {b}; {b} is {next_to} {a}.
 _TWO = (
     "{a} {relation} {b}{tail}",
@@ -46,17 +53,23 @@ _TWO = (
     "{relation} {b} is {a}{tail}",
     "{a} and {b}, the first {relation} the second{tail}",
 )
+_TWO_HELD_OUT = (
+    "there is {a} with {b} {next_to}{tail}",
+    "a picture of {a} and {b}, the first {relation} the second{tail}",
+    "{relation} {b} there is {a}{tail}",
+)
 _BACKGROUND = " on {article} {colour} background"
 
 
-def captions(scene: Scene) -> tuple[str, ...]:
-    """Returns every paraphrase of a scene with one or two objects, in a fixed order."""
-    return tuple(_caption(scene, number) for number in range(_count(scene)))
+def captions(scene: Scene, held_out: bool = False) -> tuple[str, ...]:
+    """Returns every paraphrase of a scene with one or two objects, in a fixed order, by the held-out templates or the
+    others."""
+    return tuple(_caption(scene, number, held_out) for number in range(_count(scene, held_out)))
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
+def caption(scene: Scene, rng: np.random.Generator, held_out: bool = False) -> str:
     """Samples one paraphrase; half of them name the background."""
-    return _caption(scene, int(rng.integers(_count(scene))))
+    return _caption(scene, int(rng.integers(_count(scene, held_out))), held_out)
 
 
 def mentions_background(text: str) -> bool:
@@ -64,30 +77,38 @@ def mentions_background(text: str) -> bool:
     return "background" in text
 
 
-def _count(scene: Scene) -> int:
-    return math.prod(_radices(scene))
+def _templates(scene: Scene, held_out: bool) -> tuple[str, ...]:
+    if len(scene.objects) == 1:
+        return _ONE_HELD_OUT if held_out else _ONE
+    return _TWO_HELD_OUT if held_out else _TWO
 
 
-def _radices(scene: Scene) -> tuple[int, ...]:
+def _count(scene: Scene, held_out: bool) -> int:
+    return math.prod(_radices(scene, held_out))
+
+
+def _radices(scene: Scene, held_out: bool) -> tuple[int, ...]:
     """How many choices each part offers: background, size words, template, and for two also relation word, order."""
-    return (2, 2, len(_ONE)) if len(scene.objects) == 1 else (2, 2, len(_TWO), 2, 2, 2)
+    templates = len(_templates(scene, held_out))
+    return (2, 2, templates) if len(scene.objects) == 1 else (2, 2, templates, 2, 2, 2)
 
 
-def _caption(scene: Scene, number: int) -> str:
+def _caption(scene: Scene, number: int, held_out: bool) -> str:
     choices = []
-    for radix in _radices(scene):
+    for radix in _radices(scene, held_out):
         number, choice = divmod(number, radix)
         choices.append(choice)
-    named, word, template, *more = choices
+    named, word, chosen, *more = choices
+    template = _templates(scene, held_out)[chosen]
     tail = _BACKGROUND.format(article=_article(scene.background), colour=scene.background) if named else ""
     if len(scene.objects) == 1:
-        return _ONE[template].format(**_nouns(scene.objects[0], word), tail=tail)
+        return template.format(**_nouns(scene.objects[0], word), tail=tail)
     other_word, relation_word, swapped = more
     first, second = scene.objects[::-1] if swapped else scene.objects
     relation = relation_of(*scene.objects)
     relation = CONVERSE[relation] if swapped else relation
     nouns = _nouns(first, word)
-    return _TWO[template].format(
+    return template.format(
         **nouns,
         a=nouns["it"],
         b=_nouns(second, other_word)["it"],

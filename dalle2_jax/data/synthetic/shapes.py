@@ -6,8 +6,10 @@ above, below). Places lie on a lattice of 1/512 of the side. All randomness of s
 split comes from (seed, split, i), so the data set is random access and the same everywhere.
 
 Splits
-    ``train`` and ``val`` never show a colour-shape pair of `HELD_OUT`; ``compositional`` shows no
-    other. Each colour and each shape is in `HELD_OUT` at least once, and in ``train`` too.
+    ``compositional`` shows only the pairs of colour and shape in `HELD_OUT_PAIRS`, the other splits never. ``val``
+    shows only the looks (colour, shape and size) in `HELD_OUT_LOOKS`, which ``train`` never does, and its captions
+    follow templates that are not those of ``train``; so none of its scenes and captions occur in ``train``. Each
+    colour, shape and size is held out at least once, and occurs in ``train``.
 
 Images are rendered with `dalle2_jax.data.synthetic.polygons`, anti-aliased: an image at 64x64 averaged over 2x2 is the
 image at 32x32, to the rounding of a byte.
@@ -40,7 +42,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
 SIZES: dict[str, float] = {"small": 0.13, "large": 0.215}
 """Radius of one of two objects, as a fraction of the image's side. A single object is larger: see `radius_of`."""
-HELD_OUT = frozenset(
+HELD_OUT_PAIRS = frozenset(
     {
         ("red", "circle"),
         ("orange", "square"),
@@ -52,6 +54,20 @@ HELD_OUT = frozenset(
         ("pink", "triangle"),
     }
 )
+"""Colour and shape of the objects of ``compositional``."""
+HELD_OUT_LOOKS = frozenset(
+    {
+        ("red", "square", "small"),
+        ("orange", "circle", "large"),
+        ("yellow", "star", "small"),
+        ("green", "triangle", "large"),
+        ("cyan", "square", "large"),
+        ("blue", "cross", "small"),
+        ("purple", "star", "large"),
+        ("pink", "circle", "small"),
+    }
+)
+"""Colour, shape and size of the objects of ``val``."""
 SPLITS = ("train", "val", "compositional")
 
 _LATTICE = 512  # places are multiples of 1/512 of the side, so that coverage patches can be cached
@@ -87,9 +103,10 @@ class ShapesSource(Source):
         split: ``train``, ``val`` or ``compositional``.
         resolution: side of the images, at least 8.
         seed: another seed is another data set.
-        max_objects: 1, or 2 for scenes with one or two objects, half of each.
-        jitter: how far a single object stands from the centre along each axis, at most, in sides; 0 to 0.2. A
-            large one stays further in, clear of the edge.
+        max_objects: 2 for scenes with one or two objects, half of each, or 1.
+        jitter: how far objects stand from the places that they have at jitter 0, at most, in sides; 0 to 0.2. At 0 a
+            single object is in the centre, and two are level, a third of the free space apart. Objects stay clear of
+            the edge and of each other.
         num_examples: how many scenes the split has; scene i does not depend on it.
 
     Raises:
@@ -101,7 +118,7 @@ class ShapesSource(Source):
         split: str,
         resolution: int,
         seed: int = 0,
-        max_objects: int = 1,
+        max_objects: int = 2,
         num_examples: int = 50_000,
         jitter: float = _JITTER,
     ) -> None:
@@ -110,7 +127,7 @@ class ShapesSource(Source):
         if max_objects not in (1, 2):
             raise UserError(f"shapes draws 1 or 2 objects, got max_objects={max_objects}")
         if not 0 <= jitter <= _JITTER:
-            raise UserError(f"shapes moves single objects by 0 to {_JITTER} of the side, got jitter={jitter}")
+            raise UserError(f"shapes moves objects by 0 to {_JITTER} of the side, got jitter={jitter}")
         if resolution < 8:
             raise UserError(f"shapes cannot be distinguished at resolution {resolution}: use 8 or more")
         if not 0 <= seed < 2**64:
@@ -137,11 +154,11 @@ class ShapesSource(Source):
         if rngs is None:
             captions = [self.caption(place) for place in places]
         else:  # even if not selected, so that a generator's next numbers do not depend on the columns
-            captions = [grammar.caption(scene, rng) for scene, rng in zip(scenes, rngs, strict=True)]
+            captions = [grammar.caption(scene, rng, self.held_out) for scene, rng in zip(scenes, rngs, strict=True)]
         columns = {
             "image": lambda: np.stack([render(scene, self.resolution) for scene in scenes]),
             "caption": lambda: objects(captions),
-            "captions": lambda: objects([grammar.captions(scene) for scene in scenes]),
+            "captions": lambda: objects([grammar.captions(scene, self.held_out) for scene in scenes]),
             "key": lambda: objects([str(place) for place in places]),
             "substitute": lambda: np.zeros(len(places), bool),
         }
@@ -154,14 +171,19 @@ class ShapesSource(Source):
 
     def caption(self, index: int) -> str:
         """Returns the one caption by which a scene is known in evaluations, always the same."""
-        return grammar.caption(self.scene(index), self._rng(index % len(self), 1))
+        return grammar.caption(self.scene(index), self._rng(index % len(self), 1), self.held_out)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether captions follow the templates of ``val``."""
+        return self.split == "val"
 
     def scene(self, index: int) -> Scene:
         """Returns scene ``index``; negative indices count from the end."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)}")
         index = int(index) % len(self)
-        return _random_scene(self._rng(index, 0), self.split == "compositional", self.max_objects, self.jitter)
+        return _random_scene(self._rng(index, 0), _LOOKS[self.split], self.max_objects, self.jitter)
 
     def _rng(self, index: int, use: int) -> np.random.Generator:
         # A Philox key takes two words and a counter four: no hashing, so it is quick to make.
@@ -170,21 +192,28 @@ class ShapesSource(Source):
         )
 
 
-_EVERY_PAIR = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-_PAIRS = {held_out: tuple(pair for pair in _EVERY_PAIR if (pair in HELD_OUT) == held_out) for held_out in (False, True)}
+def _split_of(colour: str, shape: str, size: str) -> str:
+    if (colour, shape) in HELD_OUT_PAIRS:
+        return "compositional"
+    return "val" if (colour, shape, size) in HELD_OUT_LOOKS else "train"
 
 
-def _random_scene(rng: np.random.Generator, held_out: bool, max_objects: int, jitter: float) -> Scene:
-    pairs, sizes, backgrounds = _PAIRS[held_out], tuple(SIZES), tuple(BACKGROUNDS)
+_EVERY_LOOK = tuple((colour, shape, size) for colour in COLOURS for shape in SHAPES for size in SIZES)
+_LOOKS = {split: tuple(look for look in _EVERY_LOOK if _split_of(*look) == split) for split in SPLITS}
+
+
+def _random_scene(
+    rng: np.random.Generator, looks: tuple[tuple[str, str, str], ...], max_objects: int, jitter: float
+) -> Scene:
     count = int(rng.integers(1, max_objects + 1))
-    looks = [pairs[rng.integers(len(pairs))] for _ in range(count)]
-    chosen = [sizes[rng.integers(len(sizes))] for _ in range(count)]
+    chosen = [looks[rng.integers(len(looks))] for _ in range(count)]
+    backgrounds = tuple(BACKGROUNDS)
     background = backgrounds[rng.integers(len(backgrounds))]
-    insets = [EXTENT * radius_of(size, count) + _MARGIN for size in chosen]
-    places = _place_one(rng, jitter, *insets) if count == 1 else _place_two(rng, *insets)
+    insets = [EXTENT * radius_of(size, count) + _MARGIN for _, _, size in chosen]
+    places = (_place_one if count == 1 else _place_two)(rng, jitter, *insets)
     objects = tuple(
         SceneObject(shape, colour, size, x, y)
-        for (colour, shape), size, (x, y) in zip(looks, chosen, places, strict=True)
+        for (colour, shape, size), (x, y) in zip(chosen, places, strict=True)
     )
     return Scene(objects, background)
 
@@ -201,14 +230,16 @@ def _place_one(rng: np.random.Generator, jitter: float, inset: float) -> list[tu
     return [(snap(x), snap(y))]
 
 
-def _place_two(rng: np.random.Generator, near: float, far: float) -> list[tuple[float, float]]:
+def _place_two(rng: np.random.Generator, jitter: float, near: float, far: float) -> list[tuple[float, float]]:
     """Puts two objects apart along one axis, and at most half as far along the other, in random order."""
     slack = max(0.0, 1 - 2 * near - 2 * far + 2 * _MARGIN - _GAP)
-    start, end = np.sort(rng.uniform(0, slack, 2))
+    spread = jitter / _JITTER
+    mean = np.array([slack / 3, 2 * slack / 3])
+    start, end = mean + spread * (np.sort(rng.uniform(0, slack, 2)) - mean)
     along = (near + start, 1 - far - (slack - end))
-    first = 0.5 + rng.uniform(-_JITTER, _JITTER)
-    second = np.clip(first + rng.uniform(-0.5, 0.5) * (along[1] - along[0]), 0.5 - _JITTER, 0.5 + _JITTER)
-    across = (first, second)
+    first = 0.5 + rng.uniform(-jitter, jitter)
+    tilt = spread * rng.uniform(-0.5, 0.5) * (along[1] - along[0])
+    across = (first, np.clip(first + tilt, 0.5 - jitter, 0.5 + jitter))
     if rng.integers(2):  # the first object is as often right of or below the second
         along = (1 - along[0], 1 - along[1])
     places = zip(along, across, strict=True) if rng.integers(2) else zip(across, along, strict=True)

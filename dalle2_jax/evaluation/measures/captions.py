@@ -23,8 +23,9 @@ from dalle2_jax.workdir.folder import StageFolder
 def attributes(context: Context, num: int) -> Figures:
     """Measures whether colours, shapes, sizes, counts, relations and backgrounds match the captions.
 
-    Captions and scenes of split "val" are sampled independently of those of "train", but there are few different
-    captions: most of them occur there too. No pair of colour and shape of "compositional" does.
+    No scene or caption of split "val" occurs in "train", nor does any of its combinations of colour, shape and size; no
+    pair of colour and shape of "compositional" does. ``one_object`` and ``two_objects`` are the shares of images with
+    all attributes right, by the number of objects that the caption names.
 
     ``background_std`` and ``edge_width`` are medians (see `rendering`), with those of real images as the baseline.
     """

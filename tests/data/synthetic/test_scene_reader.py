@@ -12,7 +12,7 @@ from dalle2_jax.data.synthetic.shapes import ShapesSource, radius_of, render
 
 
 def _accuracy(side, count, spoil=lambda levels: levels, split="val"):
-    source = ShapesSource(split, side, max_objects=2)
+    source = ShapesSource(split, side)
     hits = []
     for index in range(count):
         scene = source.scene(index)
@@ -48,7 +48,7 @@ def test_the_reader_reads_blurred_and_rescaled_images():
 
 
 def test_positions_are_read():
-    source = ShapesSource("val", 64)
+    source = ShapesSource("val", 64, max_objects=1)
     for index in range(30):
         (seen,), (expected,) = read_scene(example(source, index)["image"]).objects, source.scene(index).objects
         lower = CENTROIDS[expected.shape][1] * radius_of(expected.size, 1)  # a triangle's centroid is below its centre

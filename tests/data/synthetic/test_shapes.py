@@ -10,7 +10,8 @@ from dalle2_jax.data.synthetic import grammar, scenes, shapes
 from dalle2_jax.data.synthetic.polygons import EXTENT
 from dalle2_jax.data.synthetic.shapes import (
     COLOURS,
-    HELD_OUT,
+    HELD_OUT_LOOKS,
+    HELD_OUT_PAIRS,
     SHAPES,
     SIZES,
     ShapesSource,
@@ -19,46 +20,62 @@ from dalle2_jax.data.synthetic.shapes import (
 from dalle2_jax.errors import UserError
 
 
-def _pairs(split):
-    source = ShapesSource(split, 8, max_objects=2)
-    return {(thing.colour, thing.shape) for index in range(1500) for thing in source.scene(index).objects}
+def _looks(split):
+    source = ShapesSource(split, 8)
+    return {(thing.colour, thing.shape, thing.size) for index in range(1500) for thing in source.scene(index).objects}
 
 
 def test_a_scene_depends_only_on_split_seed_and_index():
-    source = ShapesSource("train", 32, max_objects=2, num_examples=50)
-    again = ShapesSource("train", 32, max_objects=2, num_examples=60)
+    source = ShapesSource("train", 32, num_examples=50)
+    again = ShapesSource("train", 32, num_examples=60)
     assert [source.scene(i) for i in (7, 3)] == [again.scene(i) for i in (7, 3)]
     np.testing.assert_array_equal(example(source, 5)["image"], example(again, 5)["image"])
     assert source.scene(-1) == source.scene(49)
     assert source.caption(-1) == source.caption(49)
-    others = [ShapesSource("val", 32, max_objects=2), ShapesSource("train", 32, seed=1, max_objects=2)]
+    others = [ShapesSource("val", 32), ShapesSource("train", 32, seed=1)]
     for other in others:
         assert [source.scene(i) for i in range(5)] != [other.scene(i) for i in range(5)]
 
 
 def test_scenes_do_not_depend_on_resolution():
-    scenes = [ShapesSource("train", side, max_objects=2).scene(11) for side in (8, 32, 100)]
+    scenes = [ShapesSource("train", side).scene(11) for side in (8, 32, 100)]
     assert scenes[0] == scenes[1] == scenes[2]
 
 
-def test_splits_hold_out_attribute_pairs():
-    every = {(colour, shape) for colour in COLOURS for shape in SHAPES}
-    assert _pairs("train") == _pairs("val") == every - HELD_OUT
-    assert _pairs("compositional") == HELD_OUT
-    assert {colour for colour, _ in HELD_OUT} == set(COLOURS)
-    assert {shape for _, shape in HELD_OUT} == set(SHAPES)
+def test_splits_hold_out_pairs_and_looks():
+    every = {(colour, shape, size) for colour in COLOURS for shape in SHAPES for size in SIZES}
+    compositional = {look for look in every if look[:2] in HELD_OUT_PAIRS}
+    assert _looks("compositional") == compositional
+    assert _looks("val") == HELD_OUT_LOOKS
+    assert _looks("train") == every - compositional - HELD_OUT_LOOKS
+    for held_out in (compositional, HELD_OUT_LOOKS):
+        for place, values in enumerate((COLOURS, SHAPES, SIZES)):
+            assert {look[place] for look in held_out} == set(values)
+    assert {look[:2] for look in HELD_OUT_LOOKS} <= {look[:2] for look in _looks("train")}  # in the other size
+
+
+def test_no_caption_of_val_occurs_in_train_but_all_of_its_words():
+    train, val = (ShapesSource(split, 8, num_examples=3000) for split in ("train", "val"))
+    known, held_out = set(train.captions(3000)), set(val.captions(3000))
+    assert len(held_out) > 1500 and not known & held_out
+    assert {word for text in held_out for word in text.split()} <= {word for text in known for word in text.split()}
+    for index in range(50):
+        scene = val.scene(index)
+        assert not {*grammar.captions(scene)} & {*grammar.captions(scene, held_out=True)}
+        assert sample(val, index, 0)["caption"] in grammar.captions(scene, held_out=True)
+        assert example(val, index)["captions"] == grammar.captions(scene, held_out=True)
 
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_an_averaged_image_matches_the_smaller_image(factor):
-    large, small = (ShapesSource("train", side, max_objects=2) for side in (32 * factor, 32))
+    large, small = (ShapesSource("train", side) for side in (32 * factor, 32))
     for index in range(40):
         averaged = example(large, index)["image"].astype(float).reshape(32, factor, 32, factor, 3).mean(axis=(1, 3))
         assert np.abs(averaged - example(small, index)["image"]).max() <= 1.0  # both are rounded to uint8
 
 
 def test_images_show_pure_colours_inside_and_background_at_the_edge():
-    source = ShapesSource("train", 64, max_objects=2)
+    source = ShapesSource("train", 64)
     for index in range(100):
         scene, image = source.scene(index), example(source, index)["image"]
         edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
@@ -68,7 +85,7 @@ def test_images_show_pure_colours_inside_and_background_at_the_edge():
 
 
 def test_two_objects_do_not_overlap_in_any_relation():
-    source = ShapesSource("train", 64, max_objects=2)
+    source = ShapesSource("train", 64)
     scenes = [scene for scene in map(source.scene, range(600)) if len(scene.objects) == 2]
     assert 240 < len(scenes) < 360
     relations = [scene.relation for scene in scenes]
@@ -124,12 +141,34 @@ def test_invalid_arguments_raise_user_errors(wrong, facts):
 
 def test_jitter_bounds_the_position_of_a_single_object():
     for jitter in (0.0, 0.05):
-        source = ShapesSource("train", 8, jitter=jitter, num_examples=50)
+        source = ShapesSource("train", 8, max_objects=1, jitter=jitter, num_examples=50)
         away = [max(abs(thing.x - 0.5), abs(thing.y - 0.5)) for i in range(50) for thing in source.scene(i).objects]
         assert jitter / 2 <= max(away) <= jitter + 1 / 512
-    crowded = ShapesSource("train", 8, num_examples=200)
+    crowded = ShapesSource("train", 8, max_objects=1, num_examples=200)
     for scene in map(crowded.scene, range(200)):
         reach = EXTENT * radius_of(scene.objects[0].size, 1)
         assert all(reach < place < 1 - reach for place in (scene.objects[0].x, scene.objects[0].y))
     with pytest.raises(UserError, check=mentions("shapes", "jitter=0.3", 0.2)):
         ShapesSource("train", 8, jitter=0.3)
+
+
+def test_jitter_bounds_the_position_of_two_objects():
+    """Two objects of the same sizes and relation are where they are without jitter, to about the jitter."""
+
+    def places(jitter):
+        source = ShapesSource("train", 8, jitter=jitter, num_examples=400)
+        found = {}
+        for scene in map(source.scene, range(400)):
+            if len(scene.objects) == 2:
+                key = (scene.relation, *(thing.size for thing in scene.objects))
+                found.setdefault(key, []).append([(thing.x, thing.y) for thing in scene.objects])
+        return {key: np.array(values) for key, values in found.items()}
+
+    still = places(0.0)
+    assert len(still) == 4 * 4
+    for key, values in still.items():
+        assert np.ptp(values, axis=0).max() == 0, key
+        moved = np.abs(places(0.05)[key] - values[:1])
+        assert 0.01 < moved.max() <= 0.1, key
+
+
