@@ -53,7 +53,7 @@ def sweep(which: str) -> Iterator[dict]:
 
 def common(total_steps: int, batch_size: int, lr: float, resolution: int) -> ConfigDict:
     """Returns what every stage shares."""
-    data = {"kind": "shapes", "resolution": resolution, "max_objects": 1, "jitter": 0.04}
+    data = {"kind": "shapes", "resolution": resolution, "max_objects": 1, "jitter": 0.04, "unnamed_colours": 0.35}
     return machine_config(total_steps, batch_size, data, {"vocab_size": 512, "context_length": 16}, lr)
 
 
@@ -67,7 +67,7 @@ def large(total_steps: int, batch_size: int, lr: float, resolution: int) -> Conf
 
 def clip() -> ConfigDict:
     """A ViT of 16 patches and a text encoder of 3 layers."""
-    config = common(1000, 128, 1e-3, resolution=32)
+    config = common(1000, 256, 1.5e-3, resolution=32)
     config.model = {
         "embed_dim": 64,
         "text": {"width": 64, "layers": 3, "heads": 4},
@@ -134,10 +134,10 @@ def decoder() -> ConfigDict:
             "context_dim": 64,
         },
         "image_tokens": 4,
-        "text_input": "tokens",
-        "text": {"width": 64, "layers": 2, "heads": 4, "activation": "gelu"},
+        "text_input": "clip",
+        "text_emb_proj": True,
     }
-    config.conditioning = {"drop_image": 0.3, "drop_text": 0.3}
+    config.conditioning = {"drop_image": 0.5, "drop_text": 0.1}
     config.diffusion = {
         "schedule": "cosine",
         "num_steps": 1000,

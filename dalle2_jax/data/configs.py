@@ -23,6 +23,7 @@ class ShapesConfig:
     num_examples: PositiveInt = 50_000
     seed: Annotated[int, Range(0, 2**64 - 1)] = 0
     jitter: Annotated[float, Range(0, 0.2)] = 0.2
+    unnamed_colours: Fraction = 0.0
 
 
 @dataclass(frozen=True)

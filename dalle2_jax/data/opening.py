@@ -1,5 +1,6 @@
 """Opens data sets: the section ``data`` of a config, or a name on a command line, to a `Source`."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -35,9 +36,7 @@ def make_source(config: SourceConfig, split: str) -> Source:
         UserError: when the data set has no such split or cannot be read.
     """
     if isinstance(config, ShapesConfig):
-        return ShapesSource(
-            split, config.resolution, config.seed, config.max_objects, config.num_examples, config.jitter
-        )
+        return ShapesSource(split, **dataclasses.asdict(config))
     if isinstance(config, EmbeddingsConfig):
         return _make_embedded(config, split)
     if isinstance(config, MixtureConfig):

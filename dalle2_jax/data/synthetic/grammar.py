@@ -2,7 +2,8 @@
 
 A caption is picked by a tuple of choices (template, size words, relation word, which object comes
 first, background or not), so that all paraphrases can be listed and one can be chosen by number.
-Articles agree ("an orange star"). Every caption names size, colour and shape of each object.
+Articles agree ("an orange star"). Every caption names size, colour and shape of each object; only the size and shape
+where the colours of the scene have no names.
 
 Held-out templates are for captions of split ``val``: none of them occurs in training, but all of their words do.
 """
@@ -79,8 +80,12 @@ def mentions_background(text: str) -> bool:
 
 def _templates(scene: Scene, held_out: bool) -> tuple[str, ...]:
     if len(scene.objects) == 1:
-        return _ONE_HELD_OUT if held_out else _ONE
-    return _TWO_HELD_OUT if held_out else _TWO
+        templates = _ONE_HELD_OUT if held_out else _ONE
+    else:
+        templates = _TWO_HELD_OUT if held_out else _TWO
+    if all(thing.has_named_colour for thing in scene.objects):
+        return templates
+    return tuple(template for template in templates if "{colour}" not in template)
 
 
 def _count(scene: Scene, held_out: bool) -> int:
@@ -120,14 +125,15 @@ def _caption(scene: Scene, number: int, held_out: bool) -> str:
 
 def _nouns(thing: SceneObject, word: int) -> dict[str, str]:
     size = SIZE_WORDS[thing.size][word]
-    bare = f"{size} {thing.colour} {thing.shape}"
+    coloured = f"{thing.colour} {thing.shape}" if thing.has_named_colour else thing.shape
+    bare = f"{size} {coloured}"
     return {
         "size": size,
         "colour": thing.colour,
         "shape": thing.shape,
         "bare": bare,
         "it": f"{_article(bare)} {bare}",
-        "colour_it": f"{_article(thing.colour)} {thing.colour} {thing.shape}",
+        "colour_it": f"{_article(coloured)} {coloured}",
     }
 
 

@@ -82,7 +82,7 @@ def matches(reading: Scene, scene: Scene, caption: str | None = None) -> Mapping
     ``colour``, ``shape`` and ``size`` hold when they agree for every object of the
     scene; so an object too few fails all three. ``count`` holds when neither has more objects. ``relation``
     holds when the two assigned objects have the requested relation and the count is right; it always holds for one
-    object.
+    object. A colour without a name agrees with every colour.
     ``background`` holds when it agrees, or when there is a ``caption`` that does not name it. ``all`` is their
     conjunction.
     """
@@ -102,7 +102,8 @@ def matches(reading: Scene, scene: Scene, caption: str | None = None) -> Mapping
 
 
 def _agreement(seen: SceneObject, expected: SceneObject) -> tuple[bool, bool, bool]:
-    return seen.colour == expected.colour, seen.shape == expected.shape, seen.size == expected.size
+    colour = seen.colour == expected.colour or not expected.has_named_colour
+    return colour, seen.shape == expected.shape, seen.size == expected.size
 
 
 def _components(mask: np.ndarray, side: int) -> list[np.ndarray]:

@@ -5,13 +5,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object; (x, y) is its centre as a fraction of the side, y downwards."""
+    """One object; (x, y) is its centre as a fraction of the side, y downwards.
+
+    ``colour`` is a name, or "#rrggbb" for a colour that has none: captions leave it out.
+    """
 
     shape: str
     colour: str
     size: str
     x: float
     y: float
+
+    @property
+    def has_named_colour(self) -> bool:
+        """Whether captions name the colour."""
+        return not self.colour.startswith("#")
 
 
 @dataclass(frozen=True)

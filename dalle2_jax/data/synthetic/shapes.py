@@ -14,11 +14,12 @@ Splits
 Images are rendered with `dalle2_jax.data.synthetic.polygons`, anti-aliased: an image at 64x64 averaged over 2x2 is the
 image at 32x32, to the rounding of a byte.
 
-Captions are made by `dalle2_jax.data.synthetic.grammar`; they always name colour, shape and size, name the
-relation where there is one, and name the background in half of them.
+Captions are made by `dalle2_jax.data.synthetic.grammar`; they always name shape and size, the colour if it has a name,
+and the relation where there is one, and half of them name the background.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import UInt8
@@ -72,6 +73,7 @@ SPLITS = ("train", "val", "compositional")
 
 _LATTICE = 512  # places are multiples of 1/512 of the side, so that coverage patches can be cached
 _MARGIN, _GAP, _JITTER = 0.02, 0.05, 0.2  # to the edge, between two objects, about the centre; in sides
+_CLEAR = 100.0  # levels of RGB between a colour without a name and the background
 _SINGLE = 1.4  # a small star of 2 * 0.13 * 32 pixels would be little more than a blot
 
 
@@ -91,9 +93,13 @@ def render(scene: Scene, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
         rows, columns = slice(max(top, 0), below), slice(max(left, 0), right)
         seen = patch[rows.start - top : resolution - top, columns.start - left : resolution - left, None]
         under = image[rows, columns].astype(np.float32)
-        ink = np.array(COLOURS[thing.colour], np.float32)
+        ink = np.array(_rgb(thing), np.float32)
         image[rows, columns] = np.rint(under + seen * (ink - under)).astype(np.uint8)
     return image
+
+
+def _rgb(thing: SceneObject) -> tuple[int, ...]:
+    return COLOURS[thing.colour] if thing.has_named_colour else tuple(bytes.fromhex(thing.colour[1:]))
 
 
 class ShapesSource(Source):
@@ -108,6 +114,9 @@ class ShapesSource(Source):
             single object is in the centre, and two are level, a third of the free space apart. Objects stay clear of
             the edge and of each other.
         num_examples: how many scenes the split has; scene i does not depend on it.
+        unnamed_colours: fraction of the scenes of ``train`` whose objects have any colours of RGB, which captions leave
+            out. With few named colours an image encoder learns each shape in each of them, and does not recognise
+            pairs of colour and shape that it has not seen; with these it learns shapes.
 
     Raises:
         UserError: on any other value.
@@ -121,6 +130,7 @@ class ShapesSource(Source):
         max_objects: int = 2,
         num_examples: int = 50_000,
         jitter: float = _JITTER,
+        unnamed_colours: float = 0.0,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"shapes has no split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -132,11 +142,14 @@ class ShapesSource(Source):
             raise UserError(f"shapes cannot be distinguished at resolution {resolution}: use 8 or more")
         if not 0 <= seed < 2**64:
             raise UserError(f"the seed of shapes must be from 0 to 2**64 - 1, got {seed}")
+        if not 0 <= unnamed_colours <= 1:
+            raise UserError(f"unnamed_colours of shapes is a fraction from 0 to 1, got {unnamed_colours}")
         if num_examples < 1:
             raise UserError(f"num_examples of shapes must be at least 1, got {num_examples}")
         self.columns = ("image", *DESCRIPTIVE)
         self.split, self.resolution, self.seed = split, resolution, seed
         self.max_objects, self.num_examples, self.jitter = max_objects, num_examples, jitter
+        self.unnamed_colours = unnamed_colours if split == "train" else 0.0
 
     def __len__(self) -> int:
         return self.num_examples
@@ -144,7 +157,8 @@ class ShapesSource(Source):
     def __repr__(self) -> str:
         return (
             f"ShapesSource({self.split!r}, {self.resolution}, seed={self.seed}, "
-            f"max_objects={self.max_objects}, num_examples={self.num_examples}, jitter={self.jitter})"
+            f"max_objects={self.max_objects}, num_examples={self.num_examples}, jitter={self.jitter}, "
+            f"unnamed_colours={self.unnamed_colours})"
         )
 
     def fetch(self, indices: Indices, rngs: Generators | None = None) -> dict[str, np.ndarray]:
@@ -183,7 +197,9 @@ class ShapesSource(Source):
         if not -len(self) <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)}")
         index = int(index) % len(self)
-        return _random_scene(self._rng(index, 0), _LOOKS[self.split], self.max_objects, self.jitter)
+        rng = self._rng(index, 0)
+        scene = _random_scene(rng, _LOOKS[self.split], self.max_objects, self.jitter)
+        return _recoloured(scene, rng) if rng.random() < self.unnamed_colours else scene
 
     def _rng(self, index: int, use: int) -> np.random.Generator:
         # A Philox key takes two words and a counter four: no hashing, so it is quick to make.
@@ -216,6 +232,18 @@ def _random_scene(
         for (colour, shape, size), (x, y) in zip(chosen, places, strict=True)
     )
     return Scene(objects, background)
+
+
+def _recoloured(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Returns the scene with objects in random colours that are clear of the background."""
+
+    def colour() -> str:
+        while True:
+            rgb = rng.integers(0, 256, 3)
+            if np.linalg.norm(rgb - np.array(BACKGROUNDS[scene.background])) > _CLEAR:
+                return "#" + bytes(rgb.tolist()).hex()
+
+    return Scene(tuple(replace(thing, colour=colour()) for thing in scene.objects), scene.background)
 
 
 def snap(place: float) -> float:

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,6 +36,16 @@ def test_every_caption_of_one_object_names_all_its_attributes(held_out, least):
     named = [grammar.mentions_background(text) for text in captions]
     assert sum(named) * 2 == len(named)
     assert all(("gray" in text) == name for text, name in zip(captions, named, strict=True))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_captions_leave_out_colours_without_a_name(held_out):
+    star, cross = (replace(thing, colour="#a1b2c3") for thing in (STAR, CROSS))
+    for scene, words in ((Scene((star,), "gray"), ["star"]), (Scene((star, cross), "gray"), ["star", "cross"])):
+        captions = grammar.captions(scene, held_out)
+        assert len(set(captions)) == len(captions)
+        for text in captions:
+            assert "#" not in text and "  " not in text and all(word in text for word in words)
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -95,6 +95,10 @@ def test_each_attribute_is_compared_separately(scene, wrong):
     assert [name for name, held in judged.items() if not held] == [wrong, "all"]
 
 
+def test_a_colour_without_a_name_agrees_with_every_colour():
+    assert all(matches(ONE, _changed(ONE, 0, colour="#a1b2c3")).values())
+
+
 def test_matches_ignores_the_order_of_objects_but_not_their_relation():
     swapped = replace(TWO, objects=TWO.objects[::-1])
     assert swapped.relation != TWO.relation

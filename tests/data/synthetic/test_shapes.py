@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_the_source_samples_and_lists_captions():
     np.testing.assert_array_equal(image, found["image"])
     assert caption in found["captions"]
     assert len(list(source.captions(1000))) == 30 and len(list(source.captions(3))) == 3
-    assert len(repr(source)) < 100
+    assert len(repr(source)) < 120
     with pytest.raises(IndexError):
         source.fetch([30])
 
@@ -132,11 +133,37 @@ def test_the_source_samples_and_lists_captions():
         ({"resolution": 4}, ["resolution 4", 8]),
         ({"num_examples": 0}, ["num_examples", 1, 0]),
         ({"seed": -1}, ["seed", -1]),
+        ({"unnamed_colours": 1.5}, ["unnamed_colours", 1.5]),
     ],
 )
 def test_invalid_arguments_raise_user_errors(wrong, facts):
     with pytest.raises(UserError, check=mentions("shapes", *facts)):
         ShapesSource(**{"split": "train", "resolution": 64} | wrong)
+
+
+def test_colours_without_a_name_are_drawn_and_left_out_of_captions():
+    plain, mixed = ShapesSource("train", 64), ShapesSource("train", 64, unnamed_colours=0.3)
+    unnamed = 0
+    for index in range(300):
+        scene, text, own = mixed.scene(index), mixed.caption(index), plain.scene(index)
+        if scene == own:
+            assert text == plain.caption(index)
+            continue
+        unnamed += 1
+        assert scene.background == own.background
+        assert [replace(thing, colour="red") for thing in scene.objects] == [
+            replace(thing, colour="red") for thing in own.objects
+        ]
+        assert not {*COLOURS} & {*text.replace(",", " ").split()}
+        assert all(thing.shape in text for thing in scene.objects)
+        image = example(mixed, index)["image"]
+        for thing in scene.objects:
+            seen = image[int(thing.y * 64), int(thing.x * 64)]
+            assert "#" + bytes(seen).hex() == thing.colour
+            assert np.linalg.norm(seen - np.array(shapes.BACKGROUNDS[scene.background])) > 100
+    assert 60 < unnamed < 120
+    for split in ("val", "compositional"):
+        assert ShapesSource(split, 8, unnamed_colours=1.0).scene(3) == ShapesSource(split, 8).scene(3)
 
 
 def test_jitter_bounds_the_position_of_a_single_object():
