@@ -20,18 +20,16 @@ install: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python sample.py text2image --system shapes --num 4 --out $(DEMO)-included \
-	    --prompt "a large red star" --prompt "a small blue star on a black background" \
-	    --prompt "a small red square left of a large green cross" \
-	    --prompt "a large yellow circle above a small purple triangle on a white background"
+	    --prompt "a large red square" --prompt "a small blue star on a black background" \
+	    --prompt "a large green circle on a white background" --prompt "a small yellow cross"
 	@echo "Images of the system that comes with the package: $(DEMO)-included/grid.png. Now another one is trained."
 	for stage in $(STAGES); do \
 	    $(BIN)/python train.py --config configs/shapes.py:$$stage --workdir $(DEMO) || exit 1; \
 	done
 	$(BIN)/python sample.py text2image --system $(DEMO) --num 4 --out $(DEMO)/images \
-	    --prompt "a large red star" --prompt "a small blue star on a black background" \
+	    --prompt "a large red square" --prompt "a small blue star on a black background" \
 	    --prompt "a large green circle on a white background" --prompt "a small yellow cross" \
-	    --prompt "a small red square left of a large green cross" \
-	    --prompt "a large yellow circle above a small purple triangle on a white background"
+	    --prompt "a large purple triangle" --prompt "a small pink circle on a gray background"
 	$(BIN)/dalle2 evaluate $(DEMO) --measures retrieval --out $(DEMO)/retrieval
 	$(BIN)/dalle2 evaluate $(DEMO) --measures attributes --out $(DEMO)/attributes
 	@echo "The images: $(DEMO)/images/grid.png, and those of newly sampled captions: $(DEMO)/attributes/grid.png"

@@ -7,7 +7,7 @@
 | -------------------------- | ----------------------------------------------------------------------------- |
 | decoder,drops              | whether the image embedding and the caption are dropped in training           |
 | decoder,without_captions   | the image embedding alone                                                     |
-| decoder,text_emb           | CLIP's text embedding and text states in place of the image embedding         |
+| decoder,text_emb           | CLIP's text embedding and text states alone, without the image embedding      |
 | decoder,learned_variance   | a fixed variance, and a learned one with the hybrid loss; sampled by DDPM     |
 | upsampler_1,corruption     | how the low-resolution image is corrupted in training                         |
 
@@ -43,29 +43,26 @@ def unchanged(config: ConfigDict) -> None:
 
 def without_captions(config: ConfigDict) -> None:
     """The decoder reads no caption: four image tokens are its whole context."""
-    config.model.text_input = None
-    del config.model["text"]
+    with config.unlocked():
+        config.model["text_input"] = None
+    config.model.text_emb_proj = False
 
 
 def text_emb(config: ConfigDict) -> None:
     """The decoder reads CLIP's text embedding and states, and no image embedding: a system without a prior."""
-    without_captions(config)
-    config.model.update(text_input="clip", text_emb_proj=True)
     with config.unlocked():
         config.model["image_emb_dim"] = None
-    config.conditioning.drop_text = 0.1  # the caption is all there is
 
 
 def learned_variance(config: ConfigDict) -> None:
-    """A network without the input's share in its output, which has no variance; sampled by DDPM."""
-    config.model.unet.input_skip = False
-    config.sampling.name = "ddpm"
+    """Sampled by DDPM, which uses the variance."""
+    config.sampling.update(name="ddpm", steps="25")
 
 
 ONE_RUN = ({"seed": 0},)
 
 DROPS = tuple(
-    {"conditioning.drop_image": image, "conditioning.drop_text": text} for image in (0.1, 0.0) for text in (0.5, 0.0)
+    {"conditioning.drop_image": image, "conditioning.drop_text": text} for image in (0.5, 0.0) for text in (0.1, 0.0)
 )
 
 VARIANCES = (

@@ -18,8 +18,9 @@ def test_configurations_are_frozen_and_hashable():
 
 
 def test_every_field_reaches_the_source(tmp_path):
-    source = make_source(ShapesConfig(resolution=24, max_objects=2, num_examples=7, seed=5, jitter=0.1), "val")
-    assert repr(source) == "ShapesSource('val', 24, seed=5, max_objects=2, num_examples=7, jitter=0.1, unnamed_colours=0.0)"
+    fields = {"seed": 5, "max_objects": 1, "num_examples": 7, "jitter": 0.1, "unnamed_colours": 0.5}
+    source = make_source(ShapesConfig(resolution=24, **fields), "train")
+    assert repr(source) == f"ShapesSource('train', 24, {', '.join(f'{key}={fields[key]}' for key in fields)})"
     with pytest.raises(DataError, check=mentions("no images", ".png", path=tmp_path)):
         make_source(FolderConfig(str(tmp_path)), "train")
     with pytest.raises(UserError, check=mentions("crop", "center", "random", "shift", "'x'")):

@@ -228,8 +228,7 @@ def _random_scene(
     insets = [EXTENT * radius_of(size, count) + _MARGIN for _, _, size in chosen]
     places = (_place_one if count == 1 else _place_two)(rng, jitter, *insets)
     objects = tuple(
-        SceneObject(shape, colour, size, x, y)
-        for (colour, shape, size), (x, y) in zip(chosen, places, strict=True)
+        SceneObject(shape, colour, size, x, y) for (colour, shape, size), (x, y) in zip(chosen, places, strict=True)
     )
     return Scene(objects, background)
 

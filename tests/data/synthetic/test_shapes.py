@@ -141,7 +141,7 @@ def test_invalid_arguments_raise_user_errors(wrong, facts):
         ShapesSource(**{"split": "train", "resolution": 64} | wrong)
 
 
-def test_colours_without_a_name_are_drawn_and_left_out_of_captions():
+def test_colours_without_a_name_are_rendered_and_left_out_of_captions():
     plain, mixed = ShapesSource("train", 64), ShapesSource("train", 64, unnamed_colours=0.3)
     unnamed = 0
     for index in range(300):
@@ -197,5 +197,3 @@ def test_jitter_bounds_the_position_of_two_objects():
         assert np.ptp(values, axis=0).max() == 0, key
         moved = np.abs(places(0.05)[key] - values[:1])
         assert 0.01 < moved.max() <= 0.1, key
-
-
