@@ -218,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", default="shapes")
     parser.add_argument("--seconds", type=float, default=30.0, help="of the measurement of throughput")
-    parser.add_argument("--repeats", type=int, default=5, help="calls of the sampler a size; twice as many requests")
+    parser.add_argument("--repeats", type=int, default=5, help="calls of the sampler a size; eight times as many requests")
     parser.add_argument("--requests", type=int, default=500, help="of 50 clients")
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of load, for the growth of memory; only that")
     options = parser.parse_args()
@@ -234,7 +234,7 @@ def main() -> None:
         else:
             system = d2.load(options.system)
             record("sampler alone", sampler_alone(system, options.repeats))
-            record("idle", idle(server, system, 2 * options.repeats))
+            record("idle", idle(server, system, 8 * options.repeats))
             names = ("dalle2_batch_rows_total", "dalle2_batch_slots_total")
             before = [server.metric(name) for name in names]
             rate = throughput(server, 16, options.seconds)

@@ -1,7 +1,7 @@
 """The batches of a seed never change: which examples, captions and crops a run trains on is part of its result.
 
-The recorded checksums are of version 0.1, those of generated shapes of version 0.2. A change of one means that old runs no
-longer resume exactly.
+The recorded checksums are of version 0.1, those of generated shapes of version 0.2. A change of one means that old runs
+no longer resume exactly.
 """
 
 import zlib
