@@ -218,7 +218,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", default="shapes")
     parser.add_argument("--seconds", type=float, default=30.0, help="of the measurement of throughput")
-    parser.add_argument("--repeats", type=int, default=5, help="calls of the sampler a size; eight times as many requests")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="calls of the sampler a size; eight times as many requests"
+    )
     parser.add_argument("--requests", type=int, default=500, help="of 50 clients")
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of load, for the growth of memory; only that")
     options = parser.parse_args()

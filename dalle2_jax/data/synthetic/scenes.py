@@ -21,6 +21,11 @@ class SceneObject:
         """Whether captions name the colour."""
         return not self.colour.startswith("#")
 
+    @property
+    def named_colour(self) -> str | None:
+        """The colour, None if it has no name."""
+        return self.colour if self.has_named_colour else None
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -37,7 +42,7 @@ class Scene:
     @property
     def attributes(self) -> tuple:
         """Everything that a full caption names: the scene without the places. Equal for indistinguishable scenes."""
-        objects = tuple((thing.size, thing.colour, thing.shape) for thing in self.objects)
+        objects = tuple((thing.size, thing.named_colour, thing.shape) for thing in self.objects)
         return (*objects, self.relation, self.background)
 
 

@@ -96,7 +96,9 @@ def test_each_attribute_is_compared_separately(scene, wrong):
 
 
 def test_a_colour_without_a_name_agrees_with_every_colour():
-    assert all(matches(ONE, _changed(ONE, 0, colour="#a1b2c3")).values())
+    unnamed, other = (_changed(ONE, 0, colour=colour) for colour in ("#a1b2c3", "#112233"))
+    assert all(matches(ONE, unnamed).values())
+    assert unnamed.attributes == other.attributes != ONE.attributes
 
 
 def test_matches_ignores_the_order_of_objects_but_not_their_relation():
