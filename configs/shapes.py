@@ -8,17 +8,17 @@
 | -------------------- | -------------------- | ---------------- | ------------------------------------- |
 | clip                 | 32x32, patches of 8  | 6.5 minutes      | 64x64, one or two objects, batch 1024 |
 | prior (or ar_prior)  | embeddings           | 3.5 (6) minutes  | 8 layers of width 512                 |
-| decoder              | 32x32, folded 2x2    | DECMINUTES minutes       | 64x64, 90 M parameters                |
+| decoder              | 32x32, folded 2x2    | 15.5 minutes     | 64x64, 90 M parameters                |
 | upsampler_1          | 32 -> 64, folded 2x2 | 1 minute         | 64 -> 256                             |
 
-Of 512 captions of split `val`, whose combinations of colour, shape and size do not occur in training, every attribute of
-DEMOVAL is right in the small system's images; of 512 with pairs of colour and shape that do not
-occur there, of DEMOCOMP; in brackets the 95 % intervals.
+The small system's images are right in every attribute for 90.2 % [87.4, 92.5] of 512 captions of split `val`, whose
+combinations of colour, shape and size do not occur in training, and for 83.2 % [79.7, 86.2] of 512 with pairs of colour
+and shape that do not; in brackets the 95 % intervals.
 
-Two choices let it draw what it has not seen. A third of CLIP's images have any colours, which their captions leave out:
-with eight colours alone its image encoder learns each shape in each colour, and takes an unseen pair for another shape
-(a linear probe reads the shape of `val` in 64 %, with any colours in 96 %). And the decoder reads CLIP's text states, and
-has no image embedding in half of its examples, so that it learns to follow the caption.
+Two choices let it draw what it has not seen. A third of the images have any colours, which their captions leave out:
+with eight colours alone CLIP's image encoder learns each shape in each colour, and takes an unseen pair for another
+shape (a linear probe reads the shape of `val` in 64 %, with any colours in 96 %). And the decoder reads CLIP's text
+states, and has no image embedding in half of its examples, so that it learns to follow the caption.
 
 The small stages learn from many small batches: at this size the number of steps counts, not their
 precision. They predict x_0, which a narrow network learns within the first hundred steps; the
