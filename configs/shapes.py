@@ -11,9 +11,9 @@
 | decoder              | 32x32, folded 2x2    | 15.5 minutes     | 64x64, 90 M parameters                |
 | upsampler_1          | 32 -> 64, folded 2x2 | 1 minute         | 64 -> 256                             |
 
-The small system's images are right in every attribute for 90.2 % [87.4, 92.5] of 512 captions of split `val`, whose
-combinations of colour, shape and size do not occur in training, and for 83.2 % [79.7, 86.2] of 512 with pairs of colour
-and shape that do not; in brackets the 95 % intervals.
+The small system's images are right in every attribute for 90.2 % [87.4, 92.5] of 512 captions of split `val`, with
+combinations of colour, shape and size that no training caption names, and for 83.2 % [79.7, 86.2] of 512 with pairs of
+colour and shape that none names; in brackets the 95 % intervals.
 
 Two choices let it draw what it has not seen. A third of the images have any colours, which their captions leave out:
 with eight colours alone CLIP's image encoder learns each shape in each colour, and takes an unseen pair for another

@@ -9,7 +9,8 @@ Splits
     ``compositional`` shows only the pairs of colour and shape in `HELD_OUT_PAIRS`, the other splits never. ``val``
     shows only the looks (colour, shape and size) in `HELD_OUT_LOOKS`, which ``train`` never does, and its captions
     follow templates that are not those of ``train``; so none of its scenes and captions occur in ``train``. Each
-    colour, shape and size is held out at least once, and occurs in ``train``.
+    colour, shape and size is held out at least once, and occurs in ``train``. A colour without a name
+    (``unnamed_colours``) may be close to a named one, so that images of ``train`` can resemble held-out ones.
 
 Images are rendered with `dalle2_jax.data.synthetic.polygons`, anti-aliased: an image at 64x64 averaged over 2x2 is the
 image at 32x32, to the rounding of a byte.
