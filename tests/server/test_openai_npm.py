@@ -1,6 +1,7 @@
 """OpenAI's npm package against a server, unmodified: examples/openai_client.mjs, by the newest version of the package.
 
-npm installs it, with a Node.js that it supports, from the package registry; without npm or the registry there is no test.
+npm installs it, with a Node.js that it supports, from the package registry. Without npm or the registry there is no
+test.
 """
 
 import json
