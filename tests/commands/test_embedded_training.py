@@ -232,7 +232,7 @@ def test_embed_uses_the_data_of_clip_or_of_a_config(system, tmp_path, capsys):
     assert main(["data", *args]) == 0
     assert "embeddings of 64 images" in capsys.readouterr().out
     assert main(["data", *args, "--split", "val", "--config", "tests/support/tiny_system.py:decoder"]) == 0
-    val, shapes = data.EmbeddingSource(tmp_path, "val"), data.ShapesSource("val", 8, num_examples=64)
+    val, shapes = data.EmbeddingSource(tmp_path, "val"), data.ShapesSource("val", 8, max_objects=1, num_examples=64)
     found = data.example(val, 5)
     assert len(val) == 64 and found["caption"] == shapes.caption(5)
     assert found["captions"] == data.example(shapes, 5)["captions"]

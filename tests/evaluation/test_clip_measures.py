@@ -15,7 +15,7 @@ from dalle2_jax.evaluation.context import Examples, unit
 from dalle2_jax.evaluation.measures import clip
 from dalle2_jax.evaluation.options import Options
 
-SOURCE = data.ShapesSource("val", 16, max_objects=1, num_examples=400)
+SOURCE = data.ShapesSource("train", 16, max_objects=1, num_examples=400)
 
 
 def recall(image_emb, text_emb):
@@ -66,16 +66,16 @@ def test_a_few_examples_are_spread_over_a_sorted_data_set(monkeypatch):
 
 def test_distinct_shapes_differ_in_more_than_the_background():
     """Captions may omit the background, so two scenes that differ in it alone could share a caption."""
-    indices = examples.distinct(SOURCE, 64)
-    assert len(indices) == 64 and indices == sorted(indices)
+    indices = examples.distinct(SOURCE, 40)
+    assert len(indices) == 40 and indices == sorted(indices)
     scenes = [SOURCE.scene(index) for index in range(indices[-1] + 1)]
     looks = [tuple((each.shape, each.colour, each.size) for each in scene.objects) for scene in scenes]
-    assert len({looks[index] for index in indices}) == 64 == len({*looks})  # none was passed over without need
+    assert len({looks[index] for index in indices}) == 40 == len({*looks})  # none was passed over without need
 
 
 def test_distinct_shapes_have_no_caption_in_common():
     """Of two objects too, which a caption may name in either order."""
-    source = data.ShapesSource("val", 16, max_objects=2, num_examples=800)
+    source = data.ShapesSource("train", 16, max_objects=2, num_examples=800)
     indices = examples.distinct(source, 800)
     assert len(indices) > 400
     seen = {}

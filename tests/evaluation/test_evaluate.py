@@ -49,7 +49,7 @@ def test_measures_and_functions_have_the_same_names():
 
 FIGURES = {
     "attributes": {"colour", "shape", "size", "count", "all"},
-    "retrieval": {f"{way}_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)},
+    "retrieval": {f"{way}_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5)},
     "zero_shot": {"top_1", "top_5"},
     "linear_probe": {"accuracy"},
     "prior": {"cosine_image", "cosine_text", "cosine_unrelated", "nearest"},
@@ -118,8 +118,7 @@ def test_samples_are_those_of_text2image(system, tmp_path):
     evaluate(system, "clip_score", out=tmp_path, num=3, batch_size=4)
     captions = json.loads((tmp_path / "samples/data/00000.json").read_text())
     assert captions == [DATA.caption(index) for index in range(3)]
-    with pytest.warns(d2.SystemWarning):  # of long captions
-        expected = system.text2image([*captions, captions[0]], num=1, seed=1, batch_size=4)
+    expected = system.text2image([*captions, captions[0]], num=1, seed=1, batch_size=4)
     np.testing.assert_array_equal(np.load(tmp_path / "samples/data/00000.npy"), expected.numpy[:3])
 
 

@@ -36,7 +36,7 @@ def benchmark():
 @pytest.fixture(scope="module")
 def data(benchmark):
     """Rendered scenes of one object, of different colours and shapes."""
-    source = ShapesSource("val", SIDE, jitter=0.04)
+    source = ShapesSource("val", SIDE, max_objects=1, jitter=0.04)
     scenes = [source.scene(index) for index in range(COUNT)]
     captions = [source.caption(index) for index in range(COUNT)]
     return benchmark("measured").HeldOut(scenes, captions, np.stack([render(scene, SIDE) for scene in scenes]))

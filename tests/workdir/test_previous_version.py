@@ -17,6 +17,9 @@ from PIL import Image
 import dalle2_jax as d2
 from dalle2_jax.config.experiment import Experiment
 from dalle2_jax.config.stored import stored_experiment
+from dalle2_jax.data.synthetic import shapes
+from dalle2_jax.data.synthetic.polygons import EXTENT
+from dalle2_jax.data.synthetic.scenes import Scene, SceneObject
 from dalle2_jax.run import train_stage
 from dalle2_jax.workdir.folder import StageFolder
 
@@ -52,7 +55,21 @@ def test_it_samples_the_same_image(system):
     assert levels.max() <= 1  # the recording is of another machine
 
 
-def test_its_decoder_resumes(system):
+def previous_scene(rng, looks, max_objects, jitter):
+    """Scene of one object as version 0.1 samples it, with combinations that are held out now."""
+    pairs = [(colour, shape) for colour in shapes.COLOURS for shape in shapes.SHAPES]
+    pairs = [pair for pair in pairs if pair not in shapes.HELD_OUT_PAIRS]
+    assert int(rng.integers(1, max_objects + 1)) == 1
+    (colour, shape), size, background = (
+        values[rng.integers(len(values))] for values in (pairs, list(shapes.SIZES), list(shapes.BACKGROUNDS))
+    )
+    [place] = shapes._place_one(rng, jitter, EXTENT * shapes.radius_of(size, 1) + shapes._MARGIN)
+    return Scene((SceneObject(shape, colour, size, *place),), background)
+
+
+def test_its_decoder_resumes(system, monkeypatch):
+    """On the data of version 0.1: the data set has changed, and the run has not."""
+    monkeypatch.setattr(shapes, "_random_scene", previous_scene)
     longer = experiment_of("decoder", total_steps=6)
     state = train_stage(longer, system, show_progress=False)
     assert int(state.step) == 6
