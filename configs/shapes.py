@@ -34,7 +34,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from dalle2_jax.config.page_defaults import distilled, for_gpu, machine_config
+from dalle2_jax.config.page_defaults import CLEAN_IMAGE_DIFFUSION, distilled, for_gpu, machine_config, small_upsampler
 from dalle2_jax.errors import choose
 
 
@@ -143,13 +143,7 @@ def decoder() -> ConfigDict:
         "text_emb_proj": True,
     }
     config.conditioning = {"drop_image": 0.5, "drop_text": 0.1}
-    config.diffusion = {
-        "schedule": "cosine",
-        "num_steps": 1000,
-        "prediction": "x0",
-        "weighting": "snr",
-        "max_weight": 5.0,
-    }
+    config.diffusion = dict(CLEAN_IMAGE_DIFFUSION)
     config.sampling = {"name": "dpmpp_2m", "steps": "logsnr15", "guidance": 2.0, "clip_sample": 1.0}
     return config
 
@@ -181,29 +175,7 @@ def decoder_large() -> ConfigDict:
 
 def upsampler_1() -> ConfigDict:
     """A U-Net of convolutions alone, on a 32x32 grid."""
-    config = common(1500, 16, 3e-3, resolution=64)
-    config.model = {
-        "image_size": 64,
-        "in_channels": 6,
-        "patch_size": 2,
-        "channels": 16,
-        "channel_mult": (1, 2),
-        "num_res_blocks": 1,
-        "attention_resolutions": (),
-        "middle_attention": False,
-        "norm_groups": 8,
-        "scale_shift": False,
-    }
-    config.conditioning = {"low_size": 32, "crop_fraction": 0.5}
-    config.diffusion = {
-        "schedule": "cosine",
-        "num_steps": 1000,
-        "prediction": "x0",
-        "weighting": "snr",
-        "max_weight": 5.0,
-    }
-    config.sampling = {"name": "ddim", "steps": 8, "clip_sample": 1.0}
-    return config
+    return small_upsampler(common(1500, 16, 3e-3, resolution=64), channels=16)
 
 
 def upsampler_1_large() -> ConfigDict:

@@ -10,6 +10,16 @@ from ml_collections import ConfigDict
 
 Section = Mapping[str, Any]
 
+CLEAN_IMAGE_DIFFUSION: Section = {
+    "schedule": "cosine",
+    "num_steps": 1000,
+    "prediction": "x0",
+    "weighting": "snr",
+    "max_weight": 5.0,
+}
+"""Section ``diffusion`` of small networks of images: x_0, weighted by the signal-to-noise ratio up to a bound, so that
+the last steps of sampling do not take all of a short training."""
+
 
 def machine_config(total_steps: int, batch_size: int, data: Section, text: Section, lr: float) -> ConfigDict:
     """Returns a training config for one machine: a laptop's CPU, or one GPU (`for_gpu`).
@@ -50,6 +60,31 @@ def for_gpu(config: ConfigDict) -> ConfigDict:
     """Returns a config of `machine_config` changed for the longer runs of one GPU, with samples and data workers."""
     config.update(log_every=100, checkpoint_every=1000, sample_every=2000, workers=8)
     cast(ConfigDict, config.optim).update(warmup_steps=500, ema_decay=0.9995)
+    return config
+
+
+def small_upsampler(config: ConfigDict, channels: int) -> ConfigDict:
+    """Returns a config of `machine_config` with the other sections of an upsampler from 32x32 to 64x64 pixels.
+
+    Args:
+      config: of a run.
+      channels: of the U-Net of convolutions alone, at its first level, a grid of 32x32.
+    """
+    config.model = {
+        "image_size": 64,
+        "in_channels": 6,
+        "patch_size": 2,
+        "channels": channels,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (),
+        "middle_attention": False,
+        "norm_groups": 8,
+        "scale_shift": False,
+    }
+    config.conditioning = {"low_size": 32, "crop_fraction": 0.5}
+    config.diffusion = dict(CLEAN_IMAGE_DIFFUSION)
+    config.sampling = {"name": "ddim", "steps": 8, "clip_sample": 1.0}
     return config
 
 

@@ -7,7 +7,7 @@ from dalle2_jax.evaluation.attributes import attribute_accuracy
 
 
 def _examples(count, max_objects):
-    source = ShapesSource("val", 64, max_objects=max_objects)
+    source = ShapesSource("train", 64, max_objects=max_objects)
     images = np.stack([example(source, index)["image"] for index in range(count)])
     return images, [source.scene(index) for index in range(count)], [source.caption(index) for index in range(count)]
 
@@ -22,7 +22,7 @@ def test_rendered_images_score_one_and_shuffled_captions_chance():
     assert 0 < measured["n"]["relation"] < 200 and 0 < measured["n"]["background"] < 200  # where the caption names it
     shuffled = measured["shuffled"]
     assert shuffled.keys() == measured["matched"].keys()
-    assert shuffled["all"] < 0.08 and shuffled["colour"] < 0.2 and 0.3 < shuffled["count"] < 0.7
+    assert shuffled["all"] < 0.03 and shuffled["colour"] < 0.2 and 0.3 < shuffled["count"] < 0.7
     assert attribute_accuracy(images, scenes, captions) == measured
     assert attribute_accuracy(images, scenes, captions, seed=1)["shuffled"] != shuffled
 

@@ -66,11 +66,11 @@ def test_a_few_examples_are_spread_over_a_sorted_data_set(monkeypatch):
 
 def test_distinct_shapes_differ_in_more_than_the_background():
     """Captions may omit the background, so two scenes that differ in it alone could share a caption."""
-    indices = examples.distinct(SOURCE, 40)
-    assert len(indices) == 40 and indices == sorted(indices)
+    indices = examples.distinct(SOURCE, 64)
+    assert len(indices) == 56 and indices == sorted(indices)
     scenes = [SOURCE.scene(index) for index in range(indices[-1] + 1)]
     looks = [tuple((each.shape, each.colour, each.size) for each in scene.objects) for scene in scenes]
-    assert len({looks[index] for index in indices}) == 40 == len({*looks})  # none was passed over without need
+    assert len({looks[index] for index in indices}) == 56 == len({*looks})  # none was passed over without need
 
 
 def test_distinct_shapes_have_no_caption_in_common():

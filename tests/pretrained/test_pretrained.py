@@ -57,9 +57,8 @@ def test_its_clip_is_that_of_its_contract_and_knows_its_images(name):
         batch = source.fetch(range(32))
         similar = system.embed_text(list(batch["caption"])) @ system.embed_image(batch["image"]).T
         shown = [source.scene(index).attributes[:-1] for index in range(32)]  # a caption may omit the background
-        assert (
-            np.mean([shown[nearest] == own for nearest, own in zip(similar.argmax(0), shown, strict=True)]) > 0.8
-        )  # chance: 1/8
+        nearest = [shown[index] for index in similar.argmax(0)]
+        assert np.mean([found == own for found, own in zip(nearest, shown, strict=True)]) > 0.8  # chance: 1/8
 
 
 # --- names ------------------------------------------------------------------------------------
