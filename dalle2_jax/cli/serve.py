@@ -58,8 +58,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
-    sizes = "sizes of compiled batches (default 1,2,4,8); a single one makes images equal to the last bit at any load"
-    parser.add_argument("--batch_sizes", type=_sizes, default=(1, 2, 4, 8), metavar="N,N,...", help=sizes)
+    sizes = "sizes of compiled batches (default 1,2,4,8,16); a single one makes images equal to the bit at any load"
+    parser.add_argument("--batch_sizes", type=_sizes, default=(1, 2, 4, 8, 16), metavar="N,N,...", help=sizes)
     warmup = "load all systems and compile all batch sizes before the server is ready"
     parser.add_argument("--warmup", action="store_true", help=warmup)
     queue = "images that are accepted and not finished, at most (default %(default)s)"

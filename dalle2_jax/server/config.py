@@ -38,7 +38,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: Path | None = None
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     queue: int = 64
     warmup: bool = False
     memory: int | None = None

@@ -280,7 +280,7 @@ class Cascade:
             cast(int, self.candidates),
             self._stages[name].variables,
             self._clip,
-            self._stream(keys, name),
+            programs.stream_keys(keys, name),
             batch,
             plan,
             self._negative(name, batch, len(requests)),
@@ -298,7 +298,8 @@ class Cascade:
         stage, configs = cast(Any, self._stages[name].stage), self._configs(name, requests)
         plans = {config: stage.plan(config) for config in configs}
         rows = [plans[config] for config in configs]
-        return jax.tree.map(lambda *numbers: self._put(np.asarray(numbers, np.float32))[0], *rows)
+        stacked = jax.tree.map(lambda *numbers: np.asarray(numbers, np.float32), *rows)
+        return jax.device_put(stacked, self._sharding)
 
     def _image_plan(
         self, name: str, requests: Sequence[Request], absent: Mapping[str, jax.Array], **options: Any
@@ -311,7 +312,7 @@ class Cascade:
         self, name: str, keys: jax.Array, batch: Batch, plan: SamplingPlan, callback: StepCallback | None
     ) -> Float[Array, "B H W C"]:
         loaded = self._stages[name]
-        stage, stage_keys = cast(DiffusionStage, loaded.stage), self._stream(keys, name)
+        stage, stage_keys = cast(DiffusionStage, loaded.stage), programs.stream_keys(keys, name)
         negative = self._negative(name, batch, keys.shape[0])
         with programs.observed(callback) as observer:
             return programs.sample_images(
@@ -392,7 +393,4 @@ class Cascade:
         return cast(Batch, {**batch, **captions})
 
     def _put(self, *arrays: np.ndarray) -> list[jax.Array]:
-        return [jax.device_put(array, self._sharding) for array in arrays]
-
-    def _stream(self, keys: jax.Array, name: str) -> jax.Array:
-        return jax.vmap(lambda key: rng.stream(key, name))(keys)
+        return list(jax.device_put(arrays, self._sharding))

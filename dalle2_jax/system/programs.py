@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from dalle2_jax import rng
 from dalle2_jax.stages import (
     ArPriorStage,
     ArSamplingPlan,
@@ -126,6 +127,12 @@ def encode_images(stage: ClipStage, clip: Variables, image: UInt8[Array, "B S S 
 def request_keys(key: Key[Array, ""], index: Int[Array, "B"], sample: Int[Array, "B"]) -> Key[Array, "B"]:
     """Returns the key of each request: fold_in(fold_in(key, index), sample)."""
     return jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j))(index, sample)
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def stream_keys(keys: Key[Array, "B"], name: str) -> Key[Array, "B"]:
+    """Returns the key of a stage's stream, by its name, for each request."""
+    return jax.vmap(lambda key: rng.stream(key, name))(keys)
 
 
 @jax.jit

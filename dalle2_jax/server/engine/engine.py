@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from dalle2_jax.errors import UsageError, UserError
 from dalle2_jax.server.engine.queue import Entry, FairQueue, Finished, Item, Step
 
-SIZES = (1, 2, 4, 8)
+SIZES = (1, 2, 4, 8, 16)
 """Default batch sizes."""
 
 _SMOOTHING = 0.9
