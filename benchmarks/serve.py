@@ -33,6 +33,9 @@ PROMPT = "a large red circle"
 SIZES = (1, 2, 4, 8, 16)
 """Batch sizes of the sampler alone; those of the server are its defaults."""
 
+RAMP_SECONDS = 1.5
+"""From the start of clients until they are counted."""
+
 READY_SECONDS, ASK_SECONDS, STORM_SECONDS, END_SECONDS = 900.0, 300.0, 300.0, 90.0
 """Until the server is ready, for an answer, for all requests of the 50 clients, and for the server to end."""
 
@@ -113,15 +116,13 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def sampler_alone(system: d2.System, repeats: int) -> dict[int, float]:
-    """Returns seconds per image of the sampler by batch size, the median of several calls."""
+def sampler_alone(system: d2.System) -> dict[int, float]:
+    """Returns seconds per image of the sampler by batch size."""
+    return {size: timed(lambda size=size: _sample(system, size)) / size for size in SIZES}
 
-    def seconds(size: int) -> float:
-        system.text2image(PROMPT, num=size, seed=0, batch_size=size)  # compiles
-        times = [timed(lambda: system.text2image(PROMPT, num=size, seed=0, batch_size=size)) for _ in range(repeats)]
-        return float(np.median(times)) / size
 
-    return {size: seconds(size) for size in SIZES}
+def _sample(system: d2.System, size: int) -> object:
+    return system.text2image(PROMPT, num=size, seed=0, batch_size=size)
 
 
 def idle(server: Server, system: d2.System, repeats: int) -> dict[str, float]:
@@ -139,17 +140,35 @@ def idle(server: Server, system: d2.System, repeats: int) -> dict[str, float]:
     return {"latency": medians[0], "overhead": medians[1], "ratio": medians[0] / medians[2]}
 
 
+def crowd(server: Server, system: d2.System, count: int, seconds: float, repeats: int) -> tuple[dict, dict]:
+    """Returns seconds per image of the sampler by batch size, and the rate and batches of so many clients.
+
+    They take turns, ``repeats`` times, as in `idle`.
+    """
+    _ = sampler_alone(system)  # compiles
+    names = ("dalle2_batch_rows_total", "dalle2_batch_slots_total")
+    before, alone, rates = [server.metric(name) for name in names], [], []
+    for _ in range(repeats):
+        alone.append(sampler_alone(system))
+        rates.append(throughput(server, count, seconds / repeats))
+    rows, slots = (server.metric(name) - value for name, value in zip(names, before, strict=True))
+    medians = {size: float(np.median([times[size] for times in alone])) for size in SIZES}
+    rate = float(np.median(rates))
+    return medians, {"images_per_second": rate, "ratio": rate * min(medians.values()), "fill": rows / slots}
+
+
 def throughput(server: Server, count: int, seconds: float) -> float:
-    """Returns images per second of so many clients."""
-    start, done = time.perf_counter(), [0] * count
+    """Returns images per second of so many clients, after `RAMP_SECONDS`."""
+    start, done = time.perf_counter() + RAMP_SECONDS, list[float]()
 
     def work(client: int) -> None:
         while time.perf_counter() < start + seconds:
             status, _ = server.generate(client)
-            done[client] += status == 200
+            if status == 200:
+                done.append(time.perf_counter())
 
     clients(count, work)
-    return sum(done) / (time.perf_counter() - start)
+    return sum(start <= moment < start + seconds for moment in done) / seconds
 
 
 def storm(server: Server, system: d2.System, requests: int, count: int) -> dict[str, float]:
@@ -217,9 +236,9 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", default="shapes")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of the measurement of throughput")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the measurement of throughput")
     parser.add_argument(
-        "--repeats", type=int, default=5, help="calls of the sampler a size; eight times as many requests"
+        "--repeats", type=int, default=5, help="turns of the sampler and the clients; eight times as many requests"
     )
     parser.add_argument("--requests", type=int, default=500, help="of 50 clients")
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of load, for the growth of memory; only that")
@@ -235,14 +254,10 @@ def main() -> None:
             record("soak", {"seconds": options.soak, **soak(server, options.soak)})
         else:
             system = d2.load(options.system)
-            record("sampler alone", sampler_alone(system, options.repeats))
+            alone, many = crowd(server, system, 16, options.seconds, options.repeats)
+            record("sampler alone", alone)
+            record("16 clients", many)
             record("idle", idle(server, system, 8 * options.repeats))
-            names = ("dalle2_batch_rows_total", "dalle2_batch_slots_total")
-            before = [server.metric(name) for name in names]
-            rate = throughput(server, 16, options.seconds)
-            rows, slots = (server.metric(name) - value for name, value in zip(names, before, strict=True))
-            best = min(results["sampler alone"].values())
-            record("16 clients", {"images_per_second": rate, "ratio": rate * best, "fill": rows / slots})
             record("50 clients", storm(server, system, options.requests, 50))
     print(table(results))
 

@@ -168,6 +168,8 @@ def _with_settings(member: LoadedStage, settings: StageSettings) -> SamplingConf
     """Returns a stage's sampling config with other values for some fields."""
     stage = cast(DiffusionStage | ArPriorStage, member.stage)
     own = stage.sampling
+    if not settings:
+        return own
     known = {field.name: getattr(own, field.name) for field in dataclasses.fields(own)}
     for name in settings:
         choose_field(f"setting of {stage.name}", name, known, f"{stage.name}.{name}")

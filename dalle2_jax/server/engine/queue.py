@@ -18,7 +18,9 @@ MIN_FILL = 0.75
 """Share of a batch's size that must be rows and no padding, where a smaller size can be filled instead."""
 
 MAX_PASSES = 4
-"""Batches of other steps that run while the row with the smallest tag waits; then its step is next."""
+"""Batches of other steps that run while the row with the smallest tag waits; then its step is next.
+
+Steps of single items do not count: they take a thousandth of the time, and many requests arrive when a batch ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ class FairQueue:
         batch, rest = entries[:count], entries[count:]
         if rest:
             self._waiting[step] = rest
-        if oldest not in batch:
+        if step.batched and oldest not in batch:
             oldest.passes += 1
         self._virtual = max(self._virtual, batch[-1].tag)
         return batch
