@@ -7,7 +7,7 @@ import pytest
 
 from dalle2_jax.server.engine.queue import MAX_PASSES, FairQueue, Item, Step
 
-FIRST, LAST = Step("decoder", 1), Step("upsampler", 2)
+PREPARE, FIRST, LAST = Step("prepare", 0, batched=False), Step("decoder", 1), Step("upsampler", 2)
 
 
 def submit(queue, owner, rows, step=FIRST):
@@ -85,7 +85,7 @@ def test_full_batches_of_the_last_step_come_first_and_else_the_earliest_step():
 
 def test_items_that_cannot_share_a_batch_run_alone():
     queue = FairQueue()
-    submit(queue, "a", 3, Step("prepare", 0, batched=False))
+    submit(queue, "a", 3, PREPARE)
     assert [len(queue.take((8,))) for _ in range(4)] == [1, 1, 1, 0]
 
 
@@ -99,6 +99,25 @@ def test_rare_settings_wait_for_a_bounded_number_of_batches():
         submit(queue, "common", 16)
         batches += 1
     assert batches <= MAX_PASSES
+
+
+def test_requests_that_arrive_together_are_prepared_before_a_batch_with_room_runs():
+    """Their rows then fill it, or a batch of their own."""
+    queue = FairQueue()
+    submit(queue, "waiting", 4, LAST)
+    submit(queue, "returned", 8, PREPARE)
+    assert [queue.take((8,))[0].item.step for _ in range(9)] == [PREPARE] * 8 + [LAST]
+
+
+def test_single_items_that_never_end_let_others_run():
+    queue = FairQueue()
+    submit(queue, "waiting", 1)
+    batches = 0
+    submit(queue, "flood", 2, PREPARE)
+    while not owners(queue.take((8,)))["waiting"]:
+        submit(queue, "flood", 2, PREPARE)
+        batches += 1
+    assert batches <= 8 * MAX_PASSES
 
 
 @pytest.mark.parametrize("seed", range(5))

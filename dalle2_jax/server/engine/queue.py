@@ -20,7 +20,8 @@ MIN_FILL = 0.75
 MAX_PASSES = 4
 """Batches of other steps that run while the row with the smallest tag waits; then its step is next.
 
-Steps of single items do not count: they take a thousandth of the time, and many requests arrive when a batch ends."""
+Of steps of single items, as many as a batch has rows count as one: when a batch ends, its clients' next requests arrive
+together, and a row that waits for them is in a full batch after that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Entry:
     item: Item
     tag: float
     serial: int
-    passes: int = 0
+    passes: float = 0.0
 
     @property
     def order(self) -> tuple[float, int]:
@@ -137,8 +138,8 @@ class FairQueue:
         batch, rest = entries[:count], entries[count:]
         if rest:
             self._waiting[step] = rest
-        if step.batched and oldest not in batch:
-            oldest.passes += 1
+        if oldest not in batch:
+            oldest.passes += 1 if step.batched else 1 / max(sizes)
         self._virtual = max(self._virtual, batch[-1].tag)
         return batch
 
