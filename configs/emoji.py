@@ -7,12 +7,13 @@
 
 | stage       | images               | minutes | `,large`, for one GPU      |
 | ----------- | -------------------- | ------- | -------------------------- |
-| clip        | 32x32, patches of 8  | 10      | 64x64, batch 1024          |
-| prior       | embeddings           | 16      | 8 layers of width 512      |
-| decoder     | 32x32, folded 2x2    | 100     | 64x64, attention at 16, 8  |
+| clip        | 32x32, patches of 8  | 15      | 64x64, batch 1024          |
+| prior       | embeddings           | 13      | 8 layers of width 512      |
+| decoder     | 32x32, folded 2x2    | 180     | 64x64, attention at 16, 8  |
 | upsampler_1 | 32 -> 64, folded 2x2 | 8       | 64 -> 256                  |
 
-Minutes are those of two CPU cores; `ar_prior` (11) takes the place of the prior.
+Minutes are those of two cores of an Intel Xeon (Sapphire Rapids), the decoder's by the rate of its first steps; in
+bfloat16, as docs/performance.md describes, it takes 110. `ar_prior` (11) takes the place of the prior.
 
 The style is a part of the caption ("a red apple, noto emoji"). For the large form (`configs/emoji.py:decoder,large`)
 make the data with `dalle2 data emoji runs/emoji-data-256 --resolution 256`; all stages of a system must be of one form.
@@ -53,7 +54,7 @@ def large(total_steps: int, batch_size: int, lr: float, resolution: int) -> Conf
 
 def clip() -> ConfigDict:
     """A ViT of 16 patches and a text encoder of 3 layers."""
-    config = common(3000, 128, 1e-3, resolution=32)
+    config = common(2000, 128, 1e-3, resolution=32)
     config.data.crop = "shift"
     config.model = {
         "embed_dim": 128,
@@ -84,7 +85,7 @@ def clip_large() -> ConfigDict:
 
 def prior() -> ConfigDict:
     """4 layers of width 128; it predicts the embedding."""
-    config = common(8000, 64, 1e-3, resolution=32)
+    config = common(3000, 64, 1e-3, resolution=32)
     config.model = {"width": 128, "layers": 4, "heads": 4, "text_input": "tokens"}
     config.conditioning = {"drop_text": 0.1}
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}

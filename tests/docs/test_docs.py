@@ -82,6 +82,7 @@ ABSENT = (
     "laion/images",
     "configs/emoji.py",
     "emoji/images",
+    "folder:runs/emoji-data",
     "published/",
     "runs/inception",
     "runs/lpips",

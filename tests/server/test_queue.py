@@ -101,7 +101,7 @@ def test_rare_settings_wait_for_a_bounded_number_of_batches():
     assert batches <= MAX_PASSES
 
 
-def test_requests_that_arrive_together_are_prepared_before_a_batch_with_room_runs():
+def test_requests_that_arrive_together_are_prepared_before_a_partial_batch_runs():
     """Their rows then fill it, or a batch of their own."""
     queue = FairQueue()
     submit(queue, "waiting", 4, LAST)
