@@ -9,11 +9,11 @@
 | ----------- | -------------------- | ------- | -------------------------- |
 | clip        | 32x32, patches of 8  | 15      | 64x64, batch 1024          |
 | prior       | embeddings           | 13      | 8 layers of width 512      |
-| decoder     | 32x32, folded 2x2    | 180     | 64x64, attention at 16, 8  |
-| upsampler_1 | 32 -> 64, folded 2x2 | 8       | 64 -> 256                  |
+| decoder     | 32x32, folded 2x2    | 220     | 64x64, attention at 16, 8  |
+| upsampler_1 | 32 -> 64, folded 2x2 | 4       | 64 -> 256                  |
 
 Minutes are those of two cores of an Intel Xeon (Sapphire Rapids), the decoder's by the rate of its first steps; in
-bfloat16, as docs/performance.md describes, it takes 110. `ar_prior` (11) takes the place of the prior.
+bfloat16, as docs/performance.md describes, it takes 140. `ar_prior` (11) takes the place of the prior.
 
 The style is a part of the caption ("a red apple, noto emoji"). For the large form (`configs/emoji.py:decoder,large`)
 make the data with `dalle2 data emoji runs/emoji-data-256 --resolution 256`; all stages of a system must be of one form.
@@ -125,7 +125,7 @@ def decoder() -> ConfigDict:
 
     Without ``input_skip`` no share of the noise reaches the output, so that backgrounds are plain.
     """
-    config = common(45_000, 16, 1e-3, resolution=32)
+    config = common(28_000, 32, 1.5e-3, resolution=32)
     config.model = {
         "unet": {
             "image_size": 32,
@@ -143,7 +143,7 @@ def decoder() -> ConfigDict:
         "text_input": "tokens",
         "text": {"width": 96, "layers": 2, "heads": 4, "activation": "gelu"},
     }
-    config.conditioning = {"drop_image": 0.1, "drop_text": 0.3}
+    config.conditioning = {"drop_image": 0.2, "drop_text": 0.2}
     config.diffusion = dict(CLEAN_IMAGE_DIFFUSION)
     config.sampling = {"name": "dpmpp_2m", "steps": "logsnr20", "guidance": 2.0, "clip_sample": 1.0}
     return config
@@ -176,7 +176,7 @@ def decoder_large() -> ConfigDict:
 
 def upsampler_1() -> ConfigDict:
     """A U-Net of convolutions alone, on a 32x32 grid."""
-    return small_upsampler(common(6000, 16, 2e-3, resolution=64), channels=24)
+    return small_upsampler(common(3000, 16, 2e-3, resolution=64), channels=24)
 
 
 def upsampler_1_large() -> ConfigDict:
