@@ -118,11 +118,11 @@ def timed(function: Callable[[], object]) -> float:
 
 def sampler_alone(system: d2.System) -> dict[int, float]:
     """Returns seconds per image of the sampler by batch size."""
-    return {size: timed(lambda size=size: _sample(system, size)) / size for size in SIZES}
 
+    def sample(size: int) -> object:
+        return system.text2image(PROMPT, num=size, seed=0, batch_size=size)
 
-def _sample(system: d2.System, size: int) -> object:
-    return system.text2image(PROMPT, num=size, seed=0, batch_size=size)
+    return {size: timed(lambda size=size: sample(size)) / size for size in SIZES}
 
 
 def idle(server: Server, system: d2.System, repeats: int) -> dict[str, float]:
@@ -145,7 +145,7 @@ def crowd(server: Server, system: d2.System, count: int, seconds: float, repeats
 
     They take turns, ``repeats`` times, as in `idle`.
     """
-    _ = sampler_alone(system)  # compiles
+    sampler_alone(system)  # compiles
     names = ("dalle2_batch_rows_total", "dalle2_batch_slots_total")
     before, alone, rates = [server.metric(name) for name in names], [], []
     for _ in range(repeats):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dalle2_jax.errors import ConfigError, shown
+from dalle2_jax.server.engine.engine import SIZES
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -38,7 +39,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: Path | None = None
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    batch_sizes: tuple[int, ...] = SIZES
     queue: int = 64
     warmup: bool = False
     memory: int | None = None

@@ -168,15 +168,13 @@ def _with_settings(member: LoadedStage, settings: StageSettings) -> SamplingConf
     """Returns a stage's sampling config with other values for some fields."""
     stage = cast(DiffusionStage | ArPriorStage, member.stage)
     own = stage.sampling
-    if not settings:
-        return own
     known = {field.name: getattr(own, field.name) for field in dataclasses.fields(own)}
     for name in settings:
         choose_field(f"setting of {stage.name}", name, known, f"{stage.name}.{name}")
     if "name" in settings:  # the config's eta and variance belong to the sampler that the config names
         settings = {"eta": 0.0, "variance": "auto", **settings}
     try:
-        config = expand(type(own), {**known, **settings}, stage.name)
+        config: Any = expand(type(own), {**known, **settings}, stage.name) if settings else own
         stage.check_sampling(config)
     except UserError as error:
         message = str(error).removeprefix("config.")

@@ -32,6 +32,13 @@ def test_left_out_all_is_as_the_config_says():
     assert sampling_of() == {name: testing.tiny_stage(kind).sampling for name, kind in STAGES.items()}
 
 
+def test_what_the_config_says_is_checked_too():
+    decoder = testing.tiny_stage("decoder")
+    sampling = dataclasses.replace(decoder.sampling, name="ddpm", variance="analytic")
+    with pytest.raises(UsageError, check=mentions("decoder", "noise_statistics")):
+        sampling_of(decoder=dataclasses.replace(decoder, sampling=sampling, noise_statistics=None))
+
+
 WORDS = {
     # the word of an option: what may follow it, and the fields of SamplingConfig that it decides
     "sampler": ("dpmpp_2m", {"name": "dpmpp_2m"}),

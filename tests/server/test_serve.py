@@ -27,6 +27,7 @@ from served import FEW, FEW_WITHOUT_PRIOR, TIMEOUT, png, running
 
 from dalle2_jax.cli.serve import EXTRA, make_parser, read_config
 from dalle2_jax.errors import UsageError, UserError
+from dalle2_jax.server import ServerConfig
 from dalle2_jax.server import serve as serving
 
 
@@ -273,6 +274,7 @@ def test_options_of_the_command(tmp_path):
     assert config.systems == {"a": "runs/a", "shapes": "shapes"}
     assert config.batch_sizes == (1, 8) and config.memory == 2_500_000_000 and config.host == "127.0.0.1"
     assert parsed("--system", "https://example.org/demo.zip").systems == {"demo.zip": "https://example.org/demo.zip"}
+    assert parsed("--system", "a").batch_sizes == ServerConfig({"a": "a"}).batch_sizes
     keys = parsed("--system", "a", "--host", "0.0.0.0", "--api_keys", str(tmp_path / "keys"))
     assert not keys.is_local
 
