@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -59,6 +59,12 @@ FORMATS = ("arrayrecord", "webdataset")
 STYLES, EMOJI_SIDES = ("noto", "fluent_3d", "fluent_flat", "twemoji"), (32, 64, 128, 256)
 """Styles of emoji, as in data/emoji/styles.py, and the sizes at which they are written."""
 
+GROUPS = (
+    *("smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places"),
+    *("activities", "objects", "symbols", "flags"),
+)
+"""Groups of emoji, as in data/emoji/concepts.py."""
+
 MAX_REJECTED, SHARD_SIZE = 0.1, 10_000
 """Defaults of data/images/source.py and data/embeddings/write.py."""
 
@@ -92,7 +98,7 @@ def write_emoji(options: argparse.Namespace) -> None:
     """Writes the data set of emoji."""
     from dalle2_jax.data import emoji
 
-    selection = emoji.Selection(options.styles, options.skin_tones, options.flags)
+    selection = emoji.Selection(options.styles, options.skin_tones, options.flags, options.groups)
     counts = emoji.write(options.out, selection, options.resolution, options.packages, options.tar)
     splits = ", ".join(f"{count} images of {split}" for split, count in counts.items())
     print(f"{options.out}: {splits}, in the styles {', '.join(options.styles)}")
@@ -297,16 +303,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _styles(word: str) -> tuple[str, ...]:
-    """Reads names of styles separated by commas, for an argument parser."""
-    names = tuple(word.split(","))
-    if {*names} - {*STYLES} or len({*names}) < len(names):
-        raise argparse.ArgumentTypeError(f"{word!r} is not a list of different styles of {','.join(STYLES)}")
+def _names_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Returns a reader of different names, separated by commas, for an argument parser."""
+
+    def names(word: str) -> tuple[str, ...]:
+        found = tuple(word.split(","))
+        if {*found} - {*known} or len({*found}) < len(found):
+            raise argparse.ArgumentTypeError(f"{word!r} is not a list of different names of {','.join(known)}")
+        return found
+
     return names
 
 
 def _add_emoji(emoji: argparse.ArgumentParser) -> None:
-    emoji.add_argument("--styles", type=_styles, default=STYLES, help=f"styles to write (default {','.join(STYLES)})")
+    for name, known in (("styles", STYLES), ("groups", GROUPS)):
+        which = f"{name} to write (default {','.join(known)})"
+        emoji.add_argument(f"--{name}", type=_names_of(known), default=known, help=which)
     side = "side of the images in pixels (default %(default)s)"
     emoji.add_argument("--resolution", type=int, choices=EMOJI_SIDES, default=64, help=side)
     emoji.add_argument("--skin_tones", action="store_true", help="add people and hands in five skin tones")

@@ -22,6 +22,7 @@ from dalle2_jax.cli import data as data_command
 from dalle2_jax.cli.process import quiet, run_cli
 from dalle2_jax.config import pages, shipped
 from dalle2_jax.data.embeddings import write
+from dalle2_jax.data.emoji import concepts, styles
 from dalle2_jax.data.images import source
 from dalle2_jax.data.tools import convert
 from dalle2_jax.errors import TemporaryError, UsageError, UserError
@@ -273,6 +274,7 @@ def test_help_imports_nothing_heavy(command):
 def test_the_light_parsers_know_the_library():
     """Parsers repeat a few names and defaults of modules that take long to import."""
     assert data_command.FORMATS == (*convert.FORMATS,)
+    assert (data_command.STYLES, data_command.GROUPS) == ((*styles.STYLES,), concepts.GROUPS)
     assert (data_command.MAX_REJECTED, data_command.SHARD_SIZE) == (source.MAX_REJECTED, write.SHARD_SIZE)
 
 

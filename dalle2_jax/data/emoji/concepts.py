@@ -9,6 +9,12 @@ from dalle2_jax.data.emoji.packages import PACKAGES, PackageFiles, open_package
 SKIN_TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
 """Names of emojibase's numbers of skin tones."""
 
+GROUPS = (
+    *("smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places"),
+    *("activities", "objects", "symbols", "flags"),
+)
+"""Unicode's groups of emoji."""
+
 NATIONAL_FLAGS = ("country-flag", "subdivision-flag")
 """Subgroups of flags that only their details distinguish."""
 

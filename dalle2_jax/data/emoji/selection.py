@@ -8,9 +8,9 @@ with captions that are not in training.
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dalle2_jax.data.emoji.concepts import NATIONAL_FLAGS, Concept
+from dalle2_jax.data.emoji.concepts import GROUPS, NATIONAL_FLAGS, Concept
 from dalle2_jax.data.emoji.styles import STYLES, Drawing
 from dalle2_jax.errors import UsageError, choose
 
@@ -28,25 +28,33 @@ class Selection:
         styles: names of `STYLES`.
         skin_tones: whether to include the variants of people and hands in five skin tones, which would be half of all.
         flags: whether to include the flags of countries and regions, which only small details distinguish.
+        groups: names of `GROUPS`.
 
     Raises:
-        UsageError: there are no styles, an unknown one, or one twice.
+        UsageError: there are no styles or no groups, an unknown one, or one twice.
     """
 
     styles: tuple[str, ...] = tuple(STYLES)
     skin_tones: bool = False
     flags: bool = False
+    groups: tuple[str, ...] = GROUPS
 
     def __post_init__(self) -> None:
-        for name in self.styles:
-            choose("style", name, STYLES)
-        if not self.styles or len({*self.styles}) < len(self.styles):
-            raise UsageError(f"styles must name at least one style and none twice: {', '.join(STYLES)}")
+        _check_names("style", self.styles, STYLES)
+        _check_names("group", self.groups, dict.fromkeys(GROUPS))
 
     def includes(self, concept: Concept) -> bool:
         """Returns whether a concept is in the data set."""
         toned, flag = bool(concept.skin_tone), concept.subgroup in NATIONAL_FLAGS
-        return (self.skin_tones or not toned) and (self.flags or not flag)
+        return concept.group in self.groups and (self.skin_tones or not toned) and (self.flags or not flag)
+
+
+def _check_names(kind: str, names: tuple[str, ...], known: Mapping[str, Any]) -> None:
+    """Raises UsageError unless these are different ones of the known names."""
+    for name in names:
+        choose(kind, name, known)
+    if not names or len({*names}) < len(names):
+        raise UsageError(f"{kind}s must name at least one {kind} and none twice: {', '.join(known)}")
 
 
 class Emoji(NamedTuple):

@@ -126,6 +126,7 @@ def _description(selection: Selection, resolution: int, tallies: Mapping[str, _T
         "resolution": resolution,
         "skin_tones": selection.skin_tones,
         "flags": selection.flags,
+        "groups": list(selection.groups),
         "styles": {
             style: {"licence": STYLES[style].licence, "credit": STYLES[style].credit} for style in selection.styles
         },

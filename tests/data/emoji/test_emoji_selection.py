@@ -65,10 +65,17 @@ def test_selection_excludes_tones_and_national_flags_by_default(concepts):
     assert all(Selection(skin_tones=True, flags=True).includes(concept) for concept in concepts.values())
 
 
-@pytest.mark.parametrize("styles", [(), ("noto", "noto"), ("notto",)])
-def test_invalid_styles_are_rejected(styles):
+def test_selection_by_groups(concepts):
+    chosen = {key for key, concept in concepts.items() if Selection(groups=("food-drink", "flags")).includes(concept)}
+    assert chosen == {"1f34e"}
+
+
+@pytest.mark.parametrize("names", [(), ("noto", "noto"), ("notto",), ("food-drink", "food-drink")])
+def test_invalid_styles_and_groups_are_rejected(names):
     with pytest.raises(UsageError):
-        Selection(styles)
+        Selection(styles=names)
+    with pytest.raises(UsageError):
+        Selection(groups=names)
 
 
 # --- splits -------------------------------------------------------------------------------------

@@ -49,6 +49,21 @@ def test_the_command_writes_a_source(packages, tmp_path, capsys):
         np.testing.assert_allclose(image[16, 16], ImageColor.getrgb(COLORS[key]), atol=2)
 
 
+def test_only_the_named_groups_are_written(packages, tmp_path):
+    out = tmp_path / "emoji"
+    command = ["data", "emoji", str(out), "--styles", "noto,fluent_3d", "--from", str(packages), "--groups"]
+    assert main([*command, "food-drink,flags"]) == 0
+    source = FolderSource(out, "train", 32)
+    assert {source.records.read(index).fields["concept"] for index in range(len(source))} == {"red apple"}
+    assert json.loads((out / "dataset.json").read_text())["groups"] == ["food-drink", "flags"]
+
+
+@pytest.mark.parametrize(("option", "names"), [("--groups", "fruit"), ("--groups", "flags,flags"), ("--styles", "")])
+def test_unknown_names_are_an_error(tmp_path, capsys, option, names):
+    assert main(["data", "emoji", str(tmp_path / "emoji"), option, names]) == 2
+    assert mentions(option)(capsys.readouterr().err) and not (tmp_path / "emoji").exists()
+
+
 def test_the_output_is_reproducible(packages, tmp_path):
     selection = emoji.Selection(RASTER, skin_tones=True, flags=True)
     counts = [emoji.write(tmp_path / name, selection, 32, packages) for name in ("a", "b")]
