@@ -143,8 +143,8 @@ def idle(server: Server, system: d2.System, repeats: int) -> dict[str, float]:
 def crowd(server: Server, system: d2.System, count: int, seconds: float, repeats: int) -> tuple[dict, dict]:
     """Returns seconds per image of the sampler by batch size, and the rate and batches of so many clients.
 
-    They take turns, ``repeats`` times, as in `idle`. Images are finished a batch at a time, so that the rate of a single
-    turn is exact to a batch: the mean of all turns is returned.
+    They take turns, ``repeats`` times, as in `idle`. Images are finished a batch at a time, so that the rate of a turn
+    is exact to a batch: the mean of all turns is returned.
     """
     sampler_alone(system)  # compiles
     names = ("dalle2_batch_rows_total", "dalle2_batch_slots_total")
