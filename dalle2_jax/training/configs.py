@@ -66,7 +66,7 @@ class OptimConfig:
       ema_decay: largest decay of the averaged weights, see `ema_update`.
       sam_rho: rho of sharpness-aware minimisation, see `sharpness_aware`; 0 turns it off. The paper's CLIP has 0.1.
       name: "adamw", or "adafactor" (Shazeer & Stern 2018, arXiv 1804.04235), whose second moment of a matrix is
-        stored as one row and one column.
+        stored as one row and one column; or "muon", see `optim`.
       mu_dtype: dtype in which the first moment is stored, "float32" or "bfloat16".
       ema_memory: where the averaged weights are stored, "device" or "pinned_host", the memory of the host.
       accumulate: number of micro-batches in which the gradients of a batch are computed, see `accumulation`.
@@ -88,5 +88,5 @@ class OptimConfig:
     ema_memory: str = "device"
 
     def __post_init__(self) -> None:
-        choose("name", self.name, dict.fromkeys(("adamw", "adafactor")))
+        choose("name", self.name, dict.fromkeys(("adamw", "adafactor", "muon")))
         choose("ema_memory", self.ema_memory, dict.fromkeys(("device", HOST)))

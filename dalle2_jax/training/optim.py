@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from dalle2_jax.errors import ConfigError, SystemWarning
 from dalle2_jax.training.configs import OptimConfig
@@ -33,6 +34,10 @@ DECAY_RULES: DecayRules = (
 The default is that of GPT. Ramesh et al. 2022 (App. C) give a weight decay for the priors only, and do not say which
 parameters it applies to. CLIP's own rules are in ``stages.clip``.
 """
+
+
+MUON_MOMENTUM = 0.95
+"""Muon's decay of the momentum."""
 
 
 class Optimizer(NamedTuple):
@@ -183,6 +188,19 @@ def _update_rule(config: OptimConfig, schedule: optax.Schedule, mask: Any) -> op
             weight_decay=config.weight_decay,
             mask=mask,
         )
+    if config.name == "muon":
+        return optax.contrib.muon(
+            schedule,
+            beta=MUON_MOMENTUM,
+            eps=config.eps,
+            mu_dtype=mu_dtype,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=mask,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            muon_weight_dimension_numbers=orthogonalised,
+            consistent_rms=0.2,
+        )
     momentum = [optax.ema(config.beta1, debias=False, accumulator_dtype=mu_dtype)] if config.beta1 else []
     return optax.chain(
         optax.scale_by_factored_rms(),
@@ -191,6 +209,17 @@ def _update_rule(config: OptimConfig, schedule: optax.Schedule, mask: Any) -> op
         optax.add_decayed_weights(config.weight_decay, mask),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def orthogonalised(params: Params) -> Params:
+    """Returns the axes of each kernel that Muon takes as a matrix, inputs by outputs; None for other parameters."""
+
+    def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if leaf.ndim < 2 or not path_name(path).endswith("kernel"):
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 STATE_FIELDS = ("clip_norm", "name", "beta1", "mu_dtype")
