@@ -36,8 +36,14 @@ parameters it applies to. CLIP's own rules are in ``stages.clip``.
 """
 
 
+ONE_FOR_EACH = r"(^|/)(qkv|q|kv|context_kv|fc|image_token_proj)/kernel$"
+"""Kernels [D, ..., K] of one axis of inputs: a matrix [D, K] for each index between."""
+
 MUON_MOMENTUM = 0.95
-"""Muon's decay of the momentum."""
+"""Muon's decay of the momentum; ``beta1`` is that of Adam."""
+
+MUON_RMS = 0.2
+"""Root mean square of Muon's updates at a learning rate of 1, about that of Adam's (Liu et al. 2025, section 2.2)."""
 
 
 class Optimizer(NamedTuple):
@@ -116,7 +122,7 @@ def decay_mask(params: Params, rules: DecayRules = ()) -> Params:
 
 
 def make_optimizer(config: OptimConfig, total_steps: int, decay_rules: DecayRules = ()) -> Optimizer:
-    """Returns the chain of gradient clipping, Adam or Adafactor, decoupled weight decay and learning rate.
+    """Returns the chain of gradient clipping, Adam, Adafactor or Muon, decoupled weight decay and learning rate.
 
     The state's structure follows from `STATE_FIELDS` alone, so that a run may continue with other values.
 
@@ -172,8 +178,11 @@ def sharpness_aware(gradients: Callable[[Params, jax.Array], Any], rho: float) -
 
 
 def _update_rule(config: OptimConfig, schedule: optax.Schedule, mask: Any) -> optax.GradientTransformation:
-    """Returns AdamW, or Adafactor with decoupled weight decay and without a scale by the size of parameters.
+    """Returns AdamW, Muon, or Adafactor with decoupled weight decay and without a scale by the size of parameters.
 
+    Muon updates a matrix by the semi-orthogonal one nearest to its momentum, from five Newton-Schulz iterations (Jordan
+    et al. 2024; Liu et al. 2025, arXiv 2502.16982, eq. 1 and 4). Other parameters have Adam with Nesterov's momentum
+    (Dozat 2016), without weight decay.
     Adafactor's second moment decays as 1 - t^-0.8, and updates are clipped to a root mean square of 1 a parameter
     (Shazeer & Stern 2018, sections 6 and 7.2). With ``beta1`` 0 it stores no first moment.
     """
@@ -198,8 +207,8 @@ def _update_rule(config: OptimConfig, schedule: optax.Schedule, mask: Any) -> op
             weight_decay_mask=mask,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
-            muon_weight_dimension_numbers=orthogonalised,
-            consistent_rms=0.2,
+            muon_weight_dimension_numbers=matrix_axes,
+            consistent_rms=MUON_RMS,
         )
     momentum = [optax.ema(config.beta1, debias=False, accumulator_dtype=mu_dtype)] if config.beta1 else []
     return optax.chain(
@@ -211,13 +220,21 @@ def _update_rule(config: OptimConfig, schedule: optax.Schedule, mask: Any) -> op
     )
 
 
-def orthogonalised(params: Params) -> Params:
-    """Returns the axes of each kernel that Muon takes as a matrix, inputs by outputs; None for other parameters."""
+def matrix_axes(params: Params) -> Params:
+    """Returns the axes of each kernel that Muon takes as a matrix, and None for parameters that Adam updates.
+
+    A matrix has a kernel's inputs, such as the window and the channels of a convolution [H, W, C, D], and its outputs.
+    Of `ONE_FOR_EACH` each head and each of queries, keys and values is a matrix, as is each layer of a scan.
+    """
 
     def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if leaf.ndim < 2 or not path_name(path).endswith("kernel"):
+        name = path_name(path)
+        first = int("blocks" in name.split("/"))
+        last = leaf.ndim - 1
+        if not name.endswith("kernel") or last <= first:
             return None
-        return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+        inputs = (first,) if re.search(ONE_FOR_EACH, name) else tuple(range(first, last))
+        return optax.contrib.MuonDimensionNumbers(inputs, last)
 
     return jax.tree_util.tree_map_with_path(axes, params)
 

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from raised import mentions
 
@@ -250,7 +251,9 @@ def test_sharpness_aware_gradients_are_those_uphill(rho):
     assert outputs == "outputs" and make_optimizer(OptimConfig(sam_rho=rho), 10).sam_rho == rho
 
 
-@pytest.mark.parametrize("change", [{"clip_norm": 0.0}, {"name": "adafactor"}, {"mu_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"clip_norm": 0.0}, {"name": "adafactor"}, {"name": "muon"}, {"mu_dtype": "bfloat16"}], ids=str
+)
 def test_a_change_of_the_states_form_is_named(change):
     before, after = OptimConfig(), OptimConfig(lr=1.0, **change)
     assert state_structure(before) != state_structure(after)
@@ -287,10 +290,61 @@ def test_adafactor_stores_a_row_and_a_column_of_second_moments():
     assert bytes_of(with_momentum) > 2 * 256 * 128
 
 
+# --- Muon -------------------------------------------------------------------------------------
+
+KERNELS = {
+    "unet/conv_1/kernel": ((3, 3, 16, 32), [(144, 32)]),
+    "fc_1/kernel": ((48, 24), [(48, 24)]),
+    "unet/attn/qkv/kernel": ((48, 3, 4, 16), [(48, 16)] * 12),
+    "unet/attn/out/kernel": ((4, 16, 48), [(64, 48)]),
+    "text/blocks/attn/out/kernel": ((2, 4, 16, 48), [(64, 48)] * 2),
+    "text/blocks/fc/kernel": ((2, 32, 64), [(32, 64)] * 2),
+}
+"""Kernels by path: their shapes, and the matrices that Muon makes orthogonal."""
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_muon_updates_each_matrix_by_a_nearly_orthogonal_one(name):
+    shape, matrices = KERNELS[name]
+    grads = {name: jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))}
+    update, _ = step(OptimConfig(name="muon", lr=0.1), {name: jnp.ones(shape)}, grads)
+    found = -update[name]
+    stacked = len(matrices) if "blocks" in name else 1
+    rows = found.reshape(stacked, *shape[-len(shape) + (stacked > 1) :])
+    if "qkv" in name:
+        rows = jnp.moveaxis(rows[0].reshape(48, 12, 16), 1, 0)
+    rows = rows.reshape(len(matrices), *matrices[0])
+    values = jnp.linalg.svd(rows, compute_uv=False) / (0.1 * 0.2 * max(matrices[0]) ** 0.5)
+    assert float(values.min()) > 0.6 and float(values.max()) < 1.3  # Newton-Schulz leaves 0.7 to 1.2
+    root_mean_square = float(jnp.sqrt(jnp.mean(found**2)))
+    np.testing.assert_allclose(root_mean_square, 0.1 * 0.2, rtol=0.2)
+    assert float(jnp.sum(found * grads[name])) > 0  # downhill
+
+
+def test_muon_leaves_other_parameters_to_adam():
+    params = {"bias": jnp.ones((4,)), "token_embedding": {"embedding": jnp.ones((8, 4))}, "scale": jnp.ones(4)}
+    grads = jax.tree.map(lambda leaf: 0.3 * leaf, params)
+    update, _ = step(OptimConfig(name="muon", lr=0.1, clip_norm=0.0, weight_decay=0.5), params, grads)
+    adam = optax.nadam(0.1, b1=0.9, b2=0.999)
+    with jax.numpy_dtype_promotion("standard"):
+        expected, _ = adam.update(grads, adam.init(params), params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), update, expected)
+
+
+def test_muon_decays_kernels():
+    params = {"kernel": jnp.full((8, 4), 2.0)}
+    grads = {"kernel": jnp.eye(8, 4)}
+    config = OptimConfig(name="muon", lr=0.1)
+    (plain, _), (decayed, _) = (
+        step(dataclasses.replace(config, weight_decay=decay), params, grads) for decay in (0, 0.5)
+    )
+    np.testing.assert_allclose(decayed["kernel"] - plain["kernel"], -0.1 * 0.5 * 2.0, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "section, field, facts",
     [
-        ({"name": "adamv"}, "optim", ["adamv", "adamw", "adafactor"]),
+        ({"name": "adamv"}, "optim", ["adamv", "adamw", "adafactor", "muon"]),
         ({"ema_memory": "host"}, "optim", ["host", "pinned_host"]),
         ({"mu_dtype": "float16"}, "optim.mu_dtype", ["float16", "bfloat16"]),
         ({"accumulate": 0}, "optim.accumulate", [0]),
