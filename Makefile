@@ -19,10 +19,10 @@ INCLUDED := dalle2_jax/pretrained
 install: .venv/installed
 
 demo: .venv/installed
-	$(BIN)/python sample.py text2image --system shapes --num 4 --out $(DEMO)-included \
-	    --prompt "a large red square" --prompt "a small blue star on a black background" \
-	    --prompt "a large green circle on a white background" --prompt "a small yellow cross"
-	@echo "Images of the system that comes with the package: $(DEMO)-included/grid.png. Now another one is trained."
+	$(BIN)/python sample.py text2image --system emoji --num 4 --out $(DEMO)-included \
+	    --prompt "an octopus, fluent 3d emoji" --prompt "a red apple, noto emoji" \
+	    --prompt "a pizza, fluent flat emoji" --prompt "a volcano, twemoji"
+	@echo "Images of a system that comes with the package: $(DEMO)-included/grid.png. Now another one is trained."
 	for stage in $(STAGES); do \
 	    $(BIN)/python train.py --config configs/shapes.py:$$stage --workdir $(DEMO) || exit 1; \
 	done

@@ -51,6 +51,7 @@ GIVEN = {
     "distillation.md": ("demo",),
     "editing.md": ("demo", "images"),
     "embeddings.md": ("digits",),
+    "emoji.md": ("included",),
     "evaluation.md": ("demo", "digits", "included"),
     "feature_networks.md": ("demo",),
     "fine_tuning.md": ("imported", "images"),
@@ -83,6 +84,7 @@ ABSENT = (
     "configs/emoji.py",
     "emoji/images",
     "folder:runs/emoji-data",
+    "docs/emoji_report",
     "published/",
     "runs/inception",
     "runs/lpips",
@@ -139,8 +141,9 @@ class Given:
         self.images(folder)
 
     def included(self, folder):
-        """A tiny system under the name of the one that comes with the package."""
+        """A tiny system under the names of those that come with the package."""
         run(["weights", "pack", self.make("demo") / "runs" / "demo", folder / "included" / "shapes"])
+        shutil.copytree(folder / "included" / "shapes", folder / "included" / "emoji")
 
     def digits(self, folder):
         """The digits and a system trained on them."""
