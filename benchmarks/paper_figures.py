@@ -13,15 +13,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import argparse
 import dataclasses
-import io
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import measured
 import numpy as np
-from jaxtyping import UInt8
 from measured import HeldOut
-from PIL import Image, ImageDraw, ImageFont
+from sheets import Sheet, compressed, rendered
 
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
@@ -32,12 +29,7 @@ from dalle2_jax.files import write_atomically
 from dalle2_jax.system.editing.components import Components
 from dalle2_jax.system.system import System, load
 
-MAX_BYTES = 60_000
-"""Largest size of a file: 256 colours, then as few as it takes."""
-
 COLUMNS = 8
-GAP, HEADER = 2, 14
-BACKGROUND, INK = (235, 235, 235), (20, 20, 20)
 
 COUNTS = (1, 2, 4, 8, 12, 16, 32, 48)
 """Numbers of principal components; the paper has 20 to 320 of 1,024."""
@@ -46,13 +38,6 @@ EMBEDDED = 2048
 """Scenes whose embeddings the components are measured on."""
 
 SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-class Sheet(NamedTuple):
-    """Rows of images of one size, and a header of each column."""
-
-    rows: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]]
-    headers: Sequence[str]
 
 
 def variations(system: System, data: HeldOut, options: argparse.Namespace) -> Sheet:
@@ -131,36 +116,6 @@ FIGURES: dict[str, Callable[[System, HeldOut, argparse.Namespace], Sheet]] = {
     "figure8": conditions,
     "figure9": guidance,
 }
-
-
-def rendered(sheet: Sheet) -> Image.Image:
-    """Returns the rows of a sheet below the headers of their columns."""
-    height, width, _ = sheet.rows[0][0].shape
-    top = HEADER if any(sheet.headers) else 0
-    size = (len(sheet.headers) * (width + GAP) - GAP, top + len(sheet.rows) * (height + GAP) - GAP)
-    image = Image.new("RGB", size, BACKGROUND)
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
-    for column, header in enumerate(sheet.headers):
-        pen.text((column * (width + GAP) + width // 2, HEADER // 2), header, fill=INK, font=font, anchor="mm")
-    for number, row in enumerate(sheet.rows):
-        for column, pixels in enumerate(row):
-            place = (column * (width + GAP), top + number * (height + GAP))
-            image.paste(Image.fromarray(np.asarray(pixels)), place)
-    return image
-
-
-def compressed(image: Image.Image) -> bytes:
-    """Returns a PNG file of at most `MAX_BYTES`, with 256 colours or fewer.
-
-    Raises:
-      UserError: 16 colours take more.
-    """
-    for colours in (256, 128, 64, 32, 16):
-        content = io.BytesIO()
-        image.quantize(colours, dither=Image.Dither.NONE).save(content, "PNG", optimize=True)
-        if len(content.getvalue()) <= MAX_BYTES:
-            return content.getvalue()
-    raise UserError(f"a figure of {image.width} x {image.height} pixels takes more than {MAX_BYTES} bytes")
 
 
 def main() -> None:

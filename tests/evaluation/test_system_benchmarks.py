@@ -168,9 +168,12 @@ def test_table_takes_its_place_on_a_page(benchmark, tmp_path):
 
 
 def test_documented_places_exist(benchmark):
-    """docs/paper.md has a place for every table and figure that is written to it."""
-    page = (BENCHMARKS.parent / "docs" / "paper.md").read_text()
-    names = ("editing", "inpainting", "priors", "cache", *benchmark("paper_figures").FIGURES)
-    for name in names:
+    """The pages have a place for every table and figure that is written to them."""
+    docs = BENCHMARKS.parent / "docs"
+    paper = ("editing", "inpainting", "priors", "cache", *benchmark("paper_figures").FIGURES)
+    places = [("paper.md", name) for name in paper]
+    places += [("howto/editing.md", name) for name in benchmark("emoji_figures").FIGURES]
+    for file, name in places:
+        page = (docs / file).read_text()
         start, end = page.find(f"<!-- {name} -->"), page.find(f"<!-- /{name} -->")
         assert 0 <= start < end, name
