@@ -83,7 +83,7 @@ ABSENT = (
     "laion/images",
     "configs/emoji.py",
     "emoji/images",
-    "folder:runs/emoji-data",
+    "folder:runs/emoji-",
     "docs/emoji_report",
     "published/",
     "runs/inception",
