@@ -20,8 +20,8 @@ install: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python sample.py text2image --system emoji --num 4 --out $(DEMO)-included \
-	    --prompt "an octopus, fluent 3d emoji" --prompt "a red apple, noto emoji" \
-	    --prompt "a pizza, fluent flat emoji" --prompt "a volcano, twemoji"
+	    --prompt "a butterfly, fluent 3d emoji" --prompt "a red apple, noto emoji" \
+	    --prompt "a sunflower, fluent flat emoji" --prompt "an octopus, twemoji"
 	@echo "Images of a system that comes with the package: $(DEMO)-included/grid.png. Now another one is trained."
 	for stage in $(STAGES); do \
 	    $(BIN)/python train.py --config configs/shapes.py:$$stage --workdir $(DEMO) || exit 1; \
