@@ -15,8 +15,10 @@
 Minutes are those of two cores of an Intel Xeon (Sapphire Rapids), the decoder's in bfloat16, as docs/performance.md
 describes. `ar_prior` (11) takes the place of the prior.
 
-CLIP, the prior and the upsampler learn from all images, the decoder from two of Unicode's groups (`GROUPS`), 1,096 images:
-after an hour on six groups, 3,879 images, colours and outlines were right, and few things could be recognised. The style is a part of the caption ("a red apple, noto emoji"). For the large form (`configs/emoji.py:decoder,large`)
+CLIP, the prior and the upsampler learn from all images, the decoder from two of Unicode's groups (`GROUPS`), 1,096
+images: of six groups, 3,879 images, it draws colours and outlines after an hour, and little that can be recognised.
+
+The style is a part of the caption ("a red apple, noto emoji"). For the large form (`configs/emoji.py:decoder,large`)
 make the data with `dalle2 data emoji runs/emoji-data-256 --resolution 256`; all stages of a system must be of one form.
 
 `,distilled` trains a student of a trained stage, which is sampled in 4 evaluations without guidance:
@@ -29,7 +31,6 @@ from ml_collections import ConfigDict
 
 from dalle2_jax.config.page_defaults import CLEAN_IMAGE_DIFFUSION, distilled, for_gpu, machine_config, small_upsampler
 from dalle2_jax.errors import choose
-
 
 GROUPS = ("animals-nature", "food-drink")
 """Groups of emoji that the small decoder learns."""
@@ -183,7 +184,9 @@ def decoder_large() -> ConfigDict:
 
 def upsampler_1() -> ConfigDict:
     """A U-Net of convolutions alone, on a 32x32 grid."""
-    return small_upsampler(common(3000, 16, 2e-3, resolution=64), channels=24)
+    config = small_upsampler(common(3000, 16, 2e-3, resolution=64), channels=16)
+    config.optim.name = "muon"
+    return config
 
 
 def upsampler_1_large() -> ConfigDict:

@@ -56,7 +56,7 @@ NOTES = {
     "sam_rho": "rho of sharpness-aware minimisation, 0.1 for the paper's CLIP; 0 disables it",
     "ema_decay": "decay of the averaged parameters, which are used for sampling",
     "accumulate": "micro-batches in which a batch's gradients are computed, see [Memory](../howto/memory.md)",
-    "OptimConfig.name": '"adamw", "adafactor", whose second moments take little memory, or "muon", see [Performance](../performance.md#muon)',
+    "OptimConfig.name": '"adamw", "adafactor" (little memory) or "muon" ([fewer steps](../performance.md#muon))',
     "mu_dtype": 'of the stored first moment: "float32" or "bfloat16"',
     "ema_memory": 'where the averaged parameters are: "device" or "pinned_host"',
     "MeshConfig.data": "devices over which the batch is split; -1: all remaining ones",

@@ -36,7 +36,7 @@ class Measure:
 MEASURES: Mapping[str, Measure] = {
     "attributes": Measure("shapes: colour, shape, size, count, background, flatness, edges", CASCADE, 256, swept=True),
     "digits": Measure("digits: share of images that a classifier reads as requested", CASCADE, 200, swept=True),
-    "emoji": Measure("emoji: share of images whose nearest real image is of the right concept", CASCADE, 256),
+    "emoji": Measure("emoji: share of images whose nearest real image has the concept", CASCADE, 256, swept=True),
     "retrieval": Measure("CLIP: recall@1, 5 and 10 between images and captions", CLIP, 64),
     "zero_shot": Measure("CLIP: share of images whose class is found by its name", CLIP, 256),
     "linear_probe": Measure("CLIP: share of images whose class a linear classifier finds", CLIP, 256),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Unpack
 
 from dalle2_jax import lock
+from dalle2_jax.errors import ConfigError
 from dalle2_jax.evaluation import guidance, registry
 from dalle2_jax.evaluation.context import Context
 from dalle2_jax.evaluation.features import FeatureNetwork
@@ -146,6 +147,7 @@ def _measure(system: System, names: Sequence[str], options: Options, folder: Pat
             check(context, num)
     context.extracted = _extracted(context, names)
     scales = _scales(options)
+    _check_sweep(names, scales)
     found: dict[str, Figures] = {}
     contexts = [context.at_guidance(scale) for scale in scales] or [context]
     for place, at_scale in enumerate(contexts):
@@ -158,6 +160,13 @@ def _measure(system: System, names: Sequence[str], options: Options, folder: Pat
     if len(scales) > 1 and options.out is not None:
         guidance.write_sweep(found, options.out)
     return _evaluation(contexts[0], found, plan)
+
+
+def _check_sweep(names: Sequence[str], scales: Sequence[float]) -> None:
+    """Raises ConfigError for several guidance scales without a measure that is repeated for each."""
+    if len(scales) > 1 and not any(MEASURES[name].swept for name in names):
+        swept = ", ".join(name for name, measure in MEASURES.items() if measure.swept)
+        raise ConfigError(f"guidance has several scales, but no measure that is repeated for each: {swept}", "guidance")
 
 
 def _num(context: Context, name: str) -> int:

@@ -313,6 +313,7 @@ PLAIN = {"image": np.random.default_rng(0).integers(0, 256, (NUM, 20, 20, 3), np
         (["kid"], {"numm": 4}, ConfigError, "numm"),
         (["kid"], {"guidance": "2"}, ConfigError, "guidance"),
         (["kid"], {"guidance": (1, 1)}, ConfigError, "guidance"),
+        (["retrieval"], {"guidance": (1, 2)}, ConfigError, "guidance"),
         (["kid"], {"sampling": {"decoder": {"stepz": 4}}}, ConfigError, "decoder.stepz"),
         (["kid"], {"protocol": "coco"}, UsageError, None),
         (["attributes"], {"data": PLAIN}, UserError, None),
