@@ -9,7 +9,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +207,7 @@ def _update_rule(config: OptimConfig, schedule: optax.Schedule, mask: Any) -> op
             weight_decay_mask=mask,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
-            muon_weight_dimension_numbers=matrix_axes,
+            muon_weight_dimension_numbers=cast(Any, matrix_axes),
             consistent_rms=MUON_RMS,
         )
     momentum = [optax.ema(config.beta1, debias=False, accumulator_dtype=mu_dtype)] if config.beta1 else []
