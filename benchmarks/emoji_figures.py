@@ -2,7 +2,6 @@
 
     python benchmarks/emoji_figures.py --system emoji --data runs/emoji-small --page docs/howto/editing.md
 
-The files are in a folder of the page's name, and the page shows each between ``<!-- mix -->`` and ``<!-- /mix -->``.
 ``--only mix`` makes one of them. Given images are emoji of the data set, of all its splits.
 """
 
@@ -16,15 +15,14 @@ from collections.abc import Callable
 
 import measured
 import numpy as np
+import sheets
 from jaxtyping import UInt8
-from sheets import Sheet, compressed, rendered
+from sheets import Sheet
 
 from dalle2_jax import data
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
 from dalle2_jax.errors import UsageError, choose
-from dalle2_jax.files import write_atomically
-from dalle2_jax.system.editing.components import Components
 from dalle2_jax.system.inputs import read_image
 from dalle2_jax.system.system import System, load
 
@@ -126,8 +124,7 @@ def reconstruction(system: System, emoji: Emoji, shared: dict) -> Sheet:
 
 def components(system: System, emoji: Emoji, shared: dict) -> Sheet:
     """Emoji decoded from projections of their embeddings on the leading components, with one noise for each row."""
-    embedded = system.embed_image(list(emoji.train(EMBEDDED))).astype(np.float64)
-    found = Components.of(embedded.mean(axis=0), np.cov(embedded.T, bias=True), len(embedded))
+    found = measured.components(system, emoji.train(EMBEDDED))
     given = [emoji.image("noto", "1f34e"), emoji.image("twemoji", "1f436")]
     emb = system.embed_image(given)
     columns = [system.decode(found.project(emb, count), **shared).numpy for count in COUNTS]
@@ -180,21 +177,15 @@ def main() -> None:
     """Runs the command line."""
     example = "python benchmarks/emoji_figures.py --system emoji --data runs/emoji-small --page docs/howto/editing.md"
     parser = args.make_parser("python benchmarks/emoji_figures.py", "Makes the images of a page on editing.", example)
-    parser.add_argument("--system", type=args.system, required=True, help=args.SYSTEM)
+    sheets.add_options(parser, "docs/howto/editing.md", FIGURES)
     parser.add_argument("--data", type=args.path, required=True, help="folder that `dalle2 data emoji` made")
-    parser.add_argument("--page", type=args.path, required=True, help="the page, such as docs/howto/editing.md")
-    parser.add_argument("--only", action="append", metavar="NAME", help=f"of {', '.join(FIGURES)}; may be repeated")
-    parser.add_argument("--seed", type=args.seed, default=0, help="random seed (default %(default)s)")
     options: argparse.Namespace = parser.parse_args()
     chosen = {name: choose("figure", name, FIGURES) for name in options.only or FIGURES}
     system = load(options.system)
-    emoji = Emoji(options.data, system.text2image("", num=1).numpy.shape[1])
+    emoji = Emoji(options.data, measured.image_side(system))
     for name, figure in chosen.items():
-        path = options.page.with_suffix("") / f"{name}.png"
         sheet = figure(system, emoji, {"seed": options.seed, "progress": True})
-        write_atomically(path, compressed(rendered(sheet)))
-        measured.put(options.page, name, f"![{figure.__doc__.rstrip('.')}]({path.parent.name}/{path.name})")
-        print(path)
+        sheets.write(options.page, name, sheet, figure.__doc__)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks of systems of ``shapes`` share: held-out scenes, distances of images, and tables of figures."""
+"""What the benchmarks of systems share: held-out scenes of ``shapes``, distances of images, and tables of figures."""
 
 import argparse
 import pathlib
@@ -21,6 +21,7 @@ from dalle2_jax.errors import UsageError
 from dalle2_jax.evaluation import lpips
 from dalle2_jax.evaluation.figures import Figure, Figures, share_of
 from dalle2_jax.files import write_atomically
+from dalle2_jax.system.editing.components import Components
 from dalle2_jax.system.editing.similarity import Distance
 from dalle2_jax.system.generation import IMAGE_STAGES
 from dalle2_jax.system.system import System
@@ -57,10 +58,21 @@ def held_out(system: System, count: int, split: str = "val") -> HeldOut:
     source = None if experiment is None else sources.open_source(experiment.data, split)
     if not isinstance(source, ShapesSource):
         raise UsageError(f"{system.path} was not trained on shapes, whose attributes these measures read")
-    side = [system.stages[name].stage.image_size for name in IMAGE_STAGES if name in system.stages][-1]
+    side = image_side(system)
     scenes = [source.scene(index) for index in range(count)]
     captions = [source.caption(index) for index in range(count)]
     return HeldOut(scenes, captions, np.stack([render(scene, side) for scene in scenes]))
+
+
+def image_side(system: System) -> int:
+    """Returns the side of the images that a system generates, in pixels."""
+    return [system.stages[name].stage.image_size for name in IMAGE_STAGES if name in system.stages][-1]
+
+
+def components(system: System, images: Pixels) -> Components:
+    """Returns the principal components of the CLIP embeddings of images."""
+    emb = system.embed_image(list(images)).astype(np.float64)
+    return Components.of(emb.mean(axis=0), np.cov(emb.T, bias=True), len(emb))
 
 
 def read_all(images: Pixels) -> list[Scene]:

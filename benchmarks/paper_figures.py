@@ -2,8 +2,7 @@
 
     python benchmarks/paper_figures.py --system shapes --page docs/paper.md
 
-The files are in a folder of the page's name, and the page shows each between ``<!-- figure4 -->`` and ``<!-- /figure4
--->``. Given images are rendered scenes of split ``val``. ``--only figure4`` makes one of them.
+Given images are rendered scenes of split ``val``. ``--only figure4`` makes one of them.
 """
 
 import pathlib
@@ -17,16 +16,15 @@ from collections.abc import Callable
 
 import measured
 import numpy as np
+import sheets
 from measured import HeldOut
-from sheets import Sheet, compressed, rendered
+from sheets import Sheet
 
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
 from dalle2_jax.data.synthetic import grammar
 from dalle2_jax.data.synthetic.scenes import Scene
 from dalle2_jax.errors import UserError, choose
-from dalle2_jax.files import write_atomically
-from dalle2_jax.system.editing.components import Components
 from dalle2_jax.system.system import System, load
 
 COLUMNS = 8
@@ -81,9 +79,7 @@ def typography(system: System, data: HeldOut, options: argparse.Namespace) -> Sh
 
 def projections(system: System, data: HeldOut, options: argparse.Namespace) -> Sheet:
     """Figure 7: images decoded from projections of their embeddings, an image a row, with one noise for each row."""
-    scenes = measured.held_out(system, EMBEDDED, "train").images
-    train = system.embed_image(list(scenes)).astype(np.float64)
-    components = Components.of(train.mean(axis=0), np.cov(train.T, bias=True), len(train))
+    components = measured.components(system, measured.held_out(system, EMBEDDED, "train").images)
     emb = system.embed_image(list(data.images[:2]))
     counts = [count for count in COUNTS if count <= components.rank]
     columns = [
@@ -122,10 +118,7 @@ def main() -> None:
     """Runs the command line."""
     example = "python benchmarks/paper_figures.py --system shapes --page docs/paper.md"
     parser = args.make_parser("python benchmarks/paper_figures.py", "Makes the figures of docs/paper.md.", example)
-    parser.add_argument("--system", type=args.system, required=True, help=args.SYSTEM)
-    parser.add_argument("--page", type=args.path, required=True, help="the page, such as docs/paper.md")
-    parser.add_argument("--only", action="append", metavar="FIGURE", help="figure3 to figure9; may be repeated")
-    parser.add_argument("--seed", type=args.seed, default=0, help="random seed (default %(default)s)")
+    sheets.add_options(parser, "docs/paper.md", FIGURES)
     options = parser.parse_args()
     chosen = {name: choose("figure", name, FIGURES) for name in options.only or FIGURES}
     system = load(options.system)
@@ -133,10 +126,7 @@ def main() -> None:
     if any(len(scene.objects) != 1 for scene in data.scenes):
         raise UserError(f"{options.system} was trained on scenes of two objects: these figures edit one")
     for name, figure in chosen.items():
-        path = options.page.with_suffix("") / f"{name}.png"
-        write_atomically(path, compressed(rendered(figure(system, data, options))))
-        measured.put(options.page, name, f"![{figure.__doc__.rstrip('.')}]({path.parent.name}/{path.name})")
-        print(path)
+        sheets.write(options.page, name, figure(system, data, options), figure.__doc__)
 
 
 if __name__ == "__main__":

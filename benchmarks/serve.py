@@ -11,6 +11,7 @@ last, and stop when their time is over. About five minutes on two cores, of whic
 import argparse
 import base64
 import contextlib
+import functools
 import http.client
 import io
 import json
@@ -118,11 +119,8 @@ def timed(function: Callable[[], object]) -> float:
 
 def sampler_alone(system: d2.System) -> dict[int, float]:
     """Returns seconds per image of the sampler by batch size."""
-
-    def sample(size: int) -> object:
-        return system.text2image(PROMPT, num=size, seed=0, batch_size=size)
-
-    return {size: timed(lambda size=size: sample(size)) / size for size in SIZES}
+    sample = functools.partial(system.text2image, PROMPT, seed=0)
+    return {size: timed(functools.partial(sample, num=size, batch_size=size)) / size for size in SIZES}
 
 
 def idle(server: Server, system: d2.System, repeats: int) -> dict[str, float]:

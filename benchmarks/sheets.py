@@ -1,14 +1,22 @@
-"""Sheets of images for the pages of docs: rows of one size below the headers of their columns, as a small PNG file."""
+"""Sheets of images for the pages of docs: rows of one size below the headers of their columns, as a small PNG file.
 
+The file is in a folder of the page's name, and the page shows it between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+"""
+
+import argparse
 import io
-from collections.abc import Sequence
-from typing import NamedTuple
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import measured
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from dalle2_jax.cli import args
 from dalle2_jax.errors import UserError
+from dalle2_jax.files import write_atomically
 
 MAX_BYTES = 60_000
 """Largest size of a file: 256 colours, then as few as it takes."""
@@ -52,3 +60,26 @@ def compressed(image: Image.Image) -> bytes:
         if len(content.getvalue()) <= MAX_BYTES:
             return content.getvalue()
     raise UserError(f"a figure of {image.width} x {image.height} pixels takes more than {MAX_BYTES} bytes")
+
+
+def add_options(parser: argparse.ArgumentParser, page: str, figures: Mapping[str, Any]) -> None:
+    """Adds the options of a program that makes the figures of a page."""
+    parser.add_argument("--system", type=args.system, required=True, help=args.SYSTEM)
+    parser.add_argument("--page", type=args.path, required=True, help=f"the page, such as {page}")
+    parser.add_argument("--only", action="append", metavar="NAME", help=f"of {', '.join(figures)}; may be repeated")
+    parser.add_argument("--seed", type=args.seed, default=0, help="random seed (default %(default)s)")
+
+
+def write(page: pathlib.Path, name: str, sheet: Sheet, description: str) -> None:
+    """Writes a figure of a page, shows it there, and prints its path.
+
+    Args:
+      page: the page.
+      name: of the figure.
+      sheet: what it shows.
+      description: a sentence, for those who do not see it.
+    """
+    path = page.with_suffix("") / f"{name}.png"
+    write_atomically(path, compressed(rendered(sheet)))
+    measured.put(page, name, f"![{description.rstrip('.')}]({path.parent.name}/{path.name})")
+    print(path)

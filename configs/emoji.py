@@ -9,11 +9,11 @@
 | ----------- | -------------------- | ------- | -------------------------- |
 | clip        | 32x32, patches of 8  | 15      | 64x64, batch 1024          |
 | prior       | embeddings           | 13      | 8 layers of width 512      |
-| decoder     | 32x32, folded 2x2    | 95      | 64x64, attention at 16, 8  |
+| decoder     | 32x32, folded 2x2    | 90      | 64x64, attention at 16, 8  |
 | upsampler_1 | 32 -> 64, folded 2x2 | 4       | 64 -> 256                  |
 
 Minutes are those of two cores of an Intel Xeon (Sapphire Rapids), the decoder's in bfloat16, as docs/performance.md
-describes. `ar_prior` (11) takes the place of the prior.
+describes, by the rate of a run of 9,500 steps. `ar_prior` (11) takes the place of the prior.
 
 CLIP, the prior and the upsampler learn from all images, the decoder from two of Unicode's groups (`GROUPS`), 1,096
 images: of six groups, 3,879 images, it draws colours and outlines after an hour, and little that can be recognised.

@@ -101,6 +101,7 @@ def evaluate(
     given = [measures] if isinstance(measures, str) else list(measures)
     names = registry.chosen_measures(given, options.get("protocol"))
     chosen = make_options(options)
+    _check_sweep(names, _scales(chosen))
     with _folder(chosen) as folder:
         loaded = system if isinstance(system, System) else _load(system, names, chosen)
         return _measure(loaded, names, chosen, folder)
@@ -147,7 +148,6 @@ def _measure(system: System, names: Sequence[str], options: Options, folder: Pat
             check(context, num)
     context.extracted = _extracted(context, names)
     scales = _scales(options)
-    _check_sweep(names, scales)
     found: dict[str, Figures] = {}
     contexts = [context.at_guidance(scale) for scale in scales] or [context]
     for place, at_scale in enumerate(contexts):

@@ -220,7 +220,7 @@ def _update_rule(config: OptimConfig, schedule: optax.Schedule, mask: Any) -> op
     )
 
 
-def matrix_axes(params: Params) -> Params:
+def matrix_axes(params: Params) -> Any:
     """Returns the axes of each kernel that Muon takes as a matrix, and None for parameters that Adam updates.
 
     A matrix has a kernel's inputs, such as the window and the channels of a convolution [H, W, C, D], and its outputs.

@@ -309,12 +309,10 @@ def test_muon_updates_each_matrix_by_a_nearly_orthogonal_one(name):
     grads = {name: jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))}
     update, _ = step(OptimConfig(name="muon", lr=0.1), {name: jnp.ones(shape)}, grads)
     found = -update[name]
-    stacked = len(matrices) if "blocks" in name else 1
-    rows = found.reshape(stacked, *shape[-len(shape) + (stacked > 1) :])
-    if "qkv" in name:
-        rows = jnp.moveaxis(rows[0].reshape(48, 12, 16), 1, 0)
-    rows = rows.reshape(len(matrices), *matrices[0])
-    values = jnp.linalg.svd(rows, compute_uv=False) / (0.1 * 0.2 * max(matrices[0]) ** 0.5)
+    heads_first = jnp.moveaxis(found.reshape(48, 12, 16), 1, 0) if "qkv" in name else found
+    values = jnp.linalg.svd(heads_first.reshape(len(matrices), *matrices[0]), compute_uv=False) / (
+        0.1 * 0.2 * max(matrices[0]) ** 0.5
+    )
     assert float(values.min()) > 0.6 and float(values.max()) < 1.3  # Newton-Schulz leaves 0.7 to 1.2
     root_mean_square = float(jnp.sqrt(jnp.mean(found**2)))
     np.testing.assert_allclose(root_mean_square, 0.1 * 0.2, rtol=0.2)
