@@ -13,6 +13,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
+    "dalle2_jax/pretrained/emoji/README.md": "cards/emoji.md",
     "dalle2_jax/pretrained/shapes/README.md": "cards/shapes.md",
 }
 

@@ -128,8 +128,12 @@ def search_plans(
     """Searches meshes and settings for the smallest slice that fits a train step, and for the fastest plan on it.
 
     Args:
-      config, clip, batch_size, memory, full: as of `planner.plan`.
+      config: as of `planner.plan`.
       topology: the name of a chip, "v5p", to find the slice; or of one slice, "v5p:8x8x8".
+      clip: as of `planner.plan`.
+      batch_size: as of `planner.plan`.
+      memory: as of `planner.plan`.
+      full: as of `planner.plan`.
       progress: called with each compilation.
 
     Raises:
