@@ -13,8 +13,10 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
-    "dalle2_jax/pretrained/emoji/README.md": "cards/emoji.md",
-    "dalle2_jax/pretrained/shapes/README.md": "cards/shapes.md",
+} | {
+    # the card of each included system
+    str(card.relative_to(ROOT)): f"cards/{card.parent.name}.md"
+    for card in sorted(ROOT.glob("dalle2_jax/pretrained/*/README.md"))
 }
 
 
