@@ -5,8 +5,10 @@
 Images are rendered scenes of split ``val``, and attributes are read by `dalle2_jax.data.synthetic.scene_reader`.
 
   reconstruction   PSNR from the noise of DDIM inversion, and from fresh noise (Ramesh et al. 2022, section 3)
-  variations       what two variations of an image keep of it, and how far they are from each other (section 3.1)
-  interpolation    PSNR at the end points with inverted noises, and the evenness of the path (section 3.2)
+  variations       what two variations of an image keep of it, and how far they are from each other (section 3.1);
+                   with the decoder's own guidance, and without
+  interpolation    PSNR at the end points with inverted noises, and the evenness of the path (section 3.2), for frames
+                   at equal rotations and for even ones
   text_diff        colour changed by the difference of two captions, and the rest kept (section 3.3)
 
 Evenness is the largest distance between neighbouring frames over the mean of these distances: 1 for equal steps. The
@@ -15,7 +17,8 @@ distance is LPIPS with ``--lpips``, else the root mean squared difference of pix
 
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
@@ -44,6 +47,9 @@ FRAMES = 8
 PLACE = 0.03
 """Distance of an object's centroid, in sides of the image, below which its place is kept: 1 pixel of 32."""
 
+ALL = "all of these"
+"""Title of the share of images of which all that a text difference should change or keep is right."""
+
 EVEN = 1.5
 """Largest evenness of a path that counts as smooth."""
 
@@ -66,7 +72,15 @@ def variations(system: System, data: HeldOut, options: argparse.Namespace, name:
 
     An attribute counts as kept if both variations have it, so that images are independent examples.
     """
-    found = system.variations(pillow(data), num=2, seed=options.seed, progress=True).numpy
+    figures: Figures = {}
+    for how, settings in (("", {}), ("no guidance: ", {"guidance": 1.0})):
+        found = system.variations(pillow(data), num=2, seed=options.seed, progress=True, decoder=settings).numpy
+        figures |= {f"{how}{measure}": figure for measure, figure in pair_figures(found, data, name, distance).items()}
+    return figures
+
+
+def pair_figures(found: np.ndarray, data: HeldOut, name: str, distance: Distance) -> Figures:
+    """Returns the figures of `variations`, for two images of each of ``data``."""
     pairs = found.reshape(-1, 2, *found.shape[1:])
     one, other = (measured.read_all(pairs[:, sample]) for sample in range(2))
 
@@ -89,19 +103,26 @@ def variations(system: System, data: HeldOut, options: argparse.Namespace, name:
 
 def interpolation(system: System, data: HeldOut, options: argparse.Namespace, name: str, distance: Distance) -> Figures:
     """Returns the PSNR at the end points of paths between pairs of images, and the evenness of the paths."""
-    images, ends, evenness, steps = pillow(data), [], [], {"steps": options.steps}
+    images, ends, shared = pillow(data), [], {"seed": options.seed, "decoder": {"steps": options.steps}}
+    evenness: dict[bool, list[float]] = {False: [], True: []}
+    lpips = None if options.lpips is None else distance
     for first in tqdm.tqdm(range(0, len(images) - 1, 2), desc="interpolation", unit="path"):
         pair = images[first : first + 2]
-        frames = system.interpolate(pair, frames=FRAMES, eta=0.0, seed=options.seed, decoder=steps).numpy
-        ends += [psnr_of(frames[[0, -1]], data.images[first : first + 2]).mean()]
-        between = in_chunks(distance, frames[:-1], frames[1:])
-        evenness.append(between.max() / between.mean())
-    return {
-        f"PSNR at both ends, {options.steps} steps, dB": mean_of(ends),
-        f"largest step over the mean step, {name}": mean_of(evenness),
-        f"paths whose largest step is at most {EVEN} mean steps": share_of(np.asarray(evenness) <= EVEN),
-        "largest step over the mean step of the least even path": Figure(float(np.max(evenness)), len(evenness)),
-    }
+        for even, found in evenness.items():
+            how = {"even": even, "lpips": lpips if even else None}
+            frames = system.interpolate(pair, frames=FRAMES, eta=0.0, **how, **shared).numpy
+            ends += [psnr_of(frames[[0, -1]], data.images[first : first + 2]).mean()]
+            between = in_chunks(distance, frames[:-1], frames[1:])
+            found.append(between.max() / between.mean())
+    figures: Figures = {f"PSNR at both ends, {options.steps} steps, dB": mean_of(ends[::2])}
+    for even, found in evenness.items():
+        how = "even frames" if even else "equal rotations"
+        figures[f"{how}: largest step over the mean step, {name}"] = mean_of(found)
+        figures[f"{how}: paths whose largest step is at most {EVEN} mean steps"] = share_of(np.asarray(found) <= EVEN)
+        figures[f"{how}: largest step over the mean step of the least even path"] = Figure(
+            float(np.max(found)), len(found)
+        )
+    return figures
 
 
 def recoloured(scene: Scene, random: np.random.Generator) -> Scene:
@@ -111,20 +132,31 @@ def recoloured(scene: Scene, random: np.random.Generator) -> Scene:
     return Scene((dataclasses.replace(thing, colour=str(colour)),), scene.background)
 
 
+PAPER: Mapping[str, Any] = {"depth": 1.0, "prompt": ""}
+"""The paper's text differences: inverted to the end of the schedule, and without captions in the decoder."""
+
+
 def text_diff(system: System, data: HeldOut, options: argparse.Namespace) -> Figures:
-    """Returns the shares of images whose colour is changed by a text difference, and of those that keep the rest."""
-    random, thetas = np.random.default_rng(options.seed), options.theta
-    targets = [recoloured(scene, random) for scene in data.scenes]
-    edited = []
-    for image, before, after in tqdm.tqdm(
-        list(zip(pillow(data), data.scenes, targets, strict=True)), desc="text_diff", unit="image"
-    ):
-        captions = [grammar.captions(scene)[0] for scene in (before, after)]
-        shared = {"seed": options.seed, "decoder": {"steps": options.edit_steps}}
-        edited.append(system.text_diff(image, *captions, frames=2, theta=thetas, **shared).numpy)
+    """Returns the shares of images whose colour is changed by a text difference, and of those that keep the rest.
+
+    Of the paper's way there is only whether the colour is changed, and whether all is right.
+    """
     figures: Figures = {}
-    for frame, theta in enumerate(thetas):
-        figures |= {f"theta {theta:g}: {name}": figure for name, figure in changed(edited, frame, data, targets)}
+    for title, how in (("", {}), ("as in the paper, ", PAPER)):
+        random, thetas = np.random.default_rng(options.seed), options.theta
+        targets = [recoloured(scene, random) for scene in data.scenes]
+        edited = []
+        for image, before, after in tqdm.tqdm(
+            list(zip(pillow(data), data.scenes, targets, strict=True)), desc=f"{title}text_diff", unit="image"
+        ):
+            captions = [grammar.captions(scene)[0] for scene in (before, after)]
+            shared = {"seed": options.seed, "decoder": {"steps": options.edit_steps}}
+            edited.append(system.text_diff(image, *captions, frames=2, theta=thetas, **how, **shared).numpy)
+        for frame, theta in enumerate(thetas):
+            found = changed(edited, frame, data, targets)
+            if title:
+                found = [row for row in found if row[0] in ("colour changed", ALL)]
+            figures |= {f"{title}theta {theta:g}: {name}": figure for name, figure in found}
     return figures
 
 
@@ -146,7 +178,7 @@ def changed(edited: list[np.ndarray], frame: int, data: HeldOut, targets: list[S
         ("size kept", kept(readings, targets, "size")),
         ("background kept", kept(readings, targets, "background")),
         (f"place kept, within {PLACE:g} sides", share_of(here).compared(share_of(there), "another image")),
-        ("all of these", share_of(whole & here).compared(share_of(others & there), "another image")),
+        (ALL, share_of(whole & here).compared(share_of(others & there), "another image")),
         ("nothing changed", share_of(unchanged)),
     ]
 

@@ -22,7 +22,7 @@ from dalle2_jax.evaluation import lpips
 from dalle2_jax.evaluation.figures import Figure, Figures, share_of
 from dalle2_jax.files import write_atomically
 from dalle2_jax.system.editing.components import Components
-from dalle2_jax.system.editing.similarity import Distance
+from dalle2_jax.system.editing.similarity import Distance, root_mean_square
 from dalle2_jax.system.generation import IMAGE_STAGES
 from dalle2_jax.system.system import System
 from dalle2_jax.workdir.folder import StageFolder
@@ -98,12 +98,6 @@ def make_distance(folder: pathlib.Path | None) -> tuple[str, Distance]:
     if folder is None:
         return "RMS of pixels, levels of 255", root_mean_square
     return "LPIPS", lpips.load(folder)
-
-
-def root_mean_square(images: Pixels, others: Pixels) -> Float[np.ndarray, "N"]:
-    """Returns the root mean squared difference of each image to the other of the same index, in levels of 255."""
-    squared = np.square(images.astype(np.float64) - others.astype(np.float64))
-    return np.sqrt(squared.reshape(len(images), -1).mean(axis=1))
 
 
 def in_chunks(distance: Distance, images: Pixels, others: Pixels, size: int = 32) -> Float[np.ndarray, "N"]:

@@ -164,10 +164,18 @@ def _add_edits(commands: _Commands) -> None:
     commands["text_diff"].add_argument("--to", type=caption, required=True, help="a caption of what it becomes")
     theta = "rotation of the last frame, as a fraction of the angle, or of the first and last: 0.25,0.5 (default 0,0.5)"
     commands["text_diff"].add_argument("--theta", type=args.fraction_or_two, default=0.5, help=theta)
+    depth = "share of the noise schedule that is inverted: small ones keep outlines and places (default 0.2)"
+    commands["text_diff"].add_argument("--depth", type=args.fraction, default=0.2, help=depth)
     counts = "decode the projection on so many principal components, for each number, as 20,30,40"
     commands["reconstruct"].add_argument("--components", type=args.positive_ints, default=(), help=counts)
-    lpips = "folder of an imported LPIPS: the distance to the image is printed too"
-    commands["reconstruct"].add_argument("--lpips", type=args.path, metavar="DIR", help=lpips)
+    even = "place the frames where neighbours are about equally far apart; takes about 5 times as long"
+    commands["interpolate"].add_argument("--even", action="store_true", help=even)
+    lpips = {
+        "reconstruct": "folder of an imported LPIPS: the distance to the image is printed too",
+        "interpolate": "folder of an imported LPIPS: the distance that --even makes equal (default: of pixels)",
+    }
+    for name, text in lpips.items():
+        commands[name].add_argument("--lpips", type=args.path, metavar="DIR", help=text)
     mask = "an image of the same size: white where the image is regenerated"
     commands["inpaint"].add_argument("--mask", type=args.path, required=True, help=mask)
     resample = "repeat every stretch of JUMP steps TIMES times (RePaint), which fits the new part better: 10,5"
@@ -306,9 +314,11 @@ def _edit(system: "System", options: argparse.Namespace, prompt: Any, keywords: 
         return system.variations(options.image, eta=options.eta, **keywords)
     keywords["frames"] = options.frames
     if options.command == "interpolate":
-        return system.interpolate(options.image, options.caption, eta=options.eta, **keywords)
-    before = vars(options)["from"]
-    return system.text_diff(options.image, before, options.to, theta=options.theta, **keywords)
+        how = {"eta": options.eta, "even": options.even, "lpips": _lpips(options)}
+        return system.interpolate(options.image, options.caption, **how, **keywords)
+    keywords["prompt"] = prompt
+    ends = {"theta": options.theta, "depth": options.depth}
+    return system.text_diff(options.image, vars(options)["from"], options.to, **ends, **keywords)
 
 
 def _lpips(options: argparse.Namespace) -> Any:

@@ -67,18 +67,32 @@ def test_mixtures(run):
 
 
 def test_interpolation_from_an_image_to_a_caption(run):
-    words = ("--image", "a.png", "--caption", "red", "--eta", "0", "--frames", "3", "--animate", "webp", *FAST)
+    words = (
+        "--image",
+        "a.png",
+        "--caption",
+        "red",
+        "--eta",
+        "0",
+        "--frames",
+        "3",
+        "--even",
+        "--animate",
+        "webp",
+        *FAST,
+    )
     code, out, error = run("interpolate", *words)
-    assert code == 0, error
+    assert (code, about(out)["even"]) == (0, True), error
     with Image.open(out / "animation.webp") as animation, Image.open(out / "strip.png") as strip:
         assert animation.n_frames == 4 and strip.width > 2 * strip.height
     assert {path.name for path in out.iterdir()} >= {"0_0.png", "1_0.png", "2_0.png", "grid.png", "samples.json"}
 
 
 def test_text_diff_without_a_base(run):
-    words = ("--image", "a.png", "--to", "red", "--theta", "0.25,0.5", "--frames", "2", "--animate", "gif", *DECODED)
+    words = ("--image", "a.png", "--to", "red", "--theta", "0.25,0.5", "--depth", "0.4", "--animate", "gif", *DECODED)
+    words += ("--frames", "2")
     code, out, error = run("text_diff", *words)
-    assert (code, about(out)["theta"]) == (0, [0.25, 0.5]) and "from" not in about(out), error
+    assert (code, about(out)["theta"], about(out)["depth"]) == (0, [0.25, 0.5], 0.4) and "from" not in about(out), error
     assert (out / "animation.gif").exists()
 
 
@@ -129,6 +143,8 @@ def test_reconstruction_from_components(run, place):
         (("mix", "--image", "a.png", "--weight", "0"), ["weights", 0]),
         (("interpolate", "--image", "a.png"), ["two", 1]),
         (("interpolate", "--caption", "a", "--caption", "b", "--eta", "0"), ["eta"]),
+        (("text_diff", "--image", "a.png", "--to", "red", "--depth", "0"), ["depth", 0]),
+        (("text_diff", "--image", "a.png", "--to", "red", "--whole_inversion"), ["depth", 0.2, 1]),
         (("reconstruct", "--image", "a.png", "--negative", "red"), ["negative", "text_guidance"]),
     ],
 )
@@ -143,6 +159,7 @@ def test_wrong_words(run, words, facts):
     [
         (("text_diff", "--image", "a", "--to", "red", "--theta", "0.5,0.25"), ["--theta", "0.5,0.25"]),
         (("text_diff", "--image", "a", "--to", "red", "--theta", "2"), ["--theta", 2, "0 to 1"]),
+        (("text_diff", "--image", "a", "--to", "red", "--depth", "2"), ["--depth", 2, "0 to 1"]),
         (("interpolate", "--image", "a", "--animate", "mp4"), ["--animate", "'mp4'", "'webp'"]),
         (("interpolate", "--image", "a", "--fps", "0"), ["--fps", 0, 0.1]),
         (("reconstruct", "--image", "a", "--components", "3,0"), ["--components", 0, 1]),

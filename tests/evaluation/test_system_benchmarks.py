@@ -20,7 +20,7 @@ from dalle2_jax.system.editing.similarity import MAX_PSNR
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 SIDE, COUNT = 64, 6
 
-OPTIONS = argparse.Namespace(steps=250, edit_steps=50, theta=(0.25, 0.5), seed=0)
+OPTIONS = argparse.Namespace(steps=250, edit_steps=50, theta=(0.25, 0.5), seed=0, lpips=None)
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +95,14 @@ def test_perfect_editor(benchmark, data):
     editing, measured = benchmark("editing"), benchmark("measured")
     distance = ("pixels", measured.root_mean_square)
     assert values(editing.reconstruction(Perfect(), data, OPTIONS)) == [MAX_PSNR, 0.0]
-    shape, everything, apart = editing.variations(Perfect(), data, OPTIONS, *distance).values()
-    assert shape.value == everything.value == 1.0 and everything.baseline.value < 1.0
-    assert apart.value == 0.0 < apart.baseline.value
-    ends, evenness, smooth, worst = values(editing.interpolation(Perfect(), data, OPTIONS, *distance))
-    assert ends == MAX_PSNR and smooth == 1.0
-    assert 1.0 <= evenness <= worst < 1.05
+    varied = [*editing.variations(Perfect(), data, OPTIONS, *distance).values()]
+    for shape, everything, apart in (varied[:3], varied[3:]):
+        assert shape.value == everything.value == 1.0 and everything.baseline.value < 1.0
+        assert apart.value == 0.0 < apart.baseline.value
+    ends, *paths = values(editing.interpolation(Perfect(), data, OPTIONS, *distance))
+    assert ends == MAX_PSNR
+    for evenness, smooth, worst in (paths[:3], paths[3:]):
+        assert smooth == 1.0 and 1.0 <= evenness <= worst < 1.05
 
 
 def test_text_diff_of_both_rotations(benchmark, data):
@@ -113,6 +115,7 @@ def test_text_diff_of_both_rotations(benchmark, data):
     assert values(before)[0] == 0.0 and values(before)[-2:] == [0.0, 1.0]
     assert values(after)[0] == 1.0 and values(after)[-2:] == [1.0, 0.0]
     assert all(figure.n == COUNT for figure in figures.values())
+    assert values(figures)[-4:] == [0.0, 0.0, 1.0, 1.0]  # as in the paper: colour changed, and all of these
 
 
 def test_careless_editor(benchmark, data):

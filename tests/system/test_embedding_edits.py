@@ -9,6 +9,7 @@ from PIL import Image
 from raised import mentions
 
 from dalle2_jax.errors import ConfigError, UsageError, UserError
+from dalle2_jax.system.inputs import square
 
 PROMPT = "a large red circle"
 STEPS = {"prior": {"steps": 2}, "decoder": {"steps": 3}}
@@ -30,6 +31,11 @@ def images():
 def same(a, b):
     """Up to the rounding of another batch size."""
     return np.abs(a.astype(int) - b).max() <= 1
+
+
+def redness(images, others):
+    """A distance of images: the difference of their mean red."""
+    return np.abs(images[..., 0].mean(axis=(1, 2)) - others[..., 0].mean(axis=(1, 2)))
 
 
 # --- captions without a prior --------------------------------------------------------------------
@@ -143,6 +149,57 @@ def test_from_an_image_to_a_caption_and_between_captions(small, images):
     assert (onward.numpy[2] != onward.numpy[0]).any()
     with pytest.raises(ConfigError, check=mentions(field="eta")):
         small.interpolate(captions=captions, eta=0)
+
+
+def test_even_paths(small, images):
+    """The frames differ from those at equal rotations, begin and end as they do, and are nearer to equal distances."""
+    plain = small.interpolate(images, frames=4, eta=0, **DECODER)
+    shared = {"frames": 4, "eta": 0, "even": True, "batch_size": 3, **DECODER}
+    even = small.interpolate(images, num=2, **shared)
+    assert len(even) == 14 and even.provenance["even"] is True
+    assert same(even.numpy[[0, 3, 6]], plain.numpy[[0, 3, 6]])
+    places = [float(record["place"]) for record in even.provenance["pictures"]]
+    assert places[:7] == sorted(places[:7]) and [places[0], places[3], places[6]] == [0, 1, 2]
+    assert even.captions[:7] == tuple(f"{place:.2f}" for place in places[:7])
+    by_red = small.interpolate(
+        images, lpips=lambda a, b: abs(a[..., 0].mean((1, 2)) - b[..., 0].mean((1, 2))), **shared
+    )
+    assert [record["place"] for record in by_red.provenance["pictures"]] != places[:7]
+    with pytest.raises(ConfigError, check=mentions(field="lpips")):
+        small.interpolate(images, lpips=redness)
+
+
+def test_even_paths_of_fresh_noise(small, images):
+    """All frames of a sequence have the same noise, and sequences have others."""
+    even = small.interpolate(images[:2], frames=3, num=2, even=True, **DECODER)
+    plain = small.interpolate(images[:2], frames=3, num=2, **DECODER)
+    assert same(even.numpy[[0, 2, 3, 5]], plain.numpy[[0, 2, 3, 5]])
+
+
+def test_depth_of_text_diffs(small, images):
+    """The paper's inversion, to the end of the schedule, is depth 1; less of it changes less of the image."""
+    image, shared = images[0], {"frames": 2, "decoder": {"steps": 3}}
+    whole, default = (small.text_diff(image, "four", PROMPT, **depth, **shared) for depth in ({"depth": 1.0}, {}))
+    assert same(whole.numpy[0], small.reconstruct(image, steps=3).numpy[0])
+    apart = [np.abs(result.numpy[0].astype(int) - square(image, 8)).mean() for result in (default, whole)]
+    assert apart[0] < apart[1]
+    assert default.provenance["depth"] == 0.2 and default.provenance["sampling"]["decoder"]["steps"].startswith("t:0,")
+    for depth in (0, 1.5, True):
+        with pytest.raises(ConfigError, check=mentions(field="depth")):
+            small.text_diff(image, "four", PROMPT, depth=depth)
+    with pytest.raises(ConfigError, check=mentions(field="depth")):
+        small.text_diff(image, "four", PROMPT, whole_inversion=True)
+
+
+def test_captions_of_text_diffs(small, images):
+    """By default rotated frames have the caption of what the image becomes, and that at rotation 0 has none."""
+    shared = {"frames": 2, "depth": 1.0, **DECODER}
+    default = small.text_diff(images[0], "four", PROMPT, **shared).numpy
+    silent = small.text_diff(images[0], "four", PROMPT, prompt="", **shared).numpy
+    assert same(default[0], silent[0]) and not same(default[1], silent[1])
+    decoder = dataclasses.replace(small.stages["decoder"], tokenizer=None)
+    unread = dataclasses.replace(small, stages={**small.stages, "decoder": decoder})
+    assert same(unread.text_diff(images[0], "four", PROMPT, **shared).numpy, silent)
 
 
 def test_text_diff_over_a_range_and_without_a_base(small, images):

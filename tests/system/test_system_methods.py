@@ -147,7 +147,7 @@ def test_interpolation_ends_at_both_images(system, images):
 
 def test_text_diff_begins_at_the_image(system, image):
     small = dataclasses.replace(system, stages={k: v for k, v in system.stages.items() if k != "upsampler_1"})
-    frames = small.text_diff(image, "one two three", "four", frames=3, decoder=STEPS["decoder"])
+    frames = small.text_diff(image, "one two three", "four", frames=3, depth=1.0, decoder=STEPS["decoder"])
     assert np.abs(frames.numpy[0].astype(int) - small.reconstruct(image, steps=3).numpy[0]).max() <= 1
     assert (frames.numpy[2] != frames.numpy[0]).any()
     assert frames.captions == ("0.00", "0.25", "0.50") and frames.provenance["theta"] == 0.5

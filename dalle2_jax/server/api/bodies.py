@@ -132,7 +132,10 @@ class TextDiff(Background):
     after: Prompt
     frames: int = Field(8, ge=2, le=MAX_FRAMES)
     theta: Fraction = 0.5
-    prompt: Text = ""
+    depth: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.2, description="share of the noise schedule that is inverted; small ones keep outlines and places"
+    )
+    prompt: Text | None = Field(None, description="a caption of all frames; by default ``after``")
 
 
 class Embed(BaseModel):

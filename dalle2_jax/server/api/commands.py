@@ -60,7 +60,7 @@ ARGUMENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "reconstruct": _with_image("prompt", "steps"),
     "inpaint": _inpaint,
     "interpolate": _interpolate,
-    "text_diff": _with_image("before", "after", "frames", "theta", "prompt"),
+    "text_diff": _with_image("before", "after", "frames", "theta", "depth", "prompt"),
 }
 """Command -> the arguments of its function in ``system.rows.COMMANDS``."""
 

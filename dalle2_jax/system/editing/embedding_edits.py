@@ -12,13 +12,18 @@ from dalle2_jax.ranges import Range
 from dalle2_jax.stages.clip import MAX_LOG_SCALE
 from dalle2_jax.system.base import SystemBase, read_caption
 from dalle2_jax.system.editing.frames import (
+    DEPTH,
     decode_each,
+    decode_even_path,
     decode_path,
     decode_with_inputs,
     inverted_noise,
+    text_diff_prompts,
+    with_depth,
     with_inversion,
 )
 from dalle2_jax.system.editing.geometry import path, positions, slerp, text_direction, weighted_mean
+from dalle2_jax.system.editing.similarity import Distance, root_mean_square
 from dalle2_jax.system.editing.typography import probabilities, with_word
 from dalle2_jax.system.generation import Generator
 from dalle2_jax.system.images import Images
@@ -79,6 +84,8 @@ class EmbeddingEdits(SystemBase):
         *,
         frames: int = 8,
         eta: float | None = None,
+        even: bool = False,
+        lpips: Distance | None = None,
         prompt: str = "",
         image_emb: str = "prior",
         whole_inversion: bool = False,
@@ -94,6 +101,10 @@ class EmbeddingEdits(SystemBase):
           frames: images from each point to the next, both included.
           eta: None gives all frames of a sequence the same fresh noise. Else the noise of the images is interpolated,
             so that with 0 the frames at images reconstruct them; captions have the noise of the last image.
+          even: whether the frames are placed where neighbours are about equally far apart, in place of equal rotations
+            of the embedding. About 5 images are generated for each frame.
+          lpips: the distance by which they are, such as `dalle2_jax.evaluation.lpips.load` returns; None is the root
+            mean squared difference of pixels.
           prompt: a caption, for decoders that read one.
           image_emb: as in `mix`.
           whole_inversion: as in `variations`.
@@ -101,7 +112,8 @@ class EmbeddingEdits(SystemBase):
 
         Raises:
           UsageError: fewer than two images and captions.
-          ConfigError: ``frames`` or ``eta`` is out of range, or ``eta`` is given without an image.
+          ConfigError: ``frames`` or ``eta`` is out of range, ``eta`` is given without an image, or ``lpips`` without
+            ``even``.
         """
         check_number("frames", frames, Range(2, MAX_FRAMES))
         if eta is not None:
@@ -111,17 +123,22 @@ class EmbeddingEdits(SystemBase):
             raise UsageError(f"interpolate needs two or more images and captions, got {len(given) + len(texts)}")
         if eta is not None and not given:
             raise ConfigError("eta starts from the noise of an image, and none is given: leave it out", "eta")
+        if lpips is not None and not even:
+            raise ConfigError("lpips measures the frames of an even path: set even", "lpips")
         inputs = {"image": [image.name for image in given], "caption": texts, "frames": frames, "eta": eta}
-        inputs |= {"whole_inversion": whole_inversion, "image_emb": image_emb}
+        inputs |= {"even": even, "whole_inversion": whole_inversion, "image_emb": image_emb}
         uses_prior = bool(texts) and image_emb == "prior"
         call = self.call("interpolate", options, uses_prior, inputs, num=1)
         where = positions(len(given) + len(texts), frames)
         call.options.check_count(len(where))
-        generator, x_T = Generator(with_inversion(call, eta)), None
+        generator, ends = Generator(with_inversion(call, eta)), None
         emb = self._embed_points(generator, given, texts, image_emb)
         if eta is not None:
             ends = inverted_noise(generator, given, emb[: len(given)], read_caption(prompt), whole_inversion)
-            x_T = path(np.concatenate([ends, *[ends[-1:]] * len(texts)]), frames)
+            ends = np.concatenate([ends, *[ends[-1:]] * len(texts)])
+        if even:
+            return decode_even_path(generator, emb, ends, read_caption(prompt), frames, lpips or root_mean_square)
+        x_T = None if ends is None else path(ends, frames)
         shown = [f"{place:.2f}" for place in where]
         return decode_path(generator, path(emb, frames), x_T, read_caption(prompt), shown)
 
@@ -133,25 +150,29 @@ class EmbeddingEdits(SystemBase):
         *,
         frames: int = 8,
         theta: float | tuple[float, float] = 0.5,
-        prompt: str = "",
+        depth: float = DEPTH,
+        prompt: str | None = None,
         whole_inversion: bool = False,
         **options: Unpack[SampleOptions],
     ) -> Images:
         """Changes an image by the difference between two captions (section 3.3).
 
         The image's CLIP embedding is rotated towards the normalised difference of the text embeddings, with the
-        noise that DDIM inversion finds.
+        noise that DDIM inversion finds. The frame at rotation 0 reconstructs the image.
 
         Args:
           image: the image.
           before: a caption of the image; several, of which the mean is taken; or None for the direction of ``after``
             alone.
           after: a caption of what it becomes.
-          frames: number of images; that at rotation 0 reconstructs ``image``.
+          frames: number of images.
           theta: the rotation of the last frame, as a fraction of the angle to the difference, or those of the first
             and the last frame, (0, theta) by default; the paper's last ones are 0.25 to 0.5.
-          prompt: a caption, for decoders that read one.
-          whole_inversion: as in `variations`.
+          depth: the share of the noise schedule that the image is inverted to and sampled from, above 0. Small ones
+            keep outlines and places; the paper inverts to its end, 1.
+          prompt: a caption of all frames and of the inversion, for decoders that read one; "" for none. By default the
+            frames have the caption ``after``; the inversion and the frame at rotation 0 have none.
+          whole_inversion: as in `variations`; only with ``depth`` 1.
           **options: see `SampleOptions`; ``num``, by default 1, is the number of sequences.
         """
         check_number("frames", frames, Range(2, MAX_FRAMES))
@@ -162,9 +183,10 @@ class EmbeddingEdits(SystemBase):
         first, last = theta if isinstance(theta, tuple | list) else (0.0, theta)
         given, base = read_image(image), None if before is None else read_captions(before)
         inputs = {"image": given.name, "from": base[0] if base and len(base) == 1 else base, "to": read_caption(after)}
-        inputs |= {"frames": frames, "theta": theta, "whole_inversion": whole_inversion}
+        inputs |= {"frames": frames, "theta": theta, "depth": depth, "whole_inversion": whole_inversion}
         self._check_conditioning()
-        generator = Generator(with_inversion(self.call("text_diff", options, inputs=inputs, num=1), 0.0))
+        call = with_inversion(self.call("text_diff", options, inputs=inputs, num=1), 0.0)
+        generator = Generator(with_depth(call, depth, whole_inversion))
         generator.call.options.check_count(frames)
         emb = self._embed_inputs([given])
         target = text_direction(
@@ -172,10 +194,12 @@ class EmbeddingEdits(SystemBase):
             None if base is None else self.embed_text(base),
             float(np.linalg.norm(emb[0])),
         )
-        x_T = inverted_noise(generator, [given], emb, read_caption(prompt), whole_inversion).repeat(frames, axis=0)
         angles = np.linspace(first, last, frames)
+        caption = None if prompt is None else read_caption(prompt)
+        prompts = text_diff_prompts(call, read_caption(after), caption, angles)
+        x_T = inverted_noise(generator, [given], emb, caption or "", whole_inversion).repeat(frames, axis=0)
         shown = [f"{angle:.2f}" for angle in angles]
-        return decode_path(generator, slerp(emb[0], target, angles), x_T, read_caption(prompt), shown)
+        return decode_path(generator, slerp(emb[0], target, angles), x_T, prompts, shown)
 
     def typographic_probe(
         self,

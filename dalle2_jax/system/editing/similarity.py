@@ -21,6 +21,14 @@ def psnr(image: UInt8[np.ndarray, "H W 3"], other: UInt8[np.ndarray, "H W 3"]) -
     return MAX_PSNR if error == 0 else float(min(MAX_PSNR, 10 * np.log10(255.0**2 / error)))
 
 
+def root_mean_square(
+    images: UInt8[np.ndarray, "B H W 3"], others: UInt8[np.ndarray, "B H W 3"]
+) -> Float[np.ndarray, "B"]:
+    """Returns the root mean squared difference of each image to the other of the same index, in levels of 255."""
+    squared = np.square(images.astype(np.float64) - others.astype(np.float64))
+    return np.sqrt(squared.reshape(len(images), -1).mean(axis=1))
+
+
 def describer(
     names: Sequence[str], given: UInt8[np.ndarray, "N H W 3"], lpips: Distance | None
 ) -> Callable[[Request, UInt8[np.ndarray, "H W 3"]], tuple[str, dict[str, Any]]]:

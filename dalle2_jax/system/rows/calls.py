@@ -15,7 +15,7 @@ from dalle2_jax.errors import ConfigError, UsageError, UserError
 from dalle2_jax.ranges import Range
 from dalle2_jax.system.cascade import PRIORS
 from dalle2_jax.system.editing.embedding_edits import MAX_FRAMES
-from dalle2_jax.system.editing.frames import with_inversion
+from dalle2_jax.system.editing.frames import DEPTH, text_diff_prompts, with_depth, with_inversion
 from dalle2_jax.system.editing.geometry import slerp, text_direction
 from dalle2_jax.system.generation import NO_IMAGE_EMB, clip_input, provenance
 from dalle2_jax.system.inputs import ImageLike, InputImage, read_captions, read_image, read_mask
@@ -130,20 +130,24 @@ def text_diff(
     after: str,
     frames: int = 8,
     theta: float = 0.5,
-    prompt: str = "",
+    depth: float = DEPTH,
+    prompt: str | None = None,
 ) -> RowCall:
     """Returns the rows of an image changed by the difference between two captions, see `System.text_diff`."""
     check_number("frames", frames, Range(2, MAX_FRAMES))
     check_fraction("theta", theta)
     given = read_image(image)
     inputs = {"image": given.name, "from": _caption(before), "to": _caption(after), "frames": frames, "theta": theta}
-    sampler = RowSampler(with_inversion(system.call("text_diff", options, inputs=inputs, num=1), 0.0))
+    inputs["depth"] = depth
+    call = with_inversion(system.call("text_diff", options, inputs=inputs, num=1), 0.0)
+    sampler = RowSampler(with_depth(call, depth, whole_inversion=False))
     emb = _embedding(sampler, given)
     text_emb = system.embed_text([before, after])
     target = text_direction(text_emb[1], text_emb[:1], float(np.linalg.norm(emb)))
-    x_T = _inverted(sampler, given, emb, prompt)
-    rotated = slerp(emb, target, np.linspace(0.0, theta, frames))
-    return _rows(sampler, [_frame(prompt, rotated[i], x_T) for i in range(frames)], shared_noise=True)
+    angles = np.linspace(0.0, theta, frames)
+    prompts = text_diff_prompts(call, after, prompt, angles)
+    x_T, rotated = _inverted(sampler, given, emb, prompt or ""), slerp(emb, target, angles)
+    return _rows(sampler, [_frame(prompts[i], rotated[i], x_T) for i in range(frames)], shared_noise=True)
 
 
 COMMANDS: Mapping[str, Callable[..., RowCall]] = {
