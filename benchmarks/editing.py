@@ -102,21 +102,22 @@ def pair_figures(found: np.ndarray, data: HeldOut, name: str, distance: Distance
 
 
 def interpolation(system: System, data: HeldOut, options: argparse.Namespace, name: str, distance: Distance) -> Figures:
-    """Returns the PSNR at the end points of paths between pairs of images, and the evenness of the paths."""
-    images, ends, shared = pillow(data), [], {"seed": options.seed, "decoder": {"steps": options.steps}}
-    evenness: dict[bool, list[float]] = {False: [], True: []}
-    lpips = None if options.lpips is None else distance
+    """Returns the PSNR at the end points of paths between pairs of images, and the evenness of the paths.
+
+    Even frames are decoded in as few steps as text differences, since many are generated for each path.
+    """
+    images, ends, shared = pillow(data), [], {"frames": FRAMES, "eta": 0.0, "seed": options.seed}
+    evenness: dict[str, list[float]] = {"equal rotations": [], f"even frames, {options.edit_steps} steps": []}
     for first in tqdm.tqdm(range(0, len(images) - 1, 2), desc="interpolation", unit="path"):
         pair = images[first : first + 2]
-        for even, found in evenness.items():
-            how = {"even": even, "lpips": lpips if even else None}
-            frames = system.interpolate(pair, frames=FRAMES, eta=0.0, **how, **shared).numpy
-            ends += [psnr_of(frames[[0, -1]], data.images[first : first + 2]).mean()]
-            between = in_chunks(distance, frames[:-1], frames[1:])
+        ways = {"decoder": {"steps": options.steps}}, {"even": distance, "decoder": {"steps": options.edit_steps}}
+        paths = [system.interpolate(pair, **how, **shared).numpy for how in ways]
+        ends.append(psnr_of(paths[0][[0, -1]], data.images[first : first + 2]).mean())
+        for path, found in zip(paths, evenness.values(), strict=True):
+            between = in_chunks(distance, path[:-1], path[1:])
             found.append(between.max() / between.mean())
-    figures: Figures = {f"PSNR at both ends, {options.steps} steps, dB": mean_of(ends[::2])}
-    for even, found in evenness.items():
-        how = "even frames" if even else "equal rotations"
+    figures: Figures = {f"PSNR at both ends, {options.steps} steps, dB": mean_of(ends)}
+    for how, found in evenness.items():
         figures[f"{how}: largest step over the mean step, {name}"] = mean_of(found)
         figures[f"{how}: paths whose largest step is at most {EVEN} mean steps"] = share_of(np.asarray(found) <= EVEN)
         figures[f"{how}: largest step over the mean step of the least even path"] = Figure(

@@ -76,16 +76,17 @@ def variations(system: System, emoji: Emoji, shared: dict) -> Sheet:
 
 
 def interpolation(system: System, emoji: Emoji, shared: dict) -> Sheet:
-    """Paths between two emoji, from one fresh noise and from the inverted noises of both; and between two captions."""
+    """Paths between two emoji, from one fresh noise, from the noises of both, and even; and between two captions."""
     pair = [emoji.image("noto", "1f34e"), emoji.image("noto", "1f34b")]
     captions = ["a cat face, fluent flat emoji", "a panda, fluent flat emoji"]
     path = {"frames": COLUMNS, **shared}
     found = [
         system.interpolate(pair, **path),
         system.interpolate(pair, eta=0.0, **path),
+        system.interpolate(pair, eta=0.0, even=True, **path),
         system.interpolate(captions=captions, **path),
     ]
-    return Sheet([images.numpy for images in found], [f"{place:.2f}" for place in np.linspace(0.0, 1.0, COLUMNS)])
+    return Sheet([images.numpy for images in found], ["first", *[""] * (COLUMNS - 2), "second"])
 
 
 def mix(system: System, emoji: Emoji, shared: dict) -> Sheet:
@@ -101,18 +102,18 @@ def mix(system: System, emoji: Emoji, shared: dict) -> Sheet:
 
 
 def text_diff(system: System, emoji: Emoji, shared: dict) -> Sheet:
-    """Emoji changed by the difference of two captions: colour, animal and style."""
+    """Emoji changed by the difference of two captions at depth 0.4: colour, animal and style."""
     changes = [
         ("noto", "1f34e", "a red apple, noto emoji", "a green apple, noto emoji"),
         ("twemoji", "1f431", "a cat face, twemoji", "a tiger face, twemoji"),
         ("noto", "1f419", "an octopus, noto emoji", "an octopus, fluent 3d emoji"),
     ]
-    options = {"frames": COLUMNS, "theta": 0.6, **shared}
+    options = {"frames": COLUMNS, "theta": 0.5, "depth": 0.4, **shared}
     rows = [
         system.text_diff(emoji.image(style, code), before, after, **options).numpy
         for style, code, before, after in changes
     ]
-    return Sheet(rows, [f"{theta:.2f}" for theta in np.linspace(0.0, 0.6, COLUMNS)])
+    return Sheet(rows, [f"{theta:.2f}" for theta in np.linspace(0.0, 0.5, COLUMNS)])
 
 
 def reconstruction(system: System, emoji: Emoji, shared: dict) -> Sheet:

@@ -1,13 +1,13 @@
 """Networks trained to inpaint against masked sampling, on a system of shapes: JSON lines and a table.
 
-    python train.py --config configs/shapes.py:decoder --workdir runs/inpaint --config.init_from=shapes \
-        --config.conditioning.inpaint=True --config.total_steps=2000
+    python train.py --config configs/shapes.py:decoder,inpaint --workdir runs/inpaint --config.init_from=shapes
     python benchmarks/inpainting.py --system shapes --trained runs/inpaint
 
 A box with sides of a quarter to three quarters of the image is erased from rendered scenes of split ``val`` and
 generated again, conditioned on the scene's caption, by
 
   masked sampling      the system's own decoder, with the known pixels put in after each step
+  without guidance     the same, without classifier-free guidance
   with resampling      the same, with every 5 steps taken 4 times (RePaint, Lugmayr et al. 2022)
   trained              the decoder of ``--trained``, which has the known pixels and their mask as input (GLIDE)
 
@@ -21,7 +21,8 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import argparse
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import measured
 import numpy as np
@@ -46,11 +47,12 @@ RESAMPLE = 5, 4
 
 
 class Method(NamedTuple):
-    """A way to inpaint: its title, the system, and RePaint's (jump, times)."""
+    """A way to inpaint: its title, the system, RePaint's (jump, times), and settings of the decoder."""
 
     title: str
     system: System
     resample: tuple[int, int] | None = None
+    decoder: Mapping[str, Any] = {}
 
 
 def boxes(count: int, side: int, seed: int) -> Masks:
@@ -68,7 +70,8 @@ def inpainted(method: Method, data: HeldOut, masks: Masks, seed: int) -> Pixels:
     results = []
     rows = list(zip(data.images, masks, data.captions, strict=True))
     for image, mask, caption in tqdm.tqdm(rows, desc=method.title, unit="image"):
-        found = method.system.inpaint(image, mask, caption, resample=method.resample, num=1, seed=seed)
+        how = {"resample": method.resample, "decoder": method.decoder}
+        found = method.system.inpaint(image, mask, caption, num=1, seed=seed, **how)
         results.append(found.numpy[0])
     return np.stack(results)
 
@@ -86,7 +89,7 @@ def unchanged_outside(images: Pixels, given: Pixels, masks: Masks) -> Figure:
 
 
 def measure(data: HeldOut, masks: Masks, images: Pixels, distance: Distance | None) -> tuple[Figures, np.ndarray]:
-    """Returns the figures of a method, and its error for each image, by which methods are compared."""
+    """Returns the figures of a method, and its error for each image, by which methods are compared: LPIPS if given."""
     others = np.where(masks[..., None], np.roll(data.images, -1, axis=0), data.images)
     inside, baseline = (error_inside(each, data.images, masks) for each in (images, others))
     figures = {
@@ -120,7 +123,11 @@ def methods(options: argparse.Namespace) -> list[Method]:
       UsageError: the decoder of ``--system`` was trained to inpaint, or that of ``--trained`` was not.
     """
     system = load(options.system)
-    found = [Method("masked sampling", system), Method("with resampling", system, RESAMPLE)]
+    found = [
+        Method("masked sampling", system),
+        Method("masked, without guidance", system, decoder={"guidance": 1.0}),
+        Method("masked, with resampling", system, RESAMPLE),
+    ]
     found += [Method("trained", load(options.trained))] if options.trained else []
     for method in found:
         stage = method.system.stages["decoder"].stage
@@ -138,14 +145,13 @@ def main() -> None:
     data = measured.held_out(compared[0].system, options.num)
     masks = boxes(options.num, data.images.shape[1], options.seed)
     table: Figures = {}
-    first: np.ndarray | None = None
+    errors: dict[str, np.ndarray] = {}
     for method in compared:
         images = inpainted(method, data, masks, options.seed)
         figures, error = measure(data, masks, images, distance)
-        if first is None:
-            first = error
-        else:
-            figures["error less that of masked sampling"] = mean_of(error - first)
+        if method.title == "trained":
+            figures |= {f"error less that of {title}": mean_of(error - other) for title, other in errors.items()}
+        errors[method.title] = error
         about = {"method": method.title, "system": measured.shown_system(method.system.path)}
         measured.emit("inpainting", figures, **about)
         table |= {f"{method.title}: {name}": figure for name, figure in figures.items()}

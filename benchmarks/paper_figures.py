@@ -47,11 +47,12 @@ def variations(system: System, data: HeldOut, options: argparse.Namespace) -> Sh
 
 
 def interpolations(system: System, data: HeldOut, options: argparse.Namespace) -> Sheet:
-    """Figure 4: paths between two images, with one fresh noise and with the interpolated noises of both images."""
+    """Figure 4: paths between two images, from one fresh noise, from the noises of both, and with even frames."""
     pair = list(data.images[2:4])
     shared = {"frames": COLUMNS, "seed": options.seed, "progress": True}
-    rows = [system.interpolate(pair, **shared).numpy, system.interpolate(pair, eta=0.0, **shared).numpy]
-    return Sheet(rows, [f"{place:.2f}" for place in np.linspace(0.0, 1.0, COLUMNS)])
+    ways = ({}, {"eta": 0.0}, {"eta": 0.0, "even": True})
+    rows = [system.interpolate(pair, **how, **shared).numpy for how in ways]
+    return Sheet(rows, ["first", *[""] * (COLUMNS - 2), "second"])
 
 
 def text_diffs(system: System, data: HeldOut, options: argparse.Namespace) -> Sheet:

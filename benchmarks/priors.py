@@ -65,7 +65,8 @@ ROWS = (
     Row("diffusion", "one sample", {}, 1),
     Row("diffusion", "guidance 2", {"guidance": 2.0}),
     Row("diffusion", "guidance 4", {"guidance": 4.0}),
-    Row("ar", "guidance 1, dot product of the upper half, one sample (default)", {}),
+    Row("ar", "guidance 1, dot product of the upper half, two samples (default)", {}),
+    Row("ar", "one sample, as in the paper", {}, 1),
     Row("ar", "guidance 1.5", {"guidance": 1.5}),
     Row("ar", "guidance 2", {"guidance": 2.0}),
     Row("ar", "guidance 4", {"guidance": 4.0}),
@@ -73,7 +74,6 @@ ROWS = (
     Row("ar", "dot product above quantile 0.7", {"dot_quantile": 0.7}),
     Row("ar", "dot product above quantile 0.85", {"dot_quantile": 0.85}),
     Row("ar", "dot product above quantile 0.95", {"dot_quantile": 0.95}),
-    Row("ar", "two samples, the closer to the caption kept", {}, 2),
     Row("ar", "four samples, the closest to the caption kept", {}, 4),
 )
 """The first row of each prior is its default."""

@@ -13,10 +13,11 @@
 | upsampler_1 | 32 -> 64, folded 2x2 | 4       | 64 -> 256                  |
 
 Minutes are those of two cores of an Intel Xeon (Sapphire Rapids), the decoder's in bfloat16, as docs/performance.md
-describes, by the rate of a run of 9,500 steps. `ar_prior` (11) takes the place of the prior.
+describes, by the rate of a run of 9,500 steps. `ar_prior` (28) takes the place of the prior.
 
-CLIP, the prior and the upsampler learn from all images, the decoder from two of Unicode's groups (`GROUPS`), 1,096
-images: of six groups, 3,879 images, it draws colours and outlines after an hour, and little that can be recognised.
+CLIP, the prior and the upsampler learn from all images, the decoder and `ar_prior` from two of Unicode's groups
+(`GROUPS`), 1,096 images: of six groups, 3,879 images, the decoder draws colours and outlines after an hour, and little
+that can be recognised.
 
 The style is a part of the caption ("a red apple, noto emoji"). For the large form (`configs/emoji.py:decoder,large`)
 make the data with `dalle2 data emoji runs/emoji-data-256 --resolution 256`; all stages of a system must be of one form.
@@ -33,7 +34,7 @@ from dalle2_jax.config.page_defaults import CLEAN_IMAGE_DIFFUSION, distilled, fo
 from dalle2_jax.errors import choose
 
 GROUPS = ("animals-nature", "food-drink")
-"""Groups of emoji that the small decoder learns."""
+"""Groups of emoji that the small decoder and the autoregressive prior learn."""
 
 
 def get_config(which: str) -> ConfigDict:
@@ -110,8 +111,13 @@ def prior_large() -> ConfigDict:
 
 
 def ar_prior() -> ConfigDict:
-    """In place of the diffusion prior: sample with it by ``sample.py text2image --prior ar``."""
-    config = common(2000, 64, 1e-3, resolution=32)
+    """In place of the diffusion prior: sample with it by ``sample.py text2image --prior ar``.
+
+    Muon and 3,000 steps: the first codes must be learned by heart from the caption, since the others follow them.
+    """
+    config = common(3000, 64, 2e-3, resolution=32)
+    config.data.filters = {"equals": {"group": GROUPS}}
+    config.optim.name = "muon"
     config.model = {
         "text": {"width": 96, "layers": 2, "heads": 4, "activation": "gelu"},
         "width": 128,
@@ -209,8 +215,12 @@ def upsampler_1_large() -> ConfigDict:
 
 
 def decoder_inpaint() -> ConfigDict:
-    """The decoder with the known pixels and their mask as input."""
+    """The decoder with the known pixels and their mask as input.
+
+    It is sampled without guidance, which draws away from what the known pixels already say.
+    """
     config = decoder()
+    config.sampling.guidance = 1.0
     config.model.unet.in_channels = 7
     config.conditioning.inpaint = True
     return config

@@ -215,8 +215,12 @@ def ar_prior() -> ConfigDict:
 
 
 def decoder_inpaint() -> ConfigDict:
-    """The decoder with the known pixels and their mask as input."""
+    """The decoder with the known pixels and their mask as input.
+
+    It is sampled without guidance, which draws away from what the known pixels already say.
+    """
     config = decoder()
+    config.sampling.guidance = 1.0
     config.model.unet.in_channels = 7
     config.conditioning.inpaint = True
     return config

@@ -123,7 +123,7 @@ def _add_common(command: argparse.ArgumentParser, several_prompts: bool, num: in
 
 def _add_prior(commands: _Commands) -> None:
     """Adds how captions become image embeddings."""
-    candidates = "embeddings sampled per image, of which the closest to the caption is used (default 2; 1 for ar)"
+    candidates = "embeddings sampled per image, of which the closest to the caption is used (default 2)"
     for name in EMBED_CAPTIONS:
         prior = "which prior, if the system has both (default diffusion); none is --image_emb text"
         commands[name].add_argument("--prior", choices=(*PRIORS, "none"), help=prior)
@@ -314,8 +314,10 @@ def _edit(system: "System", options: argparse.Namespace, prompt: Any, keywords: 
         return system.variations(options.image, eta=options.eta, **keywords)
     keywords["frames"] = options.frames
     if options.command == "interpolate":
-        how = {"eta": options.eta, "even": options.even, "lpips": _lpips(options)}
-        return system.interpolate(options.image, options.caption, **how, **keywords)
+        if options.lpips and not options.even:
+            raise UsageError("--lpips is the distance that --even makes equal: give --even too")
+        even = _lpips(options) or options.even
+        return system.interpolate(options.image, options.caption, eta=options.eta, even=even, **keywords)
     keywords["prompt"] = prompt
     ends = {"theta": options.theta, "depth": options.depth}
     return system.text_diff(options.image, vars(options)["from"], options.to, **ends, **keywords)

@@ -34,7 +34,7 @@ class SampleOptions(TypedDict, total=False):
       seed: the random seed. An image depends on the seed, its number and its inputs, not on the batch size.
       batch_size: images that are generated at a time.
       candidates: image embeddings that the prior samples for each image, of which the one closest to the caption is
-        used; None is the prior's own number (2 for diffusion, 1 for the autoregressive prior).
+        used; None is the prior's own number, 2.
       negative: a caption that guidance moves away from. It takes the place of "no caption" in every stage that is
         guided by its caption.
       prior: settings of the prior.

@@ -143,6 +143,7 @@ def test_reconstruction_from_components(run, place):
         (("mix", "--image", "a.png", "--weight", "0"), ["weights", 0]),
         (("interpolate", "--image", "a.png"), ["two", 1]),
         (("interpolate", "--caption", "a", "--caption", "b", "--eta", "0"), ["eta"]),
+        (("interpolate", "--image", "a.png", "--image", "b.png", "--lpips", "b.png"), ["--lpips", "--even"]),
         (("text_diff", "--image", "a.png", "--to", "red", "--depth", "0"), ["depth", 0]),
         (("text_diff", "--image", "a.png", "--to", "red", "--whole_inversion"), ["depth", 0.2, 1]),
         (("reconstruct", "--image", "a.png", "--negative", "red"), ["negative", "text_guidance"]),

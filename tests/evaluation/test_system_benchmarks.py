@@ -20,7 +20,7 @@ from dalle2_jax.system.editing.similarity import MAX_PSNR
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 SIDE, COUNT = 64, 6
 
-OPTIONS = argparse.Namespace(steps=250, edit_steps=50, theta=(0.25, 0.5), seed=0, lpips=None)
+OPTIONS = argparse.Namespace(steps=250, edit_steps=50, theta=(0.25, 0.5), seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ CALLS = {
         lambda s, o: s.interpolate([IMAGE, OTHER], frames=2, eta=0.0, **o),
     ),
     "text_diff": (
-        {"image": IMAGE, "before": "red circle", "after": "a blue square", "frames": 2},
+        {"image": IMAGE, "captions": ("red circle", "a blue square"), "frames": 2},
         lambda s, o: s.text_diff(IMAGE, "red circle", "a blue square", frames=2, **o),
     ),
 }
@@ -133,6 +133,6 @@ def test_wrong_arguments(system):
     with pytest.raises(UsageError, check=mentions("two", 1)):
         interpolate(system, {}, images=[IMAGE])
     with pytest.raises(ConfigError, check=mentions(field="frames")):
-        text_diff(system, {}, image=IMAGE, before="a", after="b", frames=1)
+        text_diff(system, {}, image=IMAGE, captions=("a", "b"), frames=1)
     with pytest.raises(UserError, check=mentions(2)):
         inpaint(system, FEW, image=IMAGE, mask=MASK, resample=(5, 2))

@@ -54,13 +54,18 @@ def _with_image(*names: str) -> Callable[[Any], dict[str, Any]]:
     return arguments
 
 
+def _text_diff(body: TextDiff) -> dict[str, Any]:
+    fields = _with_image("frames", "theta", "depth", "prompt")(body)
+    return {**fields, "captions": (body.before, body.after)}
+
+
 ARGUMENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "text2image": lambda body: {"prompt": body.prompt},
     "variations": _with_image("prompt", "eta"),
     "reconstruct": _with_image("prompt", "steps"),
     "inpaint": _inpaint,
     "interpolate": _interpolate,
-    "text_diff": _with_image("before", "after", "frames", "theta", "depth", "prompt"),
+    "text_diff": _text_diff,
 }
 """Command -> the arguments of its function in ``system.rows.COMMANDS``."""
 

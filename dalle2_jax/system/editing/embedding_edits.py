@@ -84,8 +84,7 @@ class EmbeddingEdits(SystemBase):
         *,
         frames: int = 8,
         eta: float | None = None,
-        even: bool = False,
-        lpips: Distance | None = None,
+        even: bool | Distance = False,
         prompt: str = "",
         image_emb: str = "prior",
         whole_inversion: bool = False,
@@ -101,10 +100,9 @@ class EmbeddingEdits(SystemBase):
           frames: images from each point to the next, both included.
           eta: None gives all frames of a sequence the same fresh noise. Else the noise of the images is interpolated,
             so that with 0 the frames at images reconstruct them; captions have the noise of the last image.
-          even: whether the frames are placed where neighbours are about equally far apart, in place of equal rotations
-            of the embedding. About 5 images are generated for each frame.
-          lpips: the distance by which they are, such as `dalle2_jax.evaluation.lpips.load` returns; None is the root
-            mean squared difference of pixels.
+          even: whether the frames are placed where neighbours are about equally far apart, in place of equal rotations:
+            by the pixels' root mean squared difference, or by a distance such as `dalle2_jax.evaluation.lpips.load`
+            returns. About 5 images are generated for each frame.
           prompt: a caption, for decoders that read one.
           image_emb: as in `mix`.
           whole_inversion: as in `variations`.
@@ -112,8 +110,7 @@ class EmbeddingEdits(SystemBase):
 
         Raises:
           UsageError: fewer than two images and captions.
-          ConfigError: ``frames`` or ``eta`` is out of range, ``eta`` is given without an image, or ``lpips`` without
-            ``even``.
+          ConfigError: ``frames`` or ``eta`` is out of range, or ``eta`` is given without an image.
         """
         check_number("frames", frames, Range(2, MAX_FRAMES))
         if eta is not None:
@@ -123,10 +120,8 @@ class EmbeddingEdits(SystemBase):
             raise UsageError(f"interpolate needs two or more images and captions, got {len(given) + len(texts)}")
         if eta is not None and not given:
             raise ConfigError("eta starts from the noise of an image, and none is given: leave it out", "eta")
-        if lpips is not None and not even:
-            raise ConfigError("lpips measures the frames of an even path: set even", "lpips")
         inputs = {"image": [image.name for image in given], "caption": texts, "frames": frames, "eta": eta}
-        inputs |= {"even": even, "whole_inversion": whole_inversion, "image_emb": image_emb}
+        inputs |= {"even": bool(even), "whole_inversion": whole_inversion, "image_emb": image_emb}
         uses_prior = bool(texts) and image_emb == "prior"
         call = self.call("interpolate", options, uses_prior, inputs, num=1)
         where = positions(len(given) + len(texts), frames)
@@ -137,7 +132,8 @@ class EmbeddingEdits(SystemBase):
             ends = inverted_noise(generator, given, emb[: len(given)], read_caption(prompt), whole_inversion)
             ends = np.concatenate([ends, *[ends[-1:]] * len(texts)])
         if even:
-            return decode_even_path(generator, emb, ends, read_caption(prompt), frames, lpips or root_mean_square)
+            distance = even if callable(even) else root_mean_square
+            return decode_even_path(generator, emb, ends, read_caption(prompt), frames, distance)
         x_T = None if ends is None else path(ends, frames)
         shown = [f"{place:.2f}" for place in where]
         return decode_path(generator, path(emb, frames), x_T, read_caption(prompt), shown)

@@ -126,17 +126,19 @@ def text_diff(
     options: SampleOptions,
     *,
     image: ImageLike,
-    before: str,
-    after: str,
+    captions: tuple[str, str],
     frames: int = 8,
     theta: float = 0.5,
     depth: float = DEPTH,
     prompt: str | None = None,
 ) -> RowCall:
-    """Returns the rows of an image changed by the difference between two captions, see `System.text_diff`."""
+    """Returns the rows of an image changed by the difference between two captions, see `System.text_diff`.
+
+    ``captions`` are what the image shows, and what it becomes.
+    """
     check_number("frames", frames, Range(2, MAX_FRAMES))
     check_fraction("theta", theta)
-    given = read_image(image)
+    given, (before, after) = read_image(image), captions
     inputs = {"image": given.name, "from": _caption(before), "to": _caption(after), "frames": frames, "theta": theta}
     inputs["depth"] = depth
     call = with_inversion(system.call("text_diff", options, inputs=inputs, num=1), 0.0)
