@@ -165,6 +165,8 @@ def test_even_paths(small, images):
     assert even.captions == tuple(f"{place:.2f}" for place in places)
     by_red = small.interpolate(images, even=redness, **shared)
     assert [record["place"] for record in by_red.provenance["pictures"]] != places
+    with pytest.raises(ConfigError, check=mentions(64, field="frames")):
+        small.interpolate(images, even=True, frames=65)
 
 
 def test_even_paths_of_fresh_noise(small, images):

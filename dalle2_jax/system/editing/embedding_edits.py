@@ -32,6 +32,9 @@ from dalle2_jax.system.options import SampleOptions, check_fraction, check_inter
 
 MAX_FRAMES = 1_000
 
+MAX_EVEN_FRAMES = 64
+"""Most frames of an even path from one point to the next: all pairs of its images are compared."""
+
 MAX_WEIGHT = 1_000
 """Largest absolute weight of an embedding."""
 
@@ -102,7 +105,7 @@ class EmbeddingEdits(SystemBase):
             so that with 0 the frames at images reconstruct them; captions have the noise of the last image.
           even: whether the frames are placed where neighbours are about equally far apart, in place of equal rotations:
             by the pixels' root mean squared difference, or by a distance such as `dalle2_jax.evaluation.lpips.load`
-            returns. About 5 images are generated for each frame.
+            returns. About 5 images are generated for each of at most 64 frames.
           prompt: a caption, for decoders that read one.
           image_emb: as in `mix`.
           whole_inversion: as in `variations`.
@@ -112,7 +115,7 @@ class EmbeddingEdits(SystemBase):
           UsageError: fewer than two images and captions.
           ConfigError: ``frames`` or ``eta`` is out of range, or ``eta`` is given without an image.
         """
-        check_number("frames", frames, Range(2, MAX_FRAMES))
+        check_number("frames", frames, Range(2, MAX_EVEN_FRAMES if even else MAX_FRAMES))
         if eta is not None:
             check_fraction("eta", eta)
         given, texts = self._read_points(images, captions, image_emb)
