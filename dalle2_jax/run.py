@@ -35,6 +35,7 @@ from dalle2_jax.training.reporting.metrics import from_all_hosts
 from dalle2_jax.training.reporting.profiling import Profile
 from dalle2_jax.training.reporting.trackers import make_tracker
 from dalle2_jax.training.sharding import MeshConfig, check_host_memory, make_mesh, on_devices
+from dalle2_jax.training.sharpness import check_replicas
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.types import Batch, Degrading, Params
 from dalle2_jax.workdir.claim import RESUME_CHANGES, claim
@@ -172,7 +173,7 @@ def build_job(
     tokenizer = find_tokenizer(experiment, folder, base, source, clip)
     clip_stage = None if clip is None else cast(ClipStage, clip.stage)
     stage = experiment.build(tokenizer.vocab_size if tokenizer else None, clip_stage)
-    check_accumulation(stage, optim.accumulate, run.batch_size, mesh)
+    _check_division(stage, optim, run.batch_size, mesh)
     prepared, inputs = _prepare(experiment, stage, source, tokenizer, stage.degrading)
     process = jax.process_index(), jax.process_count()
     frozen = {"clip": clip.variables} if clip and clip.variables.params else {}
@@ -207,6 +208,12 @@ def build_job(
     hosts.wait_for_all(f"{folder.path} is claimed")
     multihost_utils.sync_global_devices(f"{folder.path} is claimed")
     return job
+
+
+def _check_division(stage: Stage, optim: OptimConfig, batch_size: int, mesh: jax.sharding.Mesh) -> None:
+    """Checks that the batch can be divided into micro-batches or replicas as the section ``optim`` asks."""
+    check_accumulation(stage, optim.accumulate, batch_size, mesh)
+    check_replicas(stage, optim, batch_size, mesh)
 
 
 # --- data -----------------------------------------------------------------------------------

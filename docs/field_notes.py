@@ -54,6 +54,7 @@ NOTES = {
     "weight_decay": "decoupled weight decay of matrices; biases, norms, embeddings and temperatures are not decayed",
     "clip_norm": "bound on the global gradient norm; 0 disables clipping",
     "sam_rho": "rho of sharpness-aware minimisation, 0.1 for the paper's CLIP; 0 disables it",
+    "sam_batch": "examples of a replica with a perturbation of its own, 64 for the paper's CLIP; 0: one for the batch",
     "ema_decay": "decay of the averaged parameters, which are used for sampling",
     "accumulate": "micro-batches in which a batch's gradients are computed, see [Memory](../howto/memory.md)",
     "OptimConfig.name": '"adamw", "adafactor" (little memory) or "muon" ([fewer steps](../performance.md#muon))',

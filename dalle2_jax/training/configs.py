@@ -64,7 +64,9 @@ class OptimConfig:
       weight_decay: decoupled, times the learning rate.
       clip_norm: maximal global norm of the gradients; 0 turns clipping off.
       ema_decay: largest decay of the averaged weights, see `ema_update`.
-      sam_rho: rho of sharpness-aware minimisation, see `sharpness_aware`; 0 turns it off. The paper's CLIP has 0.1.
+      sam_rho: rho of sharpness-aware minimisation, see `sharpness`; 0 turns it off. The paper's CLIP has 0.1.
+      sam_batch: examples of a replica, which has a perturbation of its own; 0 is one perturbation for the batch. The
+        paper's CLIP has 64.
       name: "adamw", or "adafactor" (Shazeer & Stern 2018, arXiv 1804.04235), whose second moment of a matrix is
         stored as one row and one column; or "muon", see `optim`.
       mu_dtype: dtype in which the first moment is stored, "float32" or "bfloat16".
@@ -82,6 +84,7 @@ class OptimConfig:
     clip_norm: NonNegativeFloat = 1.0
     ema_decay: BelowOne = 0.9999
     sam_rho: Annotated[float, Range(0, 1_000)] = 0.0
+    sam_batch: NonNegativeInt = 0
     accumulate: Annotated[int, Range(1, 1_000_000)] = 1
     name: str = "adamw"
     mu_dtype: str = "float32"

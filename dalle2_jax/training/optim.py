@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -54,12 +53,14 @@ class Optimizer(NamedTuple):
       update: (gradients, state, parameters) -> (changes of the parameters, state).
       learning_rate: number of finished steps, int32[] -> the learning rate of the next step, float32[].
       sam_rho: see `OptimConfig`.
+      sam_batch: see `OptimConfig`.
     """
 
     init: optax.TransformInitFn
     update: optax.TransformUpdateFn
     learning_rate: optax.Schedule
     sam_rho: float = 0.0
+    sam_batch: int = 0
 
 
 def learning_rate(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -151,30 +152,7 @@ def _optimizer(config: OptimConfig, warmup: int, total_steps: int, decay_rules: 
         with jax.numpy_dtype_promotion("standard"):
             return jnp.asarray(schedule(done), jnp.float32)
 
-    return Optimizer(chain.init, update, rate, config.sam_rho)
-
-
-def sharpness_aware(gradients: Callable[[Params, jax.Array], Any], rho: float) -> Callable[[Params, jax.Array], Any]:
-    """Returns the function of gradients for sharpness-aware minimisation (Foret et al. 2021, eq. 2 and 3).
-
-    With g the gradient at the parameters w, the result has the gradient at w + rho g / ||g||, and the value and outputs
-    at w. Both have the same randomness. The perturbation is that of the global batch: the paper's CLIP has one for each
-    replica of 64 examples.
-
-    Args:
-      gradients: (parameters, random key) -> ((value, outputs), gradients).
-      rho: norm of the perturbation; 0 returns ``gradients``.
-    """
-    if not rho:
-        return gradients
-
-    def perturbed(params: Params, key: jax.Array) -> Any:
-        value, grads = gradients(params, key)
-        step = rho / jnp.maximum(optax.tree.norm(grads), 1e-12)
-        sharp = jax.tree.map(lambda param, grad: param + step * grad, params, grads)
-        return value, gradients(sharp, jax.random.clone(key))[1]
-
-    return perturbed
+    return Optimizer(chain.init, update, rate, config.sam_rho, config.sam_batch)
 
 
 def _update_rule(config: OptimConfig, schedule: optax.Schedule, mask: Any) -> optax.GradientTransformation:

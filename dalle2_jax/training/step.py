@@ -12,8 +12,9 @@ from dalle2_jax import rng
 from dalle2_jax.stages.base import Stage, Variables, abstract_variables
 from dalle2_jax.training.accumulation import Gradients, loss_and_gradients
 from dalle2_jax.training.configs import HOST
-from dalle2_jax.training.optim import Optimizer, ema_decay_at, ema_update, sharpness_aware
+from dalle2_jax.training.optim import Optimizer, ema_decay_at, ema_update
 from dalle2_jax.training.sharding import logical_axes, replicated, tree_shardings
+from dalle2_jax.training.sharpness import replica_gradients, sharpness_aware
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.types import Batch, Metrics, Params
 
@@ -47,7 +48,12 @@ def train_step(
     def gradients(params: Params, key: jax.Array) -> Gradients:
         return loss_and_gradients(stage, accumulate, Variables(params, state.stats), frozen, key, batch)
 
-    (loss, outputs), grads = sharpness_aware(gradients, optimizer.sam_rho)(state.params, step_key)
+    rho, size = optimizer.sam_rho, optimizer.sam_batch
+    if rho and size:
+        variables = Variables(state.params, state.stats)
+        (loss, outputs), grads = replica_gradients(stage, rho, size, variables, frozen, batch)
+    else:
+        (loss, outputs), grads = sharpness_aware(gradients, rho)(state.params, step_key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     rules = stage.training_rules
     params = rules.project(cast(Params, optax.apply_updates(cast(optax.Params, state.params), updates)))

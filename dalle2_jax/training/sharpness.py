@@ -1,0 +1,177 @@
+"""Sharpness-aware minimisation, SAM (Foret et al. 2021, arXiv 2010.01412).
+
+With g the gradient at the parameters w, a step descends along the gradient at w + rho g / ||g|| (eq. 2 and 3).
+
+Where the batch is divided into replicas, each has a perturbation of its own, from the gradient of its own examples
+(ibid., section 4.1, m-sharpness). The paper's CLIP has replicas of 64 (Ramesh et al. 2022, appendix C). The logits are
+still those of the whole batch: with z_j the embeddings of replica j's examples, g_j = (dL/dz_j) (dz_j/dw), and at
+w_j = w + rho g_j / ||g_j|| the gradient is
+
+    sum_j (dL/dz_j)(z_1(w_1), z_2(w_2), ..) (dz_j/dw)(w_j)                                    (1)
+
+What only the loss reads, CLIP's temperature, is not perturbed. No replica is divided over devices, so that a device
+finds the perturbations of its own ones without the others; parameters that are sharded are gathered for it.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from dalle2_jax.errors import ConfigError
+from dalle2_jax.stages.base import Embeddings, Stage, Variables
+from dalle2_jax.training.accumulation import Gradients
+from dalle2_jax.training.configs import OptimConfig
+from dalle2_jax.types import Batch, Params
+
+_AXES = ("data", "fsdp")
+"""Axes of the mesh that a batch is divided over."""
+
+_FIELD = "optim.sam_batch"
+
+_SMALLEST = 1e-12
+"""Norm below which a gradient counts as zero."""
+
+
+def check_replicas(stage: Stage, optim: OptimConfig, batch_size: int, mesh: Mesh) -> None:
+    """Checks that a stage's batch can be divided into replicas.
+
+    Raises:
+      ConfigError: ``optim.sam_batch`` is without SAM, with accumulation, for a stage whose examples are not embedded
+        one by one, or does not divide a device's part of the batch.
+    """
+    size = optim.sam_batch
+    if not size:
+        return
+    reason = stage.training_rules.whole_batch
+    if not optim.sam_rho:
+        reason = "there is no perturbation without optim.sam_rho"
+    elif optim.accumulate > 1:
+        reason = "its gradients are computed replica by replica already: set optim.accumulate to 1"
+    elif not stage.contrastive:
+        reason = "only CLIP's batch is divided into replicas"
+    if reason:
+        raise ConfigError(f"config.optim.sam_batch {size} is not possible for stage {stage.name}: {reason}", _FIELD)
+    shards = math.prod(mesh.shape[name] for name in _AXES)
+    per_device = batch_size // shards
+    if per_device % size:
+        nearest = min((n for n in range(1, per_device + 1) if per_device % n == 0), key=lambda n: abs(n - size))
+        raise ConfigError(
+            f"config.optim.sam_batch {size} does not divide the {per_device} examples of each of {shards} device(s): "
+            f"the nearest that does is {nearest}",
+            _FIELD,
+        )
+
+
+def sharpness_aware(gradients: Callable[[Params, jax.Array], Any], rho: float) -> Callable[[Params, jax.Array], Any]:
+    """Returns the function of gradients for SAM with one perturbation of the whole batch.
+
+    The result has the gradient at w + rho g / ||g||, and the value and outputs at w. Both have the same randomness.
+
+    Args:
+      gradients: (parameters, random key) -> ((value, outputs), gradients).
+      rho: norm of the perturbation; 0 returns ``gradients``.
+    """
+    if not rho:
+        return gradients
+
+    def perturbed(params: Params, key: jax.Array) -> Any:
+        value, grads = gradients(params, key)
+        return value, gradients(_uphill(params, grads, rho), jax.random.clone(key))[1]
+
+    return perturbed
+
+
+def replica_gradients(
+    stage: Stage, rho: float, size: int, variables: Variables, frozen: Mapping[str, Variables], batch: Batch
+) -> Gradients:
+    """Returns the loss of a batch with its outputs, and the gradients of eq. (1).
+
+    Args:
+      stage: one with a contrastive loss.
+      rho: norm of each perturbation.
+      size: examples of a replica; see `check_replicas`.
+      variables: parameters and statistics.
+      frozen: the variables of the stages that ``stage.requires`` names.
+      batch: a global batch, as the stream yields it.
+    """
+    (params, stats), prepared = variables, stage.prepare(frozen, batch)
+    contrast = jax.value_and_grad(stage.contrast, argnums=(0, 3), has_aux=True)
+
+    def embed(fixed: Any, params: Params, rows: Batch) -> Embeddings:
+        stats, frozen = fixed
+        return stage.embed(params, stats, frozen, rows)
+
+    def pulled(fixed: Any, params: Params, rows: Batch, cotangents: Embeddings) -> Params:
+        return jax.vjp(functools.partial(embed, fixed, rows=rows), params)[1](cotangents)[0]
+
+    def uphill(fixed: Any, params: Params, rows: Batch, cotangents: Embeddings) -> Params:
+        return _uphill(params, pulled(fixed, params, rows, cotangents), rho)
+
+    def embedded(fixed: Any, params: Params, *columns: Any) -> Embeddings:
+        """Embeds each replica's rows at its own parameters."""
+        parts = jax.lax.map(lambda part: embed(fixed, uphill(fixed, params, *part), part[0]), _parts(columns, size))
+        return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), parts)
+
+    def summed(fixed: Any, params: Params, *columns: Any) -> Params:
+        """Sums the gradients of all replicas, each at its own parameters."""
+
+        def add(total: Params, part: Any) -> tuple[Params, None]:
+            rows, first, second = part
+            grads = pulled(fixed, uphill(fixed, params, rows, first), rows, second)
+            return jax.tree.map(jnp.add, total, grads), None
+
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), _parts(columns, size))
+        return total
+
+    fixed = stats, frozen
+    result, (_, first) = contrast(params, stats, frozen, embed(fixed, params, prepared))
+    moved = _on_each_device(embedded, summed=False)(fixed, params, prepared, first)
+    _, (of_loss, second) = contrast(params, stats, frozen, moved)
+    grads = _on_each_device(summed, summed=True)(fixed, params, prepared, first, second)
+    return result, jax.tree.map(jnp.add, of_loss, grads)
+
+
+def _uphill(params: Params, grads: Params, rho: float) -> Params:
+    """Returns w + rho g / ||g||."""
+    step = rho / jnp.maximum(optax.tree.norm(grads), _SMALLEST)
+    return jax.tree.map(lambda param, grad: param + step * grad, params, grads)
+
+
+def _parts(columns: Any, size: int) -> Any:
+    """Returns columns [B, ...] as replicas [B / size, size, ...]."""
+    return jax.tree.map(lambda column: column.reshape(-1, size, *column.shape[1:]), columns)
+
+
+def _on_each_device(function: Callable[..., Any], summed: bool) -> Callable[..., Any]:
+    """Returns a function that runs on each device's rows of its columns, with whole parameters.
+
+    Args:
+      function: (fixed, params, *columns) -> rows, or with ``summed`` what is summed over the devices.
+      summed: which.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in _AXES if name in mesh.shape and mesh.shape[name] > 1)
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+
+    def local(fixed: Any, params: Params, *columns: Any) -> Any:
+        with nn.logical_axis_rules(()):  # the constraints of networks are about arrays of all devices
+            result = function(fixed, params, *columns)
+        return jax.lax.psum(result, axes) if summed and axes else result
+
+    def call(fixed: Any, params: Params, *columns: Any) -> Any:
+        if not axes:
+            return local(fixed, params, *columns)
+        specs = (whole, whole, *(rows for _ in columns))
+        mapped = jax.shard_map(
+            local, in_specs=specs, out_specs=whole if summed else rows, axis_names=set(axes), check_vma=False
+        )
+        return mapped(fixed, params, *columns)
+
+    return call
