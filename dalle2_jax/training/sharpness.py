@@ -4,13 +4,18 @@ With g the gradient at the parameters w, a step descends along the gradient at w
 
 Where the batch is divided into replicas, each has a perturbation of its own, from the gradient of its own examples
 (ibid., section 4.1, m-sharpness). The paper's CLIP has replicas of 64 (Ramesh et al. 2022, appendix C). The logits are
-still those of the whole batch: with z_j the embeddings of replica j's examples, g_j = (dL/dz_j) (dz_j/dw), and at
-w_j = w + rho g_j / ||g_j|| the gradient is
+still those of the whole batch: with z_j the embeddings of replica j's examples, and s what the loss reads besides,
+CLIP's temperature,
 
-    sum_j (dL/dz_j)(z_1(w_1), z_2(w_2), ..) (dz_j/dw)(w_j)                                    (1)
+    g_j = (dL/dz_j) (dz_j/dw) + (dL/ds) (ds/dw) / replicas                                    (1)
 
-What only the loss reads, CLIP's temperature, is not perturbed. No replica is divided over devices, so that a device
-finds the perturbations of its own ones without the others; parameters that are sharded are gathered for it.
+and at w_j = w + rho g_j / ||g_j|| the gradient is
+
+    sum_j (dL/dz_j)(z_1(w_1), z_2(w_2), .., s) (dz_j/dw)(w_j) + (dL/ds) (ds/dw)               (2)
+
+where s has the mean of its perturbations. With one replica this is SAM of the whole batch. No replica is divided over
+devices, so that a device finds the perturbations of its own ones without the others; parameters that are sharded are
+gathered for it.
 """
 
 import functools
@@ -83,7 +88,7 @@ def sharpness_aware(gradients: Callable[[Params, jax.Array], Any], rho: float) -
 
     def perturbed(params: Params, key: jax.Array) -> Any:
         value, grads = gradients(params, key)
-        return value, gradients(_uphill(params, grads, rho), jax.random.clone(key))[1]
+        return value, gradients(_moved(params, grads, _step(grads, rho)), jax.random.clone(key))[1]
 
     return perturbed
 
@@ -91,7 +96,7 @@ def sharpness_aware(gradients: Callable[[Params, jax.Array], Any], rho: float) -
 def replica_gradients(
     stage: Stage, rho: float, size: int, variables: Variables, frozen: Mapping[str, Variables], batch: Batch
 ) -> Gradients:
-    """Returns the loss of a batch with its outputs, and the gradients of eq. (1).
+    """Returns the loss of a batch with its outputs, and the gradients of eq. (2).
 
     Args:
       stage: one with a contrastive loss.
@@ -104,43 +109,57 @@ def replica_gradients(
     (params, stats), prepared = variables, stage.prepare(frozen, batch)
     contrast = jax.value_and_grad(stage.contrast, argnums=(0, 3), has_aux=True)
 
-    def embed(fixed: Any, params: Params, rows: Batch) -> Embeddings:
-        stats, frozen = fixed
+    def embed(params: Params, fixed: Any, rows: Batch) -> Embeddings:
+        stats, frozen, _ = fixed
         return stage.embed(params, stats, frozen, rows)
 
-    def pulled(fixed: Any, params: Params, rows: Batch, cotangents: Embeddings) -> Params:
-        return jax.vjp(functools.partial(embed, fixed, rows=rows), params)[1](cotangents)[0]
+    def pulled(params: Params, fixed: Any, rows: Batch, cotangents: Embeddings) -> Params:
+        return jax.vjp(functools.partial(embed, fixed=fixed, rows=rows), params)[1](cotangents)[0]
 
-    def uphill(fixed: Any, params: Params, rows: Batch, cotangents: Embeddings) -> Params:
-        return _uphill(params, pulled(fixed, params, rows, cotangents), rho)
+    def moved(params: Params, fixed: Any, rows: Batch, cotangents: Embeddings) -> tuple[Params, jax.Array]:
+        """Returns a replica's parameters, and its step, rho / ||g_j||."""
+        grads = jax.tree.map(jnp.add, pulled(params, fixed, rows, cotangents), fixed[2])
+        step = _step(grads, rho)
+        return _moved(params, grads, step), step
 
-    def embedded(fixed: Any, params: Params, *columns: Any) -> Embeddings:
-        """Embeds each replica's rows at its own parameters."""
-        parts = jax.lax.map(lambda part: embed(fixed, uphill(fixed, params, *part), part[0]), _parts(columns, size))
-        return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), parts)
+    def embedded(params: Params, fixed: Any, *columns: Any) -> tuple[Embeddings, jax.Array]:
+        """Embeds each replica's rows at its own parameters; with the step of each."""
 
-    def summed(fixed: Any, params: Params, *columns: Any) -> Params:
+        def of_part(part: tuple[Batch, Embeddings]) -> tuple[Embeddings, jax.Array]:
+            own, step = moved(params, fixed, *part)
+            return embed(own, fixed, part[0]), step
+
+        parts, steps = jax.lax.map(of_part, _parts(columns, size))
+        return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), parts), steps
+
+    def summed(params: Params, fixed: Any, *columns: Any) -> Params:
         """Sums the gradients of all replicas, each at its own parameters."""
 
         def add(total: Params, part: Any) -> tuple[Params, None]:
             rows, first, second = part
-            grads = pulled(fixed, uphill(fixed, params, rows, first), rows, second)
-            return jax.tree.map(jnp.add, total, grads), None
+            own, _ = moved(params, fixed, rows, first)
+            return jax.tree.map(jnp.add, total, pulled(own, fixed, rows, second)), None
 
         total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), _parts(columns, size))
         return total
 
-    fixed = stats, frozen
-    result, (_, first) = contrast(params, stats, frozen, embed(fixed, params, prepared))
-    moved = _on_each_device(embedded, summed=False)(fixed, params, prepared, first)
-    _, (of_loss, second) = contrast(params, stats, frozen, moved)
-    grads = _on_each_device(summed, summed=True)(fixed, params, prepared, first, second)
-    return result, jax.tree.map(jnp.add, of_loss, grads)
+    (loss, outputs), (of_loss, first) = contrast(params, stats, frozen, embed(params, (stats, frozen, None), prepared))
+    replicas = len(jax.tree.leaves(first)[0]) // size
+    share = jax.tree.map(lambda grad: grad / replicas, of_loss)
+    fixed = stats, frozen, share
+    apart, steps = _on_each_device(embedded, summed=False)(params, fixed, prepared, first)
+    _, (of_loss, second) = contrast(_moved(params, share, steps.mean()), stats, frozen, apart)
+    grads = _on_each_device(summed, summed=True)(params, fixed, prepared, first, second)
+    return (loss, outputs), jax.tree.map(jnp.add, of_loss, grads)
 
 
-def _uphill(params: Params, grads: Params, rho: float) -> Params:
-    """Returns w + rho g / ||g||."""
-    step = rho / jnp.maximum(optax.tree.norm(grads), _SMALLEST)
+def _step(grads: Params, rho: float) -> jax.Array:
+    """Returns rho / ||g||."""
+    return rho / jnp.maximum(optax.tree.norm(grads), _SMALLEST)
+
+
+def _moved(params: Params, grads: Params, step: jax.Array) -> Params:
+    """Returns w + step g."""
     return jax.tree.map(lambda param, grad: param + step * grad, params, grads)
 
 
@@ -153,25 +172,25 @@ def _on_each_device(function: Callable[..., Any], summed: bool) -> Callable[...,
     """Returns a function that runs on each device's rows of its columns, with whole parameters.
 
     Args:
-      function: (fixed, params, *columns) -> rows, or with ``summed`` what is summed over the devices.
+      function: (params, fixed, *columns) -> rows, or with ``summed`` what is summed over the devices.
       summed: which.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(name for name in _AXES if name in mesh.shape and mesh.shape[name] > 1)
     rows, whole = PartitionSpec(axes), PartitionSpec()
 
-    def local(fixed: Any, params: Params, *columns: Any) -> Any:
+    def local(params: Params, fixed: Any, *columns: Any) -> Any:
         with nn.logical_axis_rules(()):  # the constraints of networks are about arrays of all devices
-            result = function(fixed, params, *columns)
+            result = function(params, fixed, *columns)
         return jax.lax.psum(result, axes) if summed and axes else result
 
-    def call(fixed: Any, params: Params, *columns: Any) -> Any:
+    def call(params: Params, fixed: Any, *columns: Any) -> Any:
         if not axes:
-            return local(fixed, params, *columns)
+            return local(params, fixed, *columns)
         specs = (whole, whole, *(rows for _ in columns))
         mapped = jax.shard_map(
             local, in_specs=specs, out_specs=whole if summed else rows, axis_names=set(axes), check_vma=False
         )
-        return mapped(fixed, params, *columns)
+        return mapped(params, fixed, *columns)
 
     return call

@@ -10,7 +10,7 @@ from raised import mentions
 
 from dalle2_jax import rng, testing
 from dalle2_jax.errors import ConfigError
-from dalle2_jax.stages import LoraConfig, LoraStage
+from dalle2_jax.stages import LoraConfig, LoraStage, Variables
 from dalle2_jax.training.accumulation import loss_and_gradients
 from dalle2_jax.training.configs import OptimConfig
 from dalle2_jax.training.optim import make_optimizer
@@ -64,7 +64,7 @@ def assert_close(got, wanted, atol=1e-5):
 
 
 def by_hand(stage, variables, batch, size):
-    """Eq. (1) with a loop over replicas and the derivative of one function of all their parameters."""
+    """Eq. (1) and (2) with the derivative of one function of all replicas' parameters."""
     params, stats = variables
     parts = [{name: value[i : i + size] for name, value in batch.items()} for i in range(0, len(batch["mask"]), size)]
 
@@ -73,12 +73,19 @@ def by_hand(stage, variables, batch, size):
         joined = {name: jnp.concatenate([one[name] for one in found]) for name in found[0]}
         return stage.contrast(of_loss, stats, {}, joined)[0]
 
-    def uphill(grads):
-        norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(grads)))
-        return jax.tree.map(lambda param, grad: param + RHO * grad / norm, params, grads)
+    def step(grads):
+        return RHO / jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(grads)))
+
+    def moved(grads, step):
+        return jax.tree.map(lambda param, grad: param + step * grad, params, grads)
 
     grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    each, of_loss = grad([uphill(grads) for grads in grad([params] * len(parts), params)[0]], params)
+    of_replicas, of_loss = grad([params] * len(parts), params)
+    share = jax.tree.map(lambda leaf: leaf / len(parts), of_loss)
+    gradients = [jax.tree.map(jnp.add, own, share) for own in of_replicas]
+    steps = [step(each) for each in gradients]
+    places = [moved(*pair) for pair in zip(gradients, steps, strict=True)]
+    each, of_loss = grad(places, moved(share, sum(steps) / len(steps)))
     return jax.tree.map(lambda *leaves: sum(leaves), of_loss, *each)
 
 
@@ -90,6 +97,16 @@ def test_each_replica_has_its_own_perturbation():
     assert_close(loss, expected)
     pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(unperturbed), strict=True)
     assert max(np.abs(one - other).max() for one, other in pairs) > 1e-3
+
+
+def test_one_replica_is_the_whole_batch():
+    (stage, variables), batch = clip(), testing.tiny_batch(4)
+
+    def gradients(params, key):
+        return loss_and_gradients(stage, 1, Variables(params, variables.stats), {}, key, batch)
+
+    whole = jax.jit(sharpness_aware(gradients, RHO))(variables.params, KEY)
+    assert_close(of_replicas(stage, variables, batch, 4), whole)
 
 
 def test_a_lora_of_clip_has_replicas():
