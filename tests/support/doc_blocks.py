@@ -32,6 +32,7 @@ TINY = {
     "--decoder.steps": "8",
     "--config.total_steps": "2",
     "--config.batch_size": "8",
+    "--config.optim.sam_batch": "4",
     "--config.workers": "0",
     "--config.model.dtype": "float32",
 }
