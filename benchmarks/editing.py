@@ -142,17 +142,15 @@ def text_diff(system: System, data: HeldOut, options: argparse.Namespace) -> Fig
 
     Of the paper's way there is only whether the colour is changed, and whether all is right.
     """
+    random, thetas = np.random.default_rng(options.seed), options.theta
+    targets = [recoloured(scene, random) for scene in data.scenes]
+    captions = [[grammar.captions(scene)[0] for scene in pair] for pair in zip(data.scenes, targets, strict=True)]
+    edits = list(zip(pillow(data), captions, strict=True))
+    shared = {"frames": 2, "theta": thetas, "seed": options.seed, "decoder": {"steps": options.edit_steps}}
     figures: Figures = {}
     for title, how in (("", {}), ("as in the paper, ", PAPER)):
-        random, thetas = np.random.default_rng(options.seed), options.theta
-        targets = [recoloured(scene, random) for scene in data.scenes]
-        edited = []
-        for image, before, after in tqdm.tqdm(
-            list(zip(pillow(data), data.scenes, targets, strict=True)), desc=f"{title}text_diff", unit="image"
-        ):
-            captions = [grammar.captions(scene)[0] for scene in (before, after)]
-            shared = {"seed": options.seed, "decoder": {"steps": options.edit_steps}}
-            edited.append(system.text_diff(image, *captions, frames=2, theta=thetas, **how, **shared).numpy)
+        bar = tqdm.tqdm(edits, desc=f"{title}text_diff", unit="image")
+        edited = [system.text_diff(image, *pair, **how, **shared).numpy for image, pair in bar]
         for frame, theta in enumerate(thetas):
             found = changed(edited, frame, data, targets)
             if title:

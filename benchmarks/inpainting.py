@@ -6,10 +6,10 @@
 A box with sides of a quarter to three quarters of the image is erased from rendered scenes of split ``val`` and
 generated again, conditioned on the scene's caption, by
 
-  masked sampling      the system's own decoder, with the known pixels put in after each step
-  without guidance     the same, without classifier-free guidance
-  with resampling      the same, with every 5 steps taken 4 times (RePaint, Lugmayr et al. 2022)
-  trained              the decoder of ``--trained``, which has the known pixels and their mask as input (GLIDE)
+  masked sampling           the system's own decoder, with the known pixels put in after each step
+  masked, without guidance  the same, without classifier-free guidance
+  masked, with resampling   the same, with every 5 steps taken 4 times (RePaint, Lugmayr et al. 2022)
+  trained                   the decoder of ``--trained``, which has the known pixels and their mask as input (GLIDE)
 
 Errors are those of the pixels inside the box, in levels of 255, and with ``--lpips`` LPIPS of the whole image. The
 baseline has the box of the next image in its place.

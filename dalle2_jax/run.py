@@ -34,7 +34,7 @@ from dalle2_jax.training.reporting import held_out, provenance
 from dalle2_jax.training.reporting.metrics import from_all_hosts
 from dalle2_jax.training.reporting.profiling import Profile
 from dalle2_jax.training.reporting.trackers import make_tracker
-from dalle2_jax.training.sharding import MeshConfig, check_host_memory, make_mesh, on_devices
+from dalle2_jax.training.sharding import MeshConfig, batch_shards, check_host_memory, make_mesh, on_devices
 from dalle2_jax.training.sharpness import check_replicas
 from dalle2_jax.training.state import TrainState
 from dalle2_jax.types import Batch, Degrading, Params
@@ -310,7 +310,7 @@ def _count_rejected(source: Source) -> Callable[[], Mapping[str, int]]:
 def _make_mesh(experiment: Experiment, config: MeshConfig) -> jax.sharding.Mesh:
     mesh, batch_size = make_mesh(config), experiment.run.batch_size
     check_host_memory(mesh, experiment.host_memory_fields)
-    if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if batch_size % batch_shards(mesh):
         raise ConfigError(f"batch_size {batch_size} does not divide over the mesh {dict(mesh.shape)}", "batch_size")
     return mesh
 

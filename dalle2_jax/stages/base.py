@@ -12,6 +12,9 @@ from dalle2_jax.models import linear
 from dalle2_jax.stages.contract import EmbeddingContract
 from dalle2_jax.types import Batch, Degrading, Metrics, Params
 
+BATCH_AXES = ("data", "fsdp")
+"""Axes of a mesh over which the batch is sharded."""
+
 
 class Variables(NamedTuple):
     """A network's arrays: what is learned, and what is measured (BatchNorm's averages, a quantiser's edges)."""
@@ -23,6 +26,12 @@ class Variables(NamedTuple):
 def unchanged(params: Params) -> Params:
     """Returns ``params``: the projection of a stage without constraints."""
     return params
+
+
+def dividing_axes() -> tuple[str, ...]:
+    """Returns the axes that divide the batch, of more than one device, of the mesh that a program is traced for."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(name for name in BATCH_AXES if sizes.get(name, 1) > 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,11 +31,9 @@ from jaxtyping import Array, Bool, Float
 
 from dalle2_jax.errors import choose
 from dalle2_jax.ranges import Range
+from dalle2_jax.stages.base import dividing_axes
 
 LOSSES = ("softmax", "sigmoid")
-
-BATCH_AXES = ("data", "fsdp")
-"""Axes of a mesh over which the batch is sharded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +146,8 @@ def sigmoid_loss(
       scale: s.
       bias: b.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(name for name in BATCH_AXES if name in mesh.shape and mesh.shape[name] > 1)
-    count = math.prod(mesh.shape[name] for name in axes)
+    axes = dividing_axes()
+    count = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in axes)
     # One scale and bias a device: their gradients are summed outside of the manual region.
     parameters = tuple(jnp.broadcast_to(value, (count, 1)) for value in (scale, bias))
     ring = jax.custom_vjp(lambda *args: _ring_forward(axes, count, *args)[0])

@@ -27,6 +27,7 @@ from jax.sharding import Mesh, PartitionSpec
 from dalle2_jax import rng
 from dalle2_jax.errors import ConfigError
 from dalle2_jax.stages.base import Embeddings, Outputs, Stage, Variables
+from dalle2_jax.training.sharding import batch_shards
 from dalle2_jax.types import Batch, Metrics, Params, WeightedMean
 
 Gradients = tuple[tuple[jax.Array, Outputs], Params]
@@ -45,15 +46,19 @@ def check_accumulation(stage: Stage, count: int, batch_size: int, mesh: Mesh) ->
             f"config.optim.accumulate {count} is not possible for stage {stage.name}: {reason}. Use accumulate 1",
             "optim.accumulate",
         )
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if batch_size % (count * shards):
-        per_device = batch_size // shards
-        nearest = min((n for n in range(1, per_device + 1) if per_device % n == 0), key=lambda n: abs(n - count))
+        nearest = nearest_divisor(batch_size // shards, count)
         raise ConfigError(
             f"config.optim.accumulate {count} does not divide batch_size {batch_size} over {shards} device(s): "
             f"the nearest that does is {nearest}",
             "optim.accumulate",
         )
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """Returns the divisor of a number that is nearest to the one wanted."""
+    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - wanted))
 
 
 def loss_and_gradients(

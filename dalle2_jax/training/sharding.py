@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from dalle2_jax.errors import ConfigError, UserError
 from dalle2_jax.ranges import Range
+from dalle2_jax.stages.base import BATCH_AXES
 from dalle2_jax.training.configs import HOST
 from dalle2_jax.types import Batch
 
@@ -45,7 +46,7 @@ CONVOLUTION_RULES = (
 
 AxisSize = Annotated[int, Range(1, 1_000_000, also=(-1,))]
 
-LOGICAL_AXES = (("batch", ("data", "fsdp")),)
+LOGICAL_AXES = (("batch", BATCH_AXES),)
 """(logical axis in the networks' sharding constraints, the mesh axes over which it is sharded)."""
 
 
@@ -81,9 +82,14 @@ def make_mesh(config: MeshConfig, local: bool = False) -> Mesh:
     return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=chosen)
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Returns the number of parts that a batch is sharded into."""
+    return math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: its first axis over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 @contextlib.contextmanager

@@ -19,9 +19,8 @@ gathered for it.
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,18 +29,30 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from dalle2_jax.errors import ConfigError
-from dalle2_jax.stages.base import Embeddings, Stage, Variables
-from dalle2_jax.training.accumulation import Gradients
+from dalle2_jax.stages.base import Embeddings, Stage, Variables, dividing_axes
+from dalle2_jax.training.accumulation import Gradients, nearest_divisor
 from dalle2_jax.training.configs import OptimConfig
+from dalle2_jax.training.sharding import batch_shards
 from dalle2_jax.types import Batch, Params
-
-_AXES = ("data", "fsdp")
-"""Axes of the mesh that a batch is divided over."""
 
 _FIELD = "optim.sam_batch"
 
 _SMALLEST = 1e-12
 """Norm below which a gradient counts as zero."""
+
+
+class _Fixed(NamedTuple):
+    """What all replicas share besides their parameters.
+
+    Attributes:
+      stats: of the stage.
+      frozen: the variables of the stages that it requires.
+      of_loss: a replica's share of the gradient of what only the loss reads.
+    """
+
+    stats: Params
+    frozen: Mapping[str, Variables]
+    of_loss: Params
 
 
 def check_replicas(stage: Stage, optim: OptimConfig, batch_size: int, mesh: Mesh) -> None:
@@ -63,13 +74,12 @@ def check_replicas(stage: Stage, optim: OptimConfig, batch_size: int, mesh: Mesh
         reason = "only CLIP's batch is divided into replicas"
     if reason:
         raise ConfigError(f"config.optim.sam_batch {size} is not possible for stage {stage.name}: {reason}", _FIELD)
-    shards = math.prod(mesh.shape[name] for name in _AXES)
+    shards = batch_shards(mesh)
     per_device = batch_size // shards
     if per_device % size:
-        nearest = min((n for n in range(1, per_device + 1) if per_device % n == 0), key=lambda n: abs(n - size))
         raise ConfigError(
             f"config.optim.sam_batch {size} does not divide the {per_device} examples of each of {shards} device(s): "
-            f"the nearest that does is {nearest}",
+            f"the nearest that does is {nearest_divisor(per_device, size)}",
             _FIELD,
         )
 
@@ -88,7 +98,8 @@ def sharpness_aware(gradients: Callable[[Params, jax.Array], Any], rho: float) -
 
     def perturbed(params: Params, key: jax.Array) -> Any:
         value, grads = gradients(params, key)
-        return value, gradients(_moved(params, grads, _step(grads, rho)), jax.random.clone(key))[1]
+        sharp = optax.tree.add_scale(params, _step(grads, rho), grads)
+        return value, gradients(sharp, jax.random.clone(key))[1]
 
     return perturbed
 
@@ -109,20 +120,19 @@ def replica_gradients(
     (params, stats), prepared = variables, stage.prepare(frozen, batch)
     contrast = jax.value_and_grad(stage.contrast, argnums=(0, 3), has_aux=True)
 
-    def embed(params: Params, fixed: Any, rows: Batch) -> Embeddings:
-        stats, frozen, _ = fixed
-        return stage.embed(params, stats, frozen, rows)
+    def embed(params: Params, fixed: _Fixed, rows: Batch) -> Embeddings:
+        return stage.embed(params, fixed.stats, fixed.frozen, rows)
 
-    def pulled(params: Params, fixed: Any, rows: Batch, cotangents: Embeddings) -> Params:
+    def pulled(params: Params, fixed: _Fixed, rows: Batch, cotangents: Embeddings) -> Params:
         return jax.vjp(functools.partial(embed, fixed=fixed, rows=rows), params)[1](cotangents)[0]
 
-    def moved(params: Params, fixed: Any, rows: Batch, cotangents: Embeddings) -> tuple[Params, jax.Array]:
+    def moved(params: Params, fixed: _Fixed, rows: Batch, cotangents: Embeddings) -> tuple[Params, jax.Array]:
         """Returns a replica's parameters, and its step, rho / ||g_j||."""
-        grads = jax.tree.map(jnp.add, pulled(params, fixed, rows, cotangents), fixed[2])
+        grads = optax.tree.add(pulled(params, fixed, rows, cotangents), fixed.of_loss)
         step = _step(grads, rho)
-        return _moved(params, grads, step), step
+        return optax.tree.add_scale(params, step, grads), step
 
-    def embedded(params: Params, fixed: Any, *columns: Any) -> tuple[Embeddings, jax.Array]:
+    def embedded(params: Params, fixed: _Fixed, *columns: Any) -> tuple[Embeddings, jax.Array]:
         """Embeds each replica's rows at its own parameters; with the step of each."""
 
         def of_part(part: tuple[Batch, Embeddings]) -> tuple[Embeddings, jax.Array]:
@@ -132,35 +142,30 @@ def replica_gradients(
         parts, steps = jax.lax.map(of_part, _parts(columns, size))
         return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), parts), steps
 
-    def summed(params: Params, fixed: Any, *columns: Any) -> Params:
-        """Sums the gradients of all replicas, each at its own parameters."""
+    def summed(params: Params, fixed: _Fixed, *columns: Any) -> Params:
+        """Sums the gradients of all replicas, each at its own parameters, which are found again: one is in memory."""
 
         def add(total: Params, part: Any) -> tuple[Params, None]:
             rows, first, second = part
             own, _ = moved(params, fixed, rows, first)
-            return jax.tree.map(jnp.add, total, pulled(own, fixed, rows, second)), None
+            return optax.tree.add(total, pulled(own, fixed, rows, second)), None
 
         total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), _parts(columns, size))
         return total
 
-    (loss, outputs), (of_loss, first) = contrast(params, stats, frozen, embed(params, (stats, frozen, None), prepared))
+    (loss, outputs), (of_loss, first) = contrast(params, stats, frozen, stage.embed(params, stats, frozen, prepared))
     replicas = len(jax.tree.leaves(first)[0]) // size
     share = jax.tree.map(lambda grad: grad / replicas, of_loss)
-    fixed = stats, frozen, share
+    fixed = _Fixed(stats, frozen, share)
     apart, steps = _on_each_device(embedded, summed=False)(params, fixed, prepared, first)
-    _, (of_loss, second) = contrast(_moved(params, share, steps.mean()), stats, frozen, apart)
+    _, (of_loss, second) = contrast(optax.tree.add_scale(params, steps.mean(), share), stats, frozen, apart)
     grads = _on_each_device(summed, summed=True)(params, fixed, prepared, first, second)
-    return (loss, outputs), jax.tree.map(jnp.add, of_loss, grads)
+    return (loss, outputs), optax.tree.add(of_loss, grads)
 
 
 def _step(grads: Params, rho: float) -> jax.Array:
     """Returns rho / ||g||."""
     return rho / jnp.maximum(optax.tree.norm(grads), _SMALLEST)
-
-
-def _moved(params: Params, grads: Params, step: jax.Array) -> Params:
-    """Returns w + step g."""
-    return jax.tree.map(lambda param, grad: param + step * grad, params, grads)
 
 
 def _parts(columns: Any, size: int) -> Any:
@@ -175,8 +180,7 @@ def _on_each_device(function: Callable[..., Any], summed: bool) -> Callable[...,
       function: (params, fixed, *columns) -> rows, or with ``summed`` what is summed over the devices.
       summed: which.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(name for name in _AXES if name in mesh.shape and mesh.shape[name] > 1)
+    axes = dividing_axes()
     rows, whole = PartitionSpec(axes), PartitionSpec()
 
     def local(params: Params, fixed: Any, *columns: Any) -> Any:

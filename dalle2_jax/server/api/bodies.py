@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dalle2_jax.errors import UsageError, choose
 from dalle2_jax.server.api.errors import ApiError, invalid
+from dalle2_jax.system.editing.frames import DEPTH
 from dalle2_jax.system.options import SampleOptions
 
 MAX_PROMPT, MAX_IMAGES, MAX_FRAMES = 1_000, 10, 32
@@ -133,7 +134,7 @@ class TextDiff(Background):
     frames: int = Field(8, ge=2, le=MAX_FRAMES)
     theta: Fraction = 0.5
     depth: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.2, description="share of the noise schedule that is inverted; small ones keep outlines and places"
+        DEPTH, description="share of the noise schedule that is inverted; small ones keep outlines and places"
     )
     prompt: Text | None = Field(None, description="a caption of all frames; by default ``after``")
 

@@ -58,15 +58,17 @@ def even_path(decode: Decode, frames: int, distance: Distance) -> EvenPath:
     """
     places = np.linspace(0.0, 1.0, frames)
     images = decode(places)
+    apart = _to_next(images, np.arange(frames - 1), distance)
     while len(places) < _GENERATED * frames:
-        apart = _distances(images, np.arange(len(images) - 1), np.arange(1, len(images)), distance)
         too_far = (apart > _FINE * apart.sum() / (frames - 1)) & (np.diff(places) > _CLOSEST)
         if not too_far.any():
             break
-        between = (places[:-1] + places[1:])[too_far] / 2
-        order = np.argsort(np.concatenate([places, between]))
-        places = np.concatenate([places, between])[order]
-        images = np.concatenate([images, decode(between)])[order]
+        after = np.flatnonzero(too_far) + 1
+        between = (places[after - 1] + places[after]) / 2
+        places, images = np.insert(places, after, between), np.insert(images, after, decode(between), axis=0)
+        halves = np.repeat(too_far, 1 + too_far)  # each divided step is two now; the others are known
+        apart = np.repeat(apart, 1 + too_far)
+        apart[halves] = _to_next(images, np.flatnonzero(halves), distance)
     chosen = evenly_chosen(_all_distances(images, distance), frames)
     return EvenPath(places[chosen], images[chosen])
 
@@ -113,6 +115,11 @@ def _all_distances(images: Pixels, distance: Distance) -> Float[np.ndarray, "N N
     pairs = np.triu_indices(len(images), 1)
     apart[pairs] = _distances(images, *pairs, distance)
     return apart
+
+
+def _to_next(images: Pixels, indices: Int[np.ndarray, "P"], distance: Distance) -> Float[np.ndarray, "P"]:
+    """Returns the distance of images to the next ones."""
+    return _distances(images, indices, indices + 1, distance)
 
 
 def _distances(

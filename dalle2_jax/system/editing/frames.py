@@ -14,7 +14,7 @@ from dalle2_jax.errors import ConfigError
 from dalle2_jax.stages import DiffusionStage, SamplingConfig
 from dalle2_jax.system.cascade import Request
 from dalle2_jax.system.editing.even_paths import even_path
-from dalle2_jax.system.editing.geometry import slerp
+from dalle2_jax.system.editing.geometry import positions, slerp
 from dalle2_jax.system.editing.similarity import Distance
 from dalle2_jax.system.editing.typography import ranked
 from dalle2_jax.system.generation import IMAGE_STAGES, Call, Describe, Generator, Sampled, collect, warn_of_truncation
@@ -182,8 +182,7 @@ def decode_even_path(
       distance: of two images.
     """
     options = generator.call.options
-    columns = (len(points) - 1) * (frames - 1) + 1
-    options.check_count(columns)
+    columns = len(positions(len(points), frames))
     warn_of_truncation(generator.call.stages, [prompt])
     places: dict[Request, float] = {}
 

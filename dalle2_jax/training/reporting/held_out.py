@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from dalle2_jax import rng
 from dalle2_jax.stages.base import Stage, Variables
 from dalle2_jax.training.reporting.metrics import mean_of_finite
-from dalle2_jax.training.sharding import logical_axes, replicated, shard_batch
+from dalle2_jax.training.sharding import batch_shards, logical_axes, replicated, shard_batch
 from dalle2_jax.types import Batch, Metrics
 
 PREFIX = "val/"
@@ -29,7 +29,7 @@ def batch_rows(examples: int, batch_size: int, mesh: Mesh) -> list[range]:
       batch_size: of training.
       mesh: of devices, over which each batch is sharded.
     """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = batch_shards(mesh)
     size = min(batch_size, examples) // devices * devices
     count = min(-(-EXAMPLES // size), examples // size) if size else 0
     return [range(number * size, (number + 1) * size) for number in range(count)]
