@@ -31,6 +31,7 @@ from measured import HeldOut
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
 from dalle2_jax.data.synthetic.scene_reader import matches
+from dalle2_jax.errors import UsageError
 from dalle2_jax.evaluation.figures import Figure, mean_of, share_of
 from dalle2_jax.models.priors.ar_prior import ArPriorConfig, ArPriorNetwork
 from dalle2_jax.models.transformer import TextConfig
@@ -116,10 +117,13 @@ def difference(one: Result, other: Result) -> Figure:
 
 
 def measure_system(options: argparse.Namespace) -> str:
-    """Returns the table of all settings of the priors that a system has."""
+    """Returns the table of all settings of the priors that a system has. UsageError if it has none."""
     lines = ["| prior | n | images correct | difference, points | cosine to the true embedding |", "| --- " * 5 + "|"]
     defaults: dict[str, Result] = {}
-    for prior in (kind for kind in PRIORS if StageFolder(options.system, PRIORS[kind]).latest_step() is not None):
+    trained = [kind for kind in PRIORS if StageFolder(options.system, PRIORS[kind]).latest_step() is not None]
+    if not trained:
+        raise UsageError(f"{options.system} has no prior: train one, or give another system")
+    for prior in trained:
         system = load(options.system, stages=("clip", PRIORS[prior], "decoder"))
         data = measured.held_out(system, options.num)
         for row in (row for row in ROWS if row.prior == prior):

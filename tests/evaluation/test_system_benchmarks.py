@@ -160,6 +160,11 @@ def test_cached_prior_has_the_same_logits(benchmark, monkeypatch, capsys):
     assert abs(logits - found["uncached"][1]).max() < priors.MAX_LOGIT_DIFFERENCE
 
 
+def test_a_system_without_a_prior(benchmark, tmp_path):
+    with pytest.raises(UsageError, check=mentions("nowhere")):
+        benchmark("priors").measure_system(argparse.Namespace(system=tmp_path / "nowhere"))
+
+
 def test_table_takes_its_place_on_a_page(benchmark, tmp_path):
     measured, page = benchmark("measured"), tmp_path / "page.md"
     page.write_text("before\n\n<!-- editing -->\nold\n<!-- /editing -->\n\nafter\n")
