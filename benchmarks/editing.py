@@ -6,7 +6,7 @@ Images are rendered scenes of split ``val``, and attributes are read by `dalle2_
 
   reconstruction   PSNR from the noise of DDIM inversion, and from fresh noise (Ramesh et al. 2022, section 3)
   variations       what two variations of an image keep of it, and how far they are from each other (section 3.1);
-                   with the decoder's own guidance, and without
+                   with the decoder's own guidance, and with a scale of 2
   interpolation    PSNR at the end points with inverted noises, and the evenness of the path (section 3.2), for frames
                    at equal rotations and for even ones
   text_diff        colour changed by the difference of two captions, and the rest kept (section 3.3)
@@ -73,7 +73,7 @@ def variations(system: System, data: HeldOut, options: argparse.Namespace, name:
     An attribute counts as kept if both variations have it, so that images are independent examples.
     """
     figures: Figures = {}
-    for how, settings in (("", {}), ("no guidance: ", {"guidance": 1.0})):
+    for how, settings in (("", {}), ("guidance 2: ", {"guidance": 2.0})):
         found = system.variations(pillow(data), num=2, seed=options.seed, progress=True, decoder=settings).numpy
         figures |= {f"{how}{measure}": figure for measure, figure in pair_figures(found, data, name, distance).items()}
     return figures

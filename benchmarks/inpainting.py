@@ -7,8 +7,8 @@ A box with sides of a quarter to three quarters of the image is erased from rend
 generated again, conditioned on the scene's caption, by
 
   masked sampling           the system's own decoder, with the known pixels put in after each step
-  masked, without guidance  the same, without classifier-free guidance
-  masked, with resampling   the same, with every 5 steps taken 4 times (RePaint, Lugmayr et al. 2022)
+  masked, guidance 2        the same, with classifier-free guidance
+  masked, with resampling   the first, with every 5 steps taken 4 times (RePaint, Lugmayr et al. 2022)
   trained                   the decoder of ``--trained``, which has the known pixels and their mask as input (GLIDE)
 
 Errors are those of the pixels inside the box, in levels of 255, and with ``--lpips`` LPIPS of the whole image. The
@@ -125,7 +125,7 @@ def methods(options: argparse.Namespace) -> list[Method]:
     system = load(options.system)
     found = [
         Method("masked sampling", system),
-        Method("masked, without guidance", system, decoder={"guidance": 1.0}),
+        Method("masked, guidance 2", system, decoder={"guidance": 2.0}),
         Method("masked, with resampling", system, RESAMPLE),
     ]
     found += [Method("trained", load(options.trained))] if options.trained else []

@@ -9,9 +9,12 @@
 | decoder,without_captions   | the image embedding alone                                                     |
 | decoder,text_emb           | CLIP's text embedding and text states alone, without the image embedding      |
 | decoder,learned_variance   | a fixed variance, and a learned one with the hybrid loss; sampled by DDPM     |
+| decoder,attention          | cross-attention to the caption after the image's own, in place of joined      |
 | upsampler_1,corruption     | how the low-resolution image is corrupted in training                         |
 
-A sweep trains every run of a config and links it to the other stages of ``--system``.
+A sweep trains every run of a config and links it to the other stages of ``--system``. Decoders are trained for half of
+the steps of ``configs/shapes.py``, 8 minutes each on two CPU cores; `benchmarks/ablations.py` makes the tables of
+docs/paper.md from all of them.
 """
 
 from collections.abc import Iterator
@@ -41,8 +44,14 @@ def unchanged(config: ConfigDict) -> None:
     """The runs alone make the difference."""
 
 
+def short(config: ConfigDict) -> None:
+    """Half of the steps."""
+    config.total_steps //= 2
+
+
 def without_captions(config: ConfigDict) -> None:
     """The decoder reads no caption: four image tokens are its whole context."""
+    short(config)
     with config.unlocked():
         config.model["text_input"] = None
     config.model.text_emb_proj = False
@@ -50,12 +59,14 @@ def without_captions(config: ConfigDict) -> None:
 
 def text_emb(config: ConfigDict) -> None:
     """The decoder reads CLIP's text embedding and states, and no image embedding: a system without a prior."""
+    short(config)
     with config.unlocked():
         config.model["image_emb_dim"] = None
 
 
 def learned_variance(config: ConfigDict) -> None:
     """Sampled by DDPM, which uses the variance."""
+    short(config)
     config.sampling.update(name="ddpm", steps="25")
 
 
@@ -69,6 +80,8 @@ VARIANCES = (
     {"diffusion.variance": "fixed_small"},
     {"model.unet.out_channels": 6, "diffusion.variance": "learned_range", "diffusion.loss": "hybrid"},
 )
+
+CROSS_ATTENTION = ({"model.unet.context_attention": "cross"},)
 
 CORRUPTIONS = (
     {"conditioning.blur_rate": 0.0},
@@ -84,9 +97,11 @@ STAGES = {
     "clip,without_captions": (unchanged, ONE_RUN),
     "clip,text_emb": (unchanged, ONE_RUN),
     "clip,learned_variance": (unchanged, ONE_RUN),
-    "decoder,drops": (unchanged, DROPS),
+    "clip,attention": (unchanged, ONE_RUN),
+    "decoder,drops": (short, DROPS),
     "decoder,without_captions": (without_captions, ONE_RUN),
     "decoder,text_emb": (text_emb, ONE_RUN),
     "decoder,learned_variance": (learned_variance, VARIANCES),
+    "decoder,attention": (short, CROSS_ATTENTION),
     "upsampler_1,corruption": (unchanged, CORRUPTIONS),
 }

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import pathlib
+import runpy
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from raised import mentions
 
+from dalle2_jax.config.sweep import read_runs
 from dalle2_jax.data import ShapesSource
 from dalle2_jax.data.synthetic.scene_reader import read_scene
 from dalle2_jax.data.synthetic.scenes import Scene
@@ -165,6 +167,29 @@ def test_a_system_without_a_prior(benchmark, tmp_path):
         benchmark("priors").measure_system(argparse.Namespace(system=tmp_path / "nowhere"))
 
 
+def test_tables_of_ablations_have_every_run_once(benchmark):
+    """Every run of configs/ablations.py is a row of one table."""
+    rows = [row[:2] for table in benchmark("ablations").TABLES.values() for row in table.rows]
+    page = BENCHMARKS.parent / "configs" / "ablations.py"
+    configs = [name for name in runpy.run_path(str(page))["STAGES"] if not name.startswith("clip")]
+    runs = [(config, number) for config in configs for number, _ in enumerate(read_runs(f"{page}:{config}", page))]
+    assert sorted(rows) == sorted(runs)
+
+
+def test_columns_of_equal_settings_share_their_images(benchmark, monkeypatch):
+    ablations, asked = benchmark("ablations"), []
+
+    def evaluate(system, measures, **how):
+        asked.append((how["split"], how["sampling"].get("decoder", {}).get("guidance")))
+        return {f"attributes/{name}": len(asked) for name in ("all", "background_std")}
+
+    monkeypatch.setattr(ablations.d2, "evaluate", evaluate)
+    options = argparse.Namespace(num=COUNT, seed=0)
+    found = ablations.measure(pathlib.Path("runs"), ablations.TABLES["decoders"].columns, options)
+    assert asked == [("val", 1.0), ("val", 2.0), ("compositional", 1.0)]
+    assert found == [1, 2, 3, 1]
+
+
 def test_table_takes_its_place_on_a_page(benchmark, tmp_path):
     measured, page = benchmark("measured"), tmp_path / "page.md"
     page.write_text("before\n\n<!-- editing -->\nold\n<!-- /editing -->\n\nafter\n")
@@ -178,7 +203,8 @@ def test_table_takes_its_place_on_a_page(benchmark, tmp_path):
 def test_documented_places_exist(benchmark):
     """The pages have a place for every table and figure that is written to them."""
     docs = BENCHMARKS.parent / "docs"
-    paper = ("editing", "inpainting", "priors", "cache", *benchmark("paper_figures").FIGURES)
+    tables = ("editing", "inpainting", "priors", "cache", *benchmark("ablations").TABLES)
+    paper = (*tables, *benchmark("paper_figures").FIGURES)
     places = [("paper.md", name) for name in paper]
     places += [("howto/editing.md", name) for name in benchmark("emoji_figures").FIGURES]
     for file, name in places:
