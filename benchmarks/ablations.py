@@ -92,8 +92,8 @@ TABLES = {
             ("decoder,learned_variance", 1, "learned, hybrid loss"),
         ),
         tuple(
-            Column(f"{title}, {steps} steps", name, decoder=(("steps", steps),))
-            for steps in (10, 25, 100)
+            Column(f"{title}, {how}", name, decoder=(*UNGUIDED, ("variance", variance)))
+            for how, variance in (("its own variance", "auto"), ("the posterior's", "fixed_small"))
             for title, name in (("all correct", "all"), ("background", "background_std"))
         ),
     ),
