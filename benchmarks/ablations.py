@@ -21,6 +21,7 @@ import dalle2_jax as d2
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
 from dalle2_jax.config import sweep
+from dalle2_jax.errors import UserError
 from dalle2_jax.evaluation.figures import Figure
 
 
@@ -101,10 +102,12 @@ TABLES = {
 
 
 def train(table: Table, options: argparse.Namespace) -> Iterator[tuple[str, pathlib.Path]]:
-    """Trains the networks of a table, and yields the title and system of each."""
+    """Trains the networks of a table, and yields the title and system of each. UserError if a training fails."""
     for config, number, title in table.rows:
         out = options.out / config.replace(",", "_")
         outcomes = sweep.sweep(f"configs/ablations.py:{config}", out, system=options.system, only=number)
+        if outcomes[number].failed:
+            raise UserError(f"{outcomes[number].run.system} could not be trained; the error is above")
         yield title, outcomes[number].run.system
 
 

@@ -30,6 +30,8 @@ def get_config(which: str) -> ConfigDict:
     """Returns the config of one stage."""
     change, _ = choose("config of configs/ablations.py", which, STAGES)
     config = call_config_page(f"shapes:{which.partition(',')[0]}")
+    if config.stage == "decoder":
+        config.total_steps //= 2
     change(config)
     return config
 
@@ -44,14 +46,8 @@ def unchanged(config: ConfigDict) -> None:
     """The runs alone make the difference."""
 
 
-def short(config: ConfigDict) -> None:
-    """Half of the steps."""
-    config.total_steps //= 2
-
-
 def without_captions(config: ConfigDict) -> None:
     """The decoder reads no caption: four image tokens are its whole context."""
-    short(config)
     with config.unlocked():
         config.model["text_input"] = None
     config.model.text_emb_proj = False
@@ -59,14 +55,12 @@ def without_captions(config: ConfigDict) -> None:
 
 def text_emb(config: ConfigDict) -> None:
     """The decoder reads CLIP's text embedding and states, and no image embedding: a system without a prior."""
-    short(config)
     with config.unlocked():
         config.model["image_emb_dim"] = None
 
 
 def learned_variance(config: ConfigDict) -> None:
     """Sampled by DDPM, which uses the variance."""
-    short(config)
     config.sampling.update(name="ddpm", steps="25")
 
 
@@ -98,10 +92,10 @@ STAGES = {
     "clip,text_emb": (unchanged, ONE_RUN),
     "clip,learned_variance": (unchanged, ONE_RUN),
     "clip,attention": (unchanged, ONE_RUN),
-    "decoder,drops": (short, DROPS),
+    "decoder,drops": (unchanged, DROPS),
     "decoder,without_captions": (without_captions, ONE_RUN),
     "decoder,text_emb": (text_emb, ONE_RUN),
     "decoder,learned_variance": (learned_variance, VARIANCES),
-    "decoder,attention": (short, CROSS_ATTENTION),
+    "decoder,attention": (unchanged, CROSS_ATTENTION),
     "upsampler_1,corruption": (unchanged, CORRUPTIONS),
 }

@@ -16,7 +16,7 @@ from dalle2_jax.data import ShapesSource
 from dalle2_jax.data.synthetic.scene_reader import read_scene
 from dalle2_jax.data.synthetic.scenes import Scene
 from dalle2_jax.data.synthetic.shapes import COLOURS, render
-from dalle2_jax.errors import UsageError
+from dalle2_jax.errors import UsageError, UserError
 from dalle2_jax.system.editing.similarity import MAX_PSNR
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
@@ -174,6 +174,14 @@ def test_tables_of_ablations_have_every_run_once(benchmark):
     configs = [name for name in runpy.run_path(str(page))["STAGES"] if not name.startswith("clip")]
     runs = [(config, number) for config in configs for number, _ in enumerate(read_runs(f"{page}:{config}", page))]
     assert sorted(rows) == sorted(runs)
+
+
+def test_a_failed_training_ends_the_ablations(benchmark, monkeypatch, tmp_path):
+    ablations = benchmark("ablations")
+    monkeypatch.setattr(ablations.sweep, "run_command", lambda command: 1)
+    options = argparse.Namespace(out=tmp_path, system=None)
+    with pytest.raises(UserError, check=mentions("00_blur_rate")):
+        next(ablations.train(ablations.TABLES["corruptions"], options))
 
 
 def test_columns_of_equal_settings_share_their_images(benchmark, monkeypatch):
