@@ -4,12 +4,14 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 from raised import mentions
-from served import FEW
+from served import FEW, TIMEOUT
 from starlette.testclient import TestClient
 
 from dalle2_jax.errors import ConfigError, DataError
@@ -17,6 +19,7 @@ from dalle2_jax.server import ServerConfig, create_app
 from dalle2_jax.server.api.errors import ApiError
 from dalle2_jax.server.api.files import FileStore
 from dalle2_jax.server.api.keys import Limits, authenticate, read_keys
+from dalle2_jax.server.engine import Closing
 
 KEYS = {"alice": "key-of-alice", "bob": "key-of-bob"}
 BODY = {"prompt": "a", "seed": 1, **FEW}
@@ -137,6 +140,7 @@ def test_requests_at_a_time():
 def test_a_full_queue_is_429_with_retry_after(serve, monkeypatch):
     service = serve(queue=1)
     with client_of(service) as client:
+        wait_until_ready(service)
         assert client.post(ROUTE, json=BODY).status_code == 200
         monkeypatch.setattr(service.engine, "capacity", 0)
         ticket = service.engine.submit("x", *occupied(service))
@@ -144,6 +148,14 @@ def test_a_full_queue_is_429_with_retry_after(serve, monkeypatch):
         assert done.status_code == 429 and int(done.headers["retry-after"]) >= 1
         assert done.json()["error"]["code"] == "queue_full"
         ticket.cancel()
+
+
+def wait_until_ready(service):
+    """Waits for the request that loads the first system: it is in the queue too."""
+    end = time.monotonic() + TIMEOUT
+    while not service.ready:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def occupied(service):
@@ -252,6 +264,31 @@ def test_what_a_killed_server_left_unfinished_is_removed(tmp_path):
         os.utime(path, (time.time() - age,) * 2)
     store.put(b"x")
     assert [path.name for path in tmp_path.glob("*.part")] == [".young.part"]
+
+
+def test_closing_waits_for_the_file_that_is_being_written(monkeypatch):
+    store = FileStore(None, seconds=60)
+    store.open()
+    begun, proceed, replace = threading.Event(), threading.Event(), os.replace
+
+    def slow_replace(unfinished, path):
+        begun.set()
+        assert proceed.wait(TIMEOUT)
+        replace(unfinished, path)
+
+    monkeypatch.setattr("dalle2_jax.server.api.files.os.replace", slow_replace)
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(store.put, b"x")
+        assert begun.wait(TIMEOUT)
+        closing = pool.submit(store.close)
+        with pytest.raises(TimeoutError):
+            closing.result(0.1)
+        proceed.set()
+        name = writing.result(TIMEOUT)
+        closing.result(TIMEOUT)
+    assert store.get(name) is None
+    with pytest.raises(Closing):
+        store.put(b"x")
 
 
 @pytest.mark.parametrize("when", ["open", "os.replace"])

@@ -5,9 +5,12 @@ import os
 import re
 import secrets
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import cast
+
+from dalle2_jax.server.engine import Closing
 
 MAX_BYTES = 2**30
 """Of all files; the oldest are removed first."""
@@ -27,6 +30,7 @@ class FileStore:
     def __init__(self, folder: Path | None, seconds: float, max_bytes: int = MAX_BYTES):
         self._folder, self._temporary = folder, None
         self._seconds, self._max_bytes = seconds, max_bytes
+        self._writing, self._closed = threading.Lock(), False
 
     def open(self) -> None:
         """Makes the folder."""
@@ -39,9 +43,16 @@ class FileStore:
         """Stores a PNG file and returns its name; it appears under its name only when it is complete.
 
         Raises:
+          Closing: the store was closed.
           OSError: the disk is full.
         """
-        self.sweep()
+        with self._writing:
+            if self._closed:
+                raise Closing("the server is shutting down: try another one")
+            self.sweep()
+            return self._write(content)
+
+    def _write(self, content: bytes) -> str:
         name = secrets.token_hex(16)
         folder = cast(Path, self._folder)
         path, unfinished = folder / f"{name}.png", folder / f".{name}.part"
@@ -81,6 +92,8 @@ class FileStore:
                 total -= size
 
     def close(self) -> None:
-        """Removes the folder if it is a temporary one."""
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        """Removes the folder if it is a temporary one, after the file that is being written."""
+        with self._writing:
+            self._closed = True
+            if self._temporary is not None:
+                self._temporary.cleanup()
