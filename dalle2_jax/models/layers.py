@@ -10,8 +10,6 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.spmd import RulesFallback, with_logical_constraint
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dalle2_jax import rng
@@ -151,15 +149,6 @@ def average_pool(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C
     return x.reshape(batch, height // size, size, width // size, size, channels).mean(axis=(2, 4))
 
 
-def shard_batch_axis(x: Float[Array, "B *shape"]) -> Float[Array, "B *shape"]:
-    """Constrains the first axis to the mesh axes of the logical axis "batch" (Flax's logical axis rules).
-
-    Returns x itself where no rule for "batch" or no mesh is in force.
-    """
-    axes = ("batch", *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
-    return with_logical_constraint(x, axes, fallback=RulesFallback.NO_CONSTRAINT)
-
-
 def upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """Repeats each pixel 2 x 2.
 
@@ -168,4 +157,4 @@ def upsample_nearest(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return shard_batch_axis(x.reshape(batch, 2 * height, 2 * width, channels))
+    return linear.shard_batch_axis(x.reshape(batch, 2 * height, 2 * width, channels))

@@ -17,6 +17,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import grain  # noqa: F401 - its flags must exist before `run_here` first restores flags
 import jax
 import numpy as np
 import tiny_system

@@ -17,7 +17,10 @@ from dalle2_jax import testing
 from dalle2_jax.config.experiment import experiment
 from dalle2_jax.errors import UserError
 from dalle2_jax.models.layers import upsample_nearest
+from dalle2_jax.models.priors.ar_prior import ArPriorConfig
+from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.models.unet import ResBlock, UNetConfig
+from dalle2_jax.stages import ArPriorStage
 from dalle2_jax.stages.base import Outputs, StageDefaults, Variables, abstract_variables
 from dalle2_jax.training import sharding
 from dalle2_jax.training.optim import OptimConfig, Optimizer, make_optimizer, path_name
@@ -195,8 +198,8 @@ def test_the_average_and_the_moments_lie_with_their_parameter(kind, monkeypatch)
 
 # --- feature maps -----------------------------------------------------------------------------
 
-ROWS = 512
-"""A batch, of no other axis's size."""
+ROWS = 8 * 67
+"""A batch, whose rows on a device no other axis has."""
 
 
 UNET = UNetConfig(8, channels=16, channel_mult=(1,), norm_groups=8, head_channels=16)
@@ -250,19 +253,28 @@ def test_an_upsampled_map_is_never_gathered():
     assert not [shape for shape in gathered if ROWS in shape]
 
 
-@pytest.mark.parametrize(("kind", "in_block", "maps"), [("decoder", True, 2), ("upsampler", False, 1)])
-def test_a_train_step_constrains_each_upsampled_map(kind, in_block, maps):
-    """In a residual block that upsamples, both branches; or before a convolution alone. And their gradients."""
-    stage = testing.tiny_stage(kind)
-    levels = {"channel_mult": (1, 1), "resblock_updown": in_block}
-    if kind == "decoder":
-        model = dataclasses.replace(stage.model, unet=dataclasses.replace(stage.model.unet, **levels))
-    else:
-        model = dataclasses.replace(stage.model, **levels)
-    stage = dataclasses.replace(stage, model=model)
-    program = lowered(stage, testing.tiny_batch(1), SGD).as_text()
-    constraints = re.findall(r"sharding_constraint \S+ <@mesh, \[(\{.*?\}).*\]> : tensor<(\d+)x", program)
-    assert constraints == [('{"data", "fsdp"}', str(ROWS))] * 2 * maps
+COLLECTIVE = re.compile(r" = (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\S*\(")
+
+
+def exchanged(program):
+    """Returns the shapes of what devices exchange in a compiled program."""
+    results = [match[1] for line in program.splitlines() if (match := COLLECTIVE.search(line))]
+    return [tuple(map(int, shape.split(","))) for result in results for shape in re.findall(r"\[([\d,]+)\]", result)]
+
+
+@pytest.mark.usefixtures("small_arrays_are_split")
+@pytest.mark.parametrize("kind", (*testing.KINDS, "ar_prior"))
+def test_devices_exchange_parameters_and_no_activations(kind):
+    """Of every stage under fsdp. Only CLIP's loss is over the embeddings of the whole batch."""
+    stage = testing.tiny_stage("clip_vit" if kind == "ar_prior" else kind)
+    if kind == "ar_prior":
+        text = TextConfig(testing.VOCAB_SIZE, testing.CONTEXT_LENGTH, width=32, layers=1, heads=2)
+        model = ArPriorConfig(text, 32, 1, 2, context_length=8, embed_dim=testing.EMBED_DIM, components=6, buckets=8)
+        stage = ArPriorStage(model, stage)
+    shapes = exchanged(lowered(stage, testing.tiny_batch(1), SGD).compile().as_text())
+    assert any(len(shape) > 1 for shape in shapes)
+    of_rows = [math.prod(shape) for shape in shapes if any(size % (ROWS // 8) == 0 for size in shape)]
+    assert max(of_rows, default=0) <= (ROWS * testing.EMBED_DIM if kind.startswith("clip") else 0)
 
 
 def test_without_a_mesh_nothing_is_constrained():
