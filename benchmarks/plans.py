@@ -1,9 +1,10 @@
-"""Plans of the paper's stages on accelerators, as the table of docs/pod.md: one command a row, which anyone can repeat.
+"""Plans of the paper's stages on accelerators, as the tables of docs/howto/plan.md.
 
-    python benchmarks/plans.py --folder build/plans --row prior:h200 --row clip:v5e
+    python benchmarks/plans.py --folder build/plans --row prior:h200 --row clip:v5e --page docs/howto/plan.md
 
-compiles one row after the other and keeps each as JSON; rows that are there are not compiled again. The table of all
-rows in the folder is printed. Without --row, all rows are compiled, from the smallest program on: hours on a few cores.
+compiles one row after the other and keeps each as JSON; rows that are there are not compiled again. The tables of all
+rows in the folder are printed, and written to the page. Without --row, all rows are compiled, from the smallest program
+on: hours on a few cores.
 """
 
 import json
@@ -13,6 +14,8 @@ import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import measured
 
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
@@ -28,8 +31,15 @@ DEVICES = {"h200:8x8": 64, "v5p:4x4x4": 64, "v4:4x4x8": 128, "v6e:8x16": 128, "v
 
 ROWS = tuple(f"{stage}:{chip}" for chip in TOPOLOGIES for stage in STAGES)
 
-HEAD = """| stage | topology | mesh | GiB of a device: peak / state / available | utilisation | days |
-| --- | --- | --- | --- | --- | --- |"""
+COLUMNS = (
+    "stage, batch",
+    "peak / available, GiB",
+    "sent in a step, GiB",
+    "roofline, s: compute, memory, network",
+    "utilisation",
+    "days",
+)
+"""Of a table. Memory and what is sent are those of one device, days those of the whole slice."""
 
 
 def command(row: str) -> list[str]:
@@ -50,38 +60,53 @@ def compile_row(row: str, folder: pathlib.Path) -> int:
     return subprocess.run(words, stdout=subprocess.DEVNULL).returncode
 
 
-def line(row: str, content: dict) -> str:
-    """Returns the table's line of a plan, and the one with its command."""
+def line(content: dict) -> str:
+    """Returns the table's line of a plan. Utilisation and days are from no overlap of work and transfers to all."""
     memory, time, gib = content["memory"], content["time"], 2**30
-    state = sum(memory[name] for name in ("parameters", "averages", "optimizer"))
-    peak = "-" if memory["peak"] is None else f"{memory['peak'] / gib:,.1f}"
-    verdict = "" if content["fits"] else " (does not fit)"
-    mesh = " ".join(f"{axis}={size}" for axis, size in content["mesh"].items() if size > 1)
-    used, days = "-", "-"
+    peak = "more" if memory["peak"] is None else f"{memory['peak'] / gib:,.1f}"
+    sizes = f"{peak} / {memory['available'] / gib:,.1f}{'' if content['fits'] else ', does not fit'}"
+    cells = [f"{content['stage']}, {content['batch_size']:,}", sizes]
     if time:
-        low, high = (each / content["devices"] for each in content["device_days"])
-        used = f"{time['serial_utilisation']:.0%} to {time['utilisation']:.0%}"
-        days = f"{low:,.1f} to {high:,.1f}"
-    sizes = f"{peak} / {state / gib:,.1f} / {memory['available'] / gib:,.1f}{verdict}"
-    repeat = f"`{shlex.join(['dalle2', *command(row)])}`"
-    cells = f"| {content['stage']} | {content['topology']} | {mesh} | {sizes} | {used} | {days} |"
-    return f"{cells}\n| {repeat} | | | | | |"
+        sent = sum(each["sent_bytes"] for each in content["traffic"]["collectives"].values())
+        days = [each / content["devices"] for each in reversed(content["device_days"])]
+        cells += [
+            f"{sent / gib:,.1f}",
+            ", ".join(f"{time[name]:.2g}" for name in ("compute", "memory", "network")),
+            f"{time['serial_utilisation']:.0%} to {time['utilisation']:.0%}",
+            " to ".join(f"{each:,.1f}" for each in days),
+        ]
+    else:
+        cells += ["-"] * 4
+    return f"| {' | '.join(cells)} |"
+
+
+def tables(folder: pathlib.Path) -> str:
+    """Returns the plans of a folder: for each slice the command, and a table."""
+    parts = []
+    for chip, topology in TOPOLOGIES.items():
+        rows = [folder / f"{stage}-{chip}.json" for stage in STAGES]
+        lines = [line(json.loads(path.read_text())) for path in rows if path.exists()]
+        if lines:
+            repeat = shlex.join(["dalle2", *command(f"STAGE:{chip}")])
+            head = (f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}")
+            parts.append("\n".join([f"`{repeat}`, {DEVICES[topology]} devices:\n", *head, *lines]))
+    return "\n\n".join(parts)
 
 
 def main() -> None:
     """Runs the command line."""
     example = "python benchmarks/plans.py --folder build/plans --row prior:h200"
-    parser = args.make_parser("python benchmarks/plans.py", "Compiles the table of docs/pod.md.", example)
+    parser = args.make_parser("python benchmarks/plans.py", "Compiles the tables of docs/howto/plan.md.", example)
     parser.add_argument("--folder", type=args.path, required=True, help="folder of the plans")
     parser.add_argument("--row", action="append", default=[], metavar="STAGE:CHIP", help="a row; may be repeated")
+    parser.add_argument("--page", type=args.path, help="page whose place for plans is replaced")
     options = parser.parse_args()
     unknown = [row for row in options.row if row not in ROWS]
     if unknown:
         raise UsageError(f"unknown row {unknown[0]!r}: choose from {', '.join(ROWS)}")
     options.folder.mkdir(parents=True, exist_ok=True)
     failed = [row for row in options.row or ROWS if compile_row(row, options.folder) not in (0, 1)]
-    found = {row: options.folder / f"{row.replace(':', '-')}.json" for row in ROWS}
-    print(HEAD, *(line(row, json.loads(path.read_text())) for row, path in found.items() if path.exists()), sep="\n")
+    measured.publish("plans", tables(options.folder), options.page)
     if failed:
         raise UsageError(f"rows without a plan: {', '.join(failed)}; their errors are above")
 
