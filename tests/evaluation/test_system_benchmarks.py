@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import pathlib
 import runpy
 import sys
@@ -198,6 +199,30 @@ def test_columns_of_equal_settings_share_their_images(benchmark, monkeypatch):
     assert found == [1, 2, 3, 1]
 
 
+PLANNED = {
+    "stage": "prior",
+    "batch_size": 4096,
+    "devices": 64,
+    "memory": {"peak": 3 * 2**30, "available": 4 * 2**30},
+    "fits": True,
+    "traffic": {"collectives": {"all-gather": {"sent_bytes": 2**30}, "all-reduce": {"sent_bytes": 2**31}}},
+    "time": {"compute": 0.25, "memory": 0.5, "network": 1, "utilisation": 0.25, "serial_utilisation": 0.2},
+    "device_days": [64, 128],
+}
+
+
+def test_tables_of_plans_have_the_rows_of_a_folder(benchmark, tmp_path):
+    (tmp_path / "prior-v5p.json").write_text(json.dumps(PLANNED))
+    too_large = {**PLANNED, "memory": {**PLANNED["memory"], "peak": None}, "fits": False, "traffic": None, "time": None}
+    (tmp_path / "clip-v5p.json").write_text(json.dumps({**too_large, "stage": "clip"}))
+    command, _, _, _, *rows = benchmark("plans").tables(tmp_path).splitlines()
+    assert "v5p:4x4x4" in command and "fsdp=64" in command
+    assert rows == [
+        "| prior, 4,096 | 3.0 / 4.0 | 3.0 | 0.25, 0.5, 1 | 20% to 25% | 2.0 to 1.0 |",
+        "| clip, 4,096 | more / 4.0, does not fit | - | - | - | - |",
+    ]
+
+
 def test_table_takes_its_place_on_a_page(benchmark, tmp_path):
     measured, page = benchmark("measured"), tmp_path / "page.md"
     page.write_text("before\n\n<!-- editing -->\nold\n<!-- /editing -->\n\nafter\n")
@@ -214,6 +239,7 @@ def test_documented_places_exist(benchmark):
     tables = ("editing", "inpainting", "priors", "cache", *benchmark("ablations").TABLES)
     paper = (*tables, *benchmark("paper_figures").FIGURES)
     places = [("paper.md", name) for name in paper]
+    places += [("howto/plan.md", "plans")]
     places += [("howto/editing.md", name) for name in benchmark("emoji_figures").FIGURES]
     for file, name in places:
         page = (docs / file).read_text()
