@@ -58,7 +58,7 @@ UNGUIDED, GUIDED = (("guidance", 1.0),), (("guidance", 2.0),)
 TABLES = {
     "decoders": Table(
         (
-            ("decoder,drops", 0, "as in configs/shapes.py"),
+            ("decoder,drops", 0, "as in configs/shapes.py:decoder,adamw"),
             ("decoder,drops", 1, "the caption is never dropped"),
             ("decoder,drops", 2, "the image embedding is never dropped"),
             ("decoder,drops", 3, "neither is dropped"),

@@ -1,9 +1,9 @@
-"""Ablations of the paper's choices on the embedded data set of shapes: each changes one part of `configs/shapes.py`.
+"""Ablations of the paper's choices on the embedded data set of shapes, each a change of `configs/shapes.py:…,adamw`.
 
     python train.py --config configs/ablations.py:decoder,text_emb --workdir runs/demo-text
     dalle2 sweep --config configs/ablations.py:decoder,drops --system shapes --out runs/drops --measure attributes
 
-| config                     | what differs between its runs, or from `configs/shapes.py`                    |
+| config                     | what differs between its runs, or from the included system                    |
 | -------------------------- | ----------------------------------------------------------------------------- |
 | decoder,drops              | whether the image embedding and the caption are dropped in training           |
 | decoder,without_captions   | the image embedding alone                                                     |
@@ -13,8 +13,8 @@
 | upsampler_1,corruption     | how the low-resolution image is corrupted in training                         |
 
 A sweep trains every run of a config and links it to the other stages of ``--system``. Decoders are trained for half of
-the steps of ``configs/shapes.py``, 8 minutes each on two CPU cores; `benchmarks/ablations.py` makes the tables of
-docs/paper.md from all of them.
+the steps of ``configs/shapes.py:decoder,adamw``, 8 minutes each on two CPU cores; `benchmarks/ablations.py` makes the
+tables of docs/paper.md from all of them.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from dalle2_jax.errors import choose
 def get_config(which: str) -> ConfigDict:
     """Returns the config of one stage."""
     change, _ = choose("config of configs/ablations.py", which, STAGES)
-    config = call_config_page(f"shapes:{which.partition(',')[0]}")
+    config = call_config_page(f"shapes:{which.partition(',')[0]},adamw")
     if config.stage == "decoder":
         config.total_steps //= 2
     change(config)
@@ -86,7 +86,7 @@ CORRUPTIONS = (
 )
 
 STAGES = {
-    # name: (what it changes in the config of configs/shapes.py, its runs)
+    # name: (what it changes in the config of configs/shapes.py:...,adamw, its runs)
     "clip,drops": (unchanged, ONE_RUN),
     "clip,without_captions": (unchanged, ONE_RUN),
     "clip,text_emb": (unchanged, ONE_RUN),
