@@ -26,7 +26,7 @@ narrow network learns within the first hundred steps; the noise eps would have t
 Add `,large` to a stage's name for its large form (`configs/shapes.py:decoder,large`), and `,adamw` for that of the
 included system, which takes 27 minutes; all stages of a system must be of one form.
 
-`,distilled` trains a student of a trained stage, which is sampled in 4 evaluations without guidance:
+`,distilled` trains a student of a trained stage, which is sampled in 4 evaluations:
 
     python train.py --config configs/shapes.py:decoder,distilled --workdir runs/demo-fast --config.init_from=runs/demo
 """
@@ -268,8 +268,8 @@ def upsampler_1_inpaint() -> ConfigDict:
 
 
 def decoder_distilled() -> ConfigDict:
-    """The decoder in 4 evaluations, with its guidance in the weights."""
-    config = distilled(decoder_adamw(), {"steps": "20", "guidance": 2.0}, "20/4", "runs/demo", total_steps=2500)
+    """The decoder in 4 evaluations."""
+    config = distilled(decoder_adamw(), {"steps": "20"}, "20/4", "runs/demo", total_steps=2500)
     config.conditioning = {"drop_image": 0.05, "drop_text": 0.1}
     return config
 
