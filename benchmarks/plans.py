@@ -20,6 +20,7 @@ import measured
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
 from dalle2_jax.errors import UsageError
+from dalle2_jax.planning.search import device_count
 
 STAGES = ("prior", "ar_prior", "clip", "upsampler_2", "upsampler_1", "decoder")
 """From the smallest program on: transformers are one loop, U-Nets are not."""
@@ -27,17 +28,11 @@ STAGES = ("prior", "ar_prior", "clip", "upsampler_2", "upsampler_1", "decoder")
 TOPOLOGIES = {"h200": "h200:8x8", "v5p": "v5p:4x4x4", "v4": "v4:4x4x8", "v6e": "v6e:8x16", "v5e": "v5e:16x16"}
 """Chip -> the slice of its rows."""
 
-DEVICES = {"h200:8x8": 64, "v5p:4x4x4": 64, "v4:4x4x8": 128, "v6e:8x16": 128, "v5e:16x16": 256}
-
 ROWS = tuple(f"{stage}:{chip}" for chip in TOPOLOGIES for stage in STAGES)
 
-COLUMNS = (
-    "stage, batch",
-    "peak / available, GiB",
-    "sent in a step, GiB",
-    "roofline, s: compute, memory, network",
-    "utilisation",
-    "days",
+HEAD = (
+    "| stage, batch | peak / available, GiB | sent in a step, GiB | roofline, s: compute, memory, network "
+    "| utilisation | days |\n| --- | --- | --- | --- | --- | --- |"
 )
 """Of a table. Memory and what is sent are those of one device, days those of the whole slice."""
 
@@ -47,7 +42,7 @@ def command(row: str) -> list[str]:
     stage, _, chip = row.partition(":")
     topology = TOPOLOGIES[chip]
     words = ["plan", "--config", f"configs/paper.py:{stage}", "--topology", topology]
-    return [*words, "--mesh", f"fsdp={DEVICES[topology]}"]
+    return [*words, "--mesh", f"fsdp={device_count(topology)}"]
 
 
 def compile_row(row: str, folder: pathlib.Path) -> int:
@@ -88,8 +83,7 @@ def tables(folder: pathlib.Path) -> str:
         lines = [line(json.loads(path.read_text())) for path in rows if path.exists()]
         if lines:
             repeat = shlex.join(["dalle2", *command(f"STAGE:{chip}")])
-            head = (f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}")
-            parts.append("\n".join([f"`{repeat}`, {DEVICES[topology]} devices:\n", *head, *lines]))
+            parts.append("\n".join([f"`{repeat}`, {device_count(topology)} devices:\n", HEAD, *lines]))
     return "\n\n".join(parts)
 
 

@@ -20,6 +20,7 @@ from dalle2_jax.models.layers import upsample_nearest
 from dalle2_jax.models.priors.ar_prior import ArPriorConfig
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.models.unet import ResBlock, UNetConfig
+from dalle2_jax.planning.hlo import KINDS
 from dalle2_jax.stages import ArPriorStage
 from dalle2_jax.stages.base import Outputs, StageDefaults, Variables, abstract_variables
 from dalle2_jax.training import sharding
@@ -253,13 +254,39 @@ def test_an_upsampled_map_is_never_gathered():
     assert not [shape for shape in gathered if ROWS in shape]
 
 
-COLLECTIVE = re.compile(r" = (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\S*\(")
+CONSTRAINT = re.compile(r"sharding_constraint \S+ <@mesh, \[(\{.*?\}).*\]> : tensor<(\d+)x")
+COLLECTIVE = re.compile(rf" = (.*) (?:{'|'.join(KINDS)})\S*\(")
 
 
 def exchanged(program):
     """Returns the shapes of what devices exchange in a compiled program."""
     results = [match[1] for line in program.splitlines() if (match := COLLECTIVE.search(line))]
     return [tuple(map(int, shape.split(","))) for result in results for shape in re.findall(r"\[([\d,]+)\]", result)]
+
+
+@pytest.mark.parametrize(("kind", "in_block"), [("decoder", True), ("upsampler", False)])
+def test_an_upsampling_network_exchanges_no_activations(kind, in_block, small_arrays_are_split):
+    """It upsamples in a residual block, in both branches; or before a convolution alone."""
+    stage = testing.tiny_stage(kind)
+    levels = {"channel_mult": (1, 1), "resblock_updown": in_block}
+    if kind == "decoder":
+        model = dataclasses.replace(stage.model, unet=dataclasses.replace(stage.model.unet, **levels))
+    else:
+        model = dataclasses.replace(stage.model, **levels)
+    program = lowered(dataclasses.replace(stage, model=model), testing.tiny_batch(1), SGD)
+    assert set(CONSTRAINT.findall(program.as_text())) == {('{"data", "fsdp"}', str(ROWS))}
+    shapes = exchanged(program.compile().as_text())
+    assert not [shape for shape in shapes if any(size % (ROWS // 8) == 0 for size in shape)]
+
+
+def test_an_upsampled_map_and_its_gradient_are_constrained():
+    def both(x):
+        y, pull_back = jax.vjp(upsample_nearest, x)
+        return pull_back(y)
+
+    with sharding.logical_axes(make_mesh(MeshConfig(1, 8, 1))):
+        program = jax.jit(both).lower(jnp.ones((ROWS, 2, 2, 3))).as_text()
+    assert CONSTRAINT.findall(program) == [('{"data", "fsdp"}', str(ROWS))] * 2
 
 
 @pytest.mark.usefixtures("small_arrays_are_split")
