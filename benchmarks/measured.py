@@ -149,10 +149,22 @@ def put(page: pathlib.Path, name: str, text: str) -> None:
     """Replaces what a page has between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 
     Raises:
-      UsageError: the page has no such place.
+      UsageError: as `around`.
     """
+    before, after = around(page, name)
+    write_atomically(page, f"{before}\n\n{text.strip()}\n\n{after}")
+
+
+def around(page: pathlib.Path, name: str) -> tuple[str, str]:
+    """Returns what a page has up to ``<!-- NAME -->`` and from ``<!-- /NAME -->`` on.
+
+    Raises:
+      UsageError: there is no such page, or it has no such place.
+    """
+    if not page.is_file():
+        raise UsageError(f"there is no page {page}")
     before, start, rest = page.read_text().partition(f"<!-- {name} -->")
     _, end, after = rest.partition(f"<!-- /{name} -->")
     if not end:
         raise UsageError(f"{page} has no place for {name}: write <!-- {name} --> and <!-- /{name} -->")
-    write_atomically(page, f"{before}{start}\n\n{text.strip()}\n\n{end}{after}")
+    return before + start, end + after

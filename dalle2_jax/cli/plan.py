@@ -40,7 +40,9 @@ def make_parser() -> args.Parser:
     field = "another value for a field of the config, as in optim.lr=1e-4; may be repeated"
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="FIELD=VALUE", help=field)
     parser.add_argument("--sample", action="store_true", help="plan the sampling of a batch, not a train step")
-    parser.add_argument("--search", action="store_true", help="find the smallest slice that fits and the fastest plan")
+    search = "find the smallest slice that fits, and then the fastest plan on it unless 'smallest' follows"
+    choices = {"nargs": "?", "choices": ("smallest", "fastest"), "const": "fastest"}
+    parser.add_argument("--search", **choices, help=search)
     memory = "GiB of a device that programs can use (default: the chip's)"
     gib = Annotated[float, Range(0.001, 100_000)]
     parser.add_argument("--memory_gib", type=args.number(gib), help=memory)
@@ -98,7 +100,7 @@ def main() -> None:
     if options.search:
         if options.sample or options.mesh:
             raise UsageError("--search finds the mesh of a train step: remove --sample and --mesh")
-        _search(planned, options.topology, common, options.out)
+        _search(planned, options.topology, {**common, "fastest": options.search == "fastest"}, options.out)
     else:
         _plan(planned, options, common)
 

@@ -3,7 +3,8 @@
 A slice can be used in many ways: meshes, recomputation of activations (``remat``) and, where the optimizer has it,
 accumulation of gradients over micro-batches (``optim.accumulate``). Each costs a compilation, so few are tried:
 
-1. Slices grow in memory, so the smallest that fits is found by bisection, each with the settings that need the least.
+1. The smallest slice is found with the settings that need the least memory. Slices too small for the state alone are
+   left uncompiled. One of the next two usually fits; otherwise the larger ones are tried by bisection.
 2. On it, meshes whose state alone exceeds the memory are left uncompiled. On each other mesh, and for each
    recomputation from the fastest on, the fewest micro-batches that fit are found by bisection; more recomputation is
    tried only where one batch in one piece does not fit.
@@ -11,6 +12,7 @@ accumulation of gradients over micro-batches (``optim.accumulate``). Each costs 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -68,12 +70,13 @@ class Compiler(NamedTuple):
 
     Attributes:
       compile: (experiment, topology, mesh) -> plan.
-      state_bytes: (experiment, topology, mesh) -> bytes of the state on one device, without compilation.
+      state_bytes: (experiment, topology, mesh) -> bytes of the state on one device, without compilation; infinite for
+        a mesh into which the topology cannot be divided.
       available: topology -> bytes that programs can use on one device.
     """
 
     compile: Callable[[Experiment, str, Sizes], Plan]
-    state_bytes: Callable[[Experiment, str, Sizes], int]
+    state_bytes: Callable[[Experiment, str, Sizes], float]
     available: Callable[[str], int]
 
 
@@ -83,7 +86,7 @@ class Search:
 
     Attributes:
       smallest: the plan that needs the least memory on the smallest slice that fits; None if none fits.
-      fastest: the fastest plan on that slice.
+      fastest: the fastest plan on that slice; None if none fits, or if it was not searched for.
       trials: all compilations, in their order.
     """
 
@@ -111,7 +114,8 @@ class Search:
                 f"{plan.topology:12} {sizes} {peak:>10} {seconds:>10}  {named}{'' if plan.fits else ' (does not fit)'}"
             )
         for name, trial in (("smallest slice", self.smallest), ("fastest plan", self.fastest)):
-            lines.append(f"{name}: {_options(trial) if trial else 'none fits'}")
+            if trial or not self.smallest:
+                lines.append(f"{name}: {_options(trial) if trial else 'none fits'}")
         return "\n".join(lines)
 
 
@@ -123,6 +127,7 @@ def search_plans(
     batch_size: int | None = None,
     memory: int | None = None,
     full: bool = False,
+    fastest: bool = True,
     progress: Callable[[Trial], None] | None = None,
 ) -> Search:
     """Searches meshes and settings for the smallest slice that fits a train step, and for the fastest plan on it.
@@ -134,6 +139,7 @@ def search_plans(
       batch_size: as of `planner.plan`.
       memory: as of `planner.plan`.
       full: as of `planner.plan`.
+      fastest: whether the fastest plan is searched for, too, which takes many more compilations.
       progress: called with each compilation.
 
     Raises:
@@ -146,8 +152,12 @@ def search_plans(
     def compiled(experiment: Experiment, name: str, sizes: Sizes) -> Plan:
         return planner.compile_plan(experiment, clip, find_topology(name), sizes, memory=memory, full=full)
 
-    def state_bytes(experiment: Experiment, name: str, sizes: Sizes) -> int:
-        return program.state_bytes(experiment, clip, find_topology(name).mesh(sizes))
+    def state_bytes(experiment: Experiment, name: str, sizes: Sizes) -> float:
+        try:
+            mesh = find_topology(name).mesh(sizes)
+        except ConfigError:
+            return math.inf
+        return program.state_bytes(experiment, clip, mesh)
 
     def available(name: str) -> int:
         chip, _ = check_name(name)
@@ -156,7 +166,7 @@ def search_plans(
         return memory if memory is not None else int(chip.memory * chip.usable) if chip else 0
 
     names = [topology] if ":" in topology else list(slices(topology))
-    return find(planned, names, Compiler(compiled, state_bytes, available), progress)
+    return find(planned, names, Compiler(compiled, state_bytes, available), fastest, progress)
 
 
 def slices(chip: str) -> tuple[str, ...]:
@@ -171,12 +181,16 @@ def find(
     experiment: Experiment,
     topologies: Sequence[str],
     compiler: Compiler,
+    fastest: bool = True,
     progress: Callable[[Trial], None] | None = None,
 ) -> Search:
     """Returns the result of a search over topologies, the smallest first; see the module."""
     trials: list[Trial] = []
     sharded = {name: _most_sharded(experiment.run.batch_size, device_count(name)) for name in topologies}
     dividing = {name: mesh for name, mesh in sharded.items() if mesh is not None}
+
+    def holds_state(name: str, sizes: Sizes) -> bool:
+        return compiler.state_bytes(experiment, name, sizes) <= compiler.available(name)
 
     def attempt(settings: Settings, name: str, sizes: Sizes) -> Trial:
         plan = compiler.compile(settings.apply(experiment), name, sizes)
@@ -189,20 +203,19 @@ def find(
     def least(name: str) -> Trial | None:
         """Returns the trial of a topology with the settings that need the least memory."""
         mesh = dividing[name]
-        if compiler.state_bytes(experiment, name, mesh) > compiler.available(name):
-            return None
         pieces = micro_batches(experiment, mesh)
         trial = attempt(Settings(remat_values(experiment)[-1], pieces[-1]), name, mesh)
         return trial if trial.plan.fits else None
 
-    smallest = first_that_fits(least, [*dividing])
-    if smallest is None:
-        return Search(None, None, tuple(trials))
+    possible = [name for name, mesh in dividing.items() if holds_state(name, mesh)]
+    smallest = next(filter(None, map(least, possible[:2])), None) or first_that_fits(least, possible[2:])
+    if smallest is None or not fastest:
+        return Search(smallest, None, tuple(trials))
     name = smallest.plan.topology
     fitting = [smallest]
     for tensor in (False, True):
         for mesh in meshes(experiment.run.batch_size, device_count(name), tensor):
-            if compiler.state_bytes(experiment, name, mesh) <= compiler.available(name):
+            if holds_state(name, mesh):
                 fitting += _on_mesh(experiment, mesh, lambda settings, mesh=mesh: attempt(settings, name, mesh))
         if len(fitting) > 1:
             break

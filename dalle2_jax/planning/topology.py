@@ -68,9 +68,18 @@ class Topology:
     devices: tuple[Any, ...]
 
     def mesh(self, sizes: tuple[int, int, int]) -> Mesh:
-        """Returns the mesh (data, fsdp, tensor) of these sizes; neighbours on it are neighbours in the network."""
+        """Returns the mesh (data, fsdp, tensor) of these sizes; neighbours on it are neighbours in the network.
+
+        Raises:
+          ConfigError: the slice cannot be divided into these sizes, as 16x16x24 into 2,048 times 3.
+        """
         if self.chip is not None and self.chip.platform == "tpu":
-            devices = mesh_utils.create_device_mesh(sizes, list(self.devices))
+            try:
+                devices = mesh_utils.create_device_mesh(sizes, list(self.devices))
+            except NotImplementedError as error:
+                named = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+                message = f"{self.name} cannot be divided into the mesh {named}: give products of its sides"
+                raise ConfigError(message, "mesh") from error
         else:
             devices = np.array(self.devices).reshape(sizes)
         return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)

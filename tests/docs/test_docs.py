@@ -90,7 +90,7 @@ ABSENT = (
     "runs/lpips",
     "v4:",
     "v5e",
-    "v5p:",
+    "v5p",
     "v6e:",
     "h100:",
     "h200:",

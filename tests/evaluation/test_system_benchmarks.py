@@ -223,6 +223,27 @@ def test_tables_of_plans_have_the_rows_of_a_folder(benchmark, tmp_path):
     ]
 
 
+def test_smallest_slices_have_a_table_of_their_own(benchmark, tmp_path):
+    plan = {**PLANNED, "topology": "v5p:2x2x1", "devices": 4}
+    found = {"settings": {"model.remat": "blocks", "optim.accumulate": 1024}, "plan": plan}
+    (tmp_path / "prior-v5p-smallest.json").write_text(json.dumps({"smallest": found}))
+    (tmp_path / "clip-v5p-smallest.json").write_text(json.dumps({"smallest": None}))
+    command, *_, row = benchmark("plans").tables(tmp_path).splitlines()
+    assert "--search smallest" in command
+    assert row == "| prior, 4,096 | v5p:2x2x1 | 4 | 1,024 | 3.0 / 4.0 | 20% to 25% | 128 to 64 |"
+
+
+def test_plans_need_a_page_with_their_place(benchmark, tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    words = ["plans.py", "--folder", str(tmp_path / "plans"), "--row", "prior:v5p", "--page", str(page)]
+    monkeypatch.setattr(sys, "argv", words)
+    for facts in (("page.md",), ("page.md", "<!-- plans -->")):
+        with pytest.raises(UsageError, check=mentions(*facts)):
+            benchmark("plans").main()
+        assert not (tmp_path / "plans").exists()
+        page.write_text("no place\n")
+
+
 def test_table_takes_its_place_on_a_page(benchmark, tmp_path):
     measured, page = benchmark("measured"), tmp_path / "page.md"
     page.write_text("before\n\n<!-- editing -->\nold\n<!-- /editing -->\n\nafter\n")

@@ -209,6 +209,14 @@ def test_exit_codes(planned, monkeypatch, capsys, tmp_path):
     assert found["memory"] == [None, 2**30, int(0.001 * 2**30)]
 
 
+def test_the_command_finds_the_smallest_slice_alone(tmp_path, capsys):
+    words = ["plan", "--config", f"{PAGE}:clip", "--topology", "cpu:2", "--memory_gib", "1", "--search", "smallest"]
+    assert cli.main([*words, "--out", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["smallest"] == found["trials"][0] and len(found["trials"]) == 1 and found["fastest"] is None
+    assert "smallest slice: --topology cpu:2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "fact"),
     [
@@ -219,6 +227,7 @@ def test_exit_codes(planned, monkeypatch, capsys, tmp_path):
         (("--topology", "cpu:8", "--set", "optim.rl=1"), "'lr'"),
         (("--topology", "cpu:8", "--memory_gib", "0"), "0.001"),
         (("--topology", "v5e", "--search", "--sample"), "--sample"),
+        (("--topology", "v5e", "--search", "smalest"), "'smallest'"),
     ],
 )
 def test_wrong_arguments(words, fact, capsys):

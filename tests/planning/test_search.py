@@ -47,8 +47,8 @@ class Formulas:
     def state_bytes(self, planned, topology, sizes):
         return self.state / (sizes[1] * sizes[2])
 
-    def run(self, planned, topologies=V5E):
-        return find(planned, topologies, Compiler(self.compile, self.state_bytes, lambda name: self.limit))
+    def run(self, planned, topologies=V5E, fastest=True):
+        return find(planned, topologies, Compiler(self.compile, self.state_bytes, lambda name: self.limit), fastest)
 
 
 def test_the_smallest_slice_and_its_fastest_plan(decoder):
@@ -59,6 +59,22 @@ def test_the_smallest_slice_and_its_fastest_plan(decoder):
     assert found.fastest.plan.mesh == {"data": 1, "fsdp": 16, "tensor": 1}
     assert found.fastest.settings.remat == "dots"  # 100 / 16 + 0.75 * 160 / 16 is less than 16
     assert {name for name, *_ in formulas.compiled} == {"v5e:2x4", "v5e:4x4"}
+
+
+def test_the_smallest_slice_alone(decoder):
+    """State 100 needs 8 devices of 16. Nothing else is compiled where they hold the activations, too."""
+    formulas = Formulas(100, 16)
+    found = formulas.run(decoder, fastest=False)
+    assert found.smallest.plan.topology == "v5e:2x4" and found.fastest is None
+    assert len(formulas.compiled) == len(found.trials) == 1
+    assert "smallest slice: --topology v5e:2x4" in found.table() and "fastest" not in found.table()
+
+
+def test_activations_may_need_a_much_larger_slice(decoder):
+    """Activations 1,600: half of them over 64 devices are the first below 16."""
+    formulas = Formulas(1, 1600)
+    assert formulas.run(decoder, fastest=False).smallest.plan.topology == "v5e:8x8"
+    assert len(formulas.compiled) == 4
 
 
 def test_less_sharding_is_faster_where_it_fits(decoder):
@@ -79,6 +95,13 @@ def test_slices_over_which_the_batch_does_not_divide_are_left_away(decoder):
     found = Formulas(10, 0).run(odd, ("v5e:2x2", "v5e:2x4", "v5e:4x4"))
     assert found.smallest.plan.topology == "v5e:2x2" and found.smallest.plan.mesh["tensor"] == 4
     assert Formulas(10, 0).run(odd, ("v5e:4x4",)).smallest is None  # sixteen ways are more than MAX_TENSOR
+
+
+def test_meshes_that_a_slice_does_not_have_are_left_away(decoder):
+    formulas = Formulas(100, 0)
+    known = formulas.state_bytes
+    formulas.state_bytes = lambda planned, name, sizes: math.inf if "2x4" in name else known(planned, name, sizes)
+    assert formulas.run(decoder).smallest.plan.topology == "v5e:4x4"
 
 
 def test_nothing_fits(decoder):
