@@ -3,7 +3,10 @@
 import argparse
 import dataclasses
 import pathlib
+import re
 import sys
+import tempfile
+from collections import defaultdict
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
@@ -11,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from peers_worker import serve, sizes
+from peers_worker import chosen, serve, sizes
 
 from dalle2_jax import rng
 from dalle2_jax.diffusion import NoiseStatistics
@@ -28,6 +31,12 @@ from dalle2_jax.stages import (
     PriorStage,
     SamplingConfig,
 )
+
+NESTING = ("call", "while", "conditional")
+"""Instructions whose time is that of other instructions."""
+
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = \S+ ([\w-]+)\((.*)$", re.MULTILINE)
+"""Of an HLO program: name, opcode, and the rest of the line."""
 
 
 def unet_config(size, dtype):
@@ -83,7 +92,7 @@ def prior_inputs(size, batch):
 
 
 def network_calls(network, inputs):
-    """Returns the parameter count, and a forward pass and a train step of AdamW."""
+    """Returns the parameter count, and the calls: a forward pass, a train step of AdamW, and a trace of steps."""
     params = jax.jit(network.init)(jax.random.key(0), *inputs)["params"]
     optimizer = optax.adamw(1e-4, weight_decay=0.01)
     forward = jax.jit(lambda params: network.apply({"params": params}, *inputs))
@@ -96,15 +105,45 @@ def network_calls(network, inputs):
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    jitted = jax.jit(step, donate_argnums=(0, 1))
     held = [params, jax.jit(optimizer.init)(params)]
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*held).compile()
 
     def run_step():
-        held[:] = jitted(*held)
+        held[:] = compiled(*held)
         jax.block_until_ready(held)
 
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return count, {"forward": lambda: jax.block_until_ready(forward(held[0])), "step": run_step}
+    return count, {
+        "forward": lambda: jax.block_until_ready(forward(held[0])),
+        "step": run_step,
+        "operations": lambda: traced_operations(compiled.as_text(), run_step),
+    }
+
+
+def traced_operations(program, run_step):
+    """Returns the nanoseconds of each instruction of a compiled step on a CPU, by "opcodes instruction op_name".
+
+    The opcodes of a fusion are those of its computation, separated by commas.
+    """
+    bodies = dict(re.findall(r"^%?(\S+) \(.*?\) -> .*? \{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL))
+    names = {}
+    for match in INSTRUCTION.finditer(program):
+        source, called = re.search(r'op_name="([^"]*)"', match[3]), re.search(r"calls=%?([\w.-]+)", match[3])
+        opcodes = {each[2] for each in INSTRUCTION.finditer(bodies[called[1]])} if called else {match[2]}
+        names[match[1]] = f"{','.join(sorted(opcodes - {'parameter'}))} {match[1]} {source[1] if source else ''}"
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(2):
+                run_step()
+        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+    found = defaultdict(float)
+    for plane in data.planes:
+        for line in plane.lines:
+            for event in line.events:
+                if event.name in names and names[event.name].split()[0] not in NESTING:
+                    found[names[event.name]] += event.duration_ns
+    return dict(found)
 
 
 def sample_call(decoder_size, prior_size, steps, dtype):
@@ -152,6 +191,7 @@ def main():
     parser.add_argument("section", choices=("decoder", "prior", "sample"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--operations", action="store_true")
     options = parser.parse_args()
     decoder_size, prior_size, steps = sizes(options.tiny)
     facts = {"jax": jax.__version__}
@@ -164,7 +204,7 @@ def main():
     else:
         inputs = prior_inputs(prior_size, prior_size["batch"])
         count, calls = network_calls(PriorNetwork(prior_config(prior_size, options.dtype)), inputs)
-    serve({**facts, "parameters": count}, calls)
+    serve({**facts, "parameters": count}, chosen(calls, options.operations))
 
 
 if __name__ == "__main__":

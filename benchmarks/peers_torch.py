@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import diffusers
 import torch
 import torch.nn.functional as F
-from peers_worker import serve, sizes
+from peers_worker import chosen, serve, sizes
 
 
 def wait():
@@ -88,7 +88,7 @@ def prior_inputs(size, batch):
 
 
 def network_calls(model, inputs, target, computing):
-    """Returns a forward pass and a train step of AdamW, all parameters in float32."""
+    """Returns a forward pass, a train step of AdamW, all parameters in float32, and a trace of steps."""
     x, t, condition = inputs
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
 
@@ -105,7 +105,13 @@ def network_calls(model, inputs, target, computing):
         optimizer.step()
         wait()
 
-    return {"forward": forward, "step": step}
+    def operations():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step()
+            step()
+        return {each.key: each.self_cpu_time_total for each in profile.key_averages() if each.self_cpu_time_total}
+
+    return {"forward": forward, "step": step, "operations": operations}
 
 
 def sample_call(decoder_size, prior_size, steps, prepare, computing):
@@ -150,6 +156,7 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--operations", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,7 +175,7 @@ def main():
     shape = (size["batch"], 6, *inputs[0].shape[2:]) if options.section == "decoder" else inputs[0].shape
     target = torch.randn(shape)
     facts["parameters"] = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    serve(facts, network_calls(prepare(model), inputs, target, computing))
+    serve(facts, chosen(network_calls(prepare(model), inputs, target, computing), options.operations))
 
 
 if __name__ == "__main__":

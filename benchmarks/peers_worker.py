@@ -22,8 +22,18 @@ def sizes(tiny: bool) -> tuple[dict[str, Any], dict[str, Any], int]:
     return (TINY_DECODER, TINY_PRIOR, TINY_STEPS) if tiny else (DECODER, PRIOR, STEPS)
 
 
+def chosen(calls: Mapping[str, Callable[[], Any]], operations: bool) -> dict[str, Callable[[], Any]]:
+    """Returns the calls of `peers_operations.py`, or those of `peers.py`."""
+    return {
+        name: call
+        for name, call in calls.items()
+        if name in (("step", "operations") if operations else ("forward", "step"))
+    }
+
+
 def serve(facts: Mapping[str, Any], calls: Mapping[str, Callable[[], Any]]) -> None:
-    """Prints the facts, then runs a call for each line of standard input that names one, and prints its seconds.
+    """Prints the facts, then runs a call for each line of standard input that names one, and prints its seconds and
+    the dictionary that it returns, as JSON.
 
     Every call runs once before, to compile. At the end of the input the peak of the resident memory is printed.
 
@@ -39,8 +49,10 @@ def serve(facts: Mapping[str, Any], calls: Mapping[str, Callable[[], Any]]) -> N
     _answer({**facts, "first_seconds": first})
     for line in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
-        calls[line.strip()]()
-        _answer({"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu})
+        result = calls[line.strip()]()
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+        found = result if isinstance(result, dict) else None  # not the arrays of a forward pass
+        _answer({"seconds": seconds, "cpu_seconds": cpu_seconds, "result": found})
     _answer({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
 
 

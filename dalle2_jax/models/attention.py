@@ -32,7 +32,7 @@ def attend(
     """Softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, eq. 1), the softmax in float32.
 
     Where the default devices are CUDA's, the shapes that cuDNN's fused attention takes are computed by it, without
-    logits in memory.
+    logits in memory. On CPUs many queries are divided into chunks, whose logits fit into the caches.
 
     Args:
       queries: in the compute dtype, as are keys and values.
@@ -44,6 +44,8 @@ def attend(
         if mask is not None:
             mask = jnp.broadcast_to(mask, (*mask.shape[:2], queries.shape[1], keys.shape[1]))
         return jax.nn.dot_product_attention(queries, keys, values, mask=mask, implementation="cudnn")
+    if _is_for_cpus() and has_chunks(queries, keys, mask):
+        return _attend_by_chunks(queries, keys, values, mask)
     return _attend(queries, keys, values, mask)
 
 
@@ -61,6 +63,35 @@ def fits_cudnn(queries: jax.Array, keys: jax.Array, mask: jax.Array | None) -> b
 def _has_cudnn() -> bool:
     """Whether the default devices are CUDA's."""
     return "cuda" in jax.extend.backend.get_backend().platform_version
+
+
+CHUNK = 128
+"""Queries of a chunk."""
+
+MANY = 2**19
+"""Pairs of a query and a key from which on chunks are faster on CPUs."""
+
+
+def has_chunks(queries: jax.Array, keys: jax.Array, mask: jax.Array | None) -> bool:
+    """Whether there are many logits, and the queries are whole chunks with the same visible keys."""
+    pairs = queries.shape[1] * keys.shape[1]
+    return pairs >= MANY and queries.shape[1] % CHUNK == 0 and (mask is None or mask.shape[2] == 1)
+
+
+def _is_for_cpus() -> bool:
+    """Whether the program that is traced will run on CPUs: by the mesh in force, or else the default devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.extend.backend.get_backend().platform == "cpu"
+    return mesh.abstract_device.device_kind == "cpu"
+
+
+def _attend_by_chunks(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Returns `_attend`, computed for one chunk of queries after the other, and again for their gradients."""
+    batch, length, *head = queries.shape
+    chunks = jnp.moveaxis(queries.reshape(batch, length // CHUNK, CHUNK, *head), 1, 0)
+    attend_chunk = jax.checkpoint(lambda chunk: _attend(chunk, keys, values, mask), prevent_cse=False)
+    return jnp.moveaxis(jax.lax.map(attend_chunk, chunks), 0, 1).reshape(queries.shape)
 
 
 def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None) -> jax.Array:

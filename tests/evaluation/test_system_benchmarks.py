@@ -244,6 +244,34 @@ def test_plans_need_a_page_with_their_place(benchmark, tmp_path, monkeypatch):
         page.write_text("no place\n")
 
 
+def test_operations_of_both_sides_have_the_same_kinds(benchmark):
+    module = benchmark("peers_operations")
+    network = "jit(step)/transpose(jvp(UNet))/UNet._down/down_0_0"
+    ours = {
+        f"convolution ynn_fusion.1 {network}/conv_1/conv_general_dilated": "convolutions",
+        "dot ynn_fusion.2 ": "matrix products",
+        "add,broadcast,constant,multiply multiply_add_fusion.986 jit(step)/add": "optimizer",
+        "copy,transpose transpose_copy_fusion.7 ": "copies and layout",
+        f"copy copy.7 {network}/attn/transpose": "copies and layout",
+        f"multiply,reduce,transpose fusion.3 {network}/norm_1/reduce_sum": "norms and other element-wise work",
+    }
+    theirs = {
+        "aten::mkldnn_convolution": "convolutions",
+        "aten::convolution_backward": "convolutions",
+        "aten::addmm": "matrix products",
+        "Optimizer.step#AdamW.step": "optimizer",
+        "aten::lerp_": "optimizer",
+        "aten::copy_": "copies and layout",
+        "aten::native_group_norm": "norms and other element-wise work",
+    }
+    for rules, names in ((module.OURS, ours), (module.THEIRS, theirs)):
+        assert {name: module.kind_of(name, rules) for name in names} == names
+        seconds = module.by_kind(dict.fromkeys(names, 1.0), rules, 14.0)
+        assert {*seconds} == {*module.KINDS} and sum(seconds.values()) == pytest.approx(14.0)
+    lines = module.table({"convolutions": 1.0}, {"convolutions": 0.25, "optimizer": 0.5}).splitlines()
+    assert lines[2] == "| convolutions | 1.00 | 0.25 |" and lines[-1] == "| all | 1.00 | 0.75 |"
+
+
 def test_table_takes_its_place_on_a_page(benchmark, tmp_path):
     measured, page = benchmark("measured"), tmp_path / "page.md"
     page.write_text("before\n\n<!-- editing -->\nold\n<!-- /editing -->\n\nafter\n")
