@@ -30,9 +30,8 @@ demo: .venv/installed
 	    --prompt "a large red square" --prompt "a small blue star on a black background" \
 	    --prompt "a large green circle on a white background" --prompt "a small yellow cross" \
 	    --prompt "a large purple triangle" --prompt "a small pink circle on a gray background"
-	$(BIN)/dalle2 evaluate $(DEMO) --measures retrieval --out $(DEMO)/retrieval
-	$(BIN)/dalle2 evaluate $(DEMO) --measures attributes --out $(DEMO)/attributes
-	@echo "The images: $(DEMO)/images/grid.png, and those of newly sampled captions: $(DEMO)/attributes/grid.png"
+	$(BIN)/dalle2 evaluate $(DEMO) --measures retrieval,attributes --out $(DEMO)/measures
+	@echo "The images: $(DEMO)/images/grid.png, and those of newly sampled captions: $(DEMO)/measures/grid.png"
 
 digits: .venv/installed
 	test -d $(DEMO)-digits-data || $(BIN)/dalle2 data digits $(DEMO)-digits-data
