@@ -8,6 +8,7 @@ step without a trace.
 
 import pathlib
 import re
+import statistics
 import sys
 from collections import defaultdict
 
@@ -63,7 +64,7 @@ def table(theirs: dict[str, float], ours: dict[str, float]) -> str:
 def measure(program: str, python: str, section: str, options: list[str]) -> tuple[dict[str, float], float]:
     """Returns the traced durations of a side by operation, and the median seconds of three steps."""
     side = Side(python, program, section, options)
-    seconds = sorted(side.run("step")["seconds"] for _ in range(3))[1]
+    seconds = statistics.median(side.run("step")["seconds"] for _ in range(3))
     durations = side.run("operations")["result"]
     side.close()
     return durations, seconds

@@ -24,11 +24,7 @@ def sizes(tiny: bool) -> tuple[dict[str, Any], dict[str, Any], int]:
 
 def chosen(calls: Mapping[str, Callable[[], Any]], operations: bool) -> dict[str, Callable[[], Any]]:
     """Returns the calls of `peers_operations.py`, or those of `peers.py`."""
-    return {
-        name: call
-        for name, call in calls.items()
-        if name in (("step", "operations") if operations else ("forward", "step"))
-    }
+    return {name: calls[name] for name in (("step", "operations") if operations else ("forward", "step"))}
 
 
 def serve(facts: Mapping[str, Any], calls: Mapping[str, Callable[[], Any]]) -> None:

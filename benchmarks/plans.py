@@ -23,9 +23,8 @@ import measured
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
 from dalle2_jax.errors import UsageError
+from dalle2_jax.planning.chips import GIB
 from dalle2_jax.planning.search import device_count
-
-GIB = 2**30
 
 STAGES = ("prior", "ar_prior", "clip", "upsampler_2", "upsampler_1", "decoder")
 """From the smallest program on: transformers are one loop, U-Nets are not."""

@@ -123,9 +123,10 @@ def _search(planned: Any, topology: str, common: dict[str, Any], out: Path | Non
 
     from dalle2_jax.files import write_atomically
     from dalle2_jax.planning.search import Trial, search_plans
+    from dalle2_jax.planning.topology import shown_mesh
 
     def report(trial: Trial) -> None:
-        mesh = " ".join(f"{axis}={size}" for axis, size in trial.plan.mesh.items())
+        mesh = shown_mesh(trial.plan.mesh.values(), " ")
         changed = "".join(f" {name}={value}" for name, value in trial.overrides.items())
         print(f"{trial.plan.topology} {mesh}{changed}: {'fits' if trial.plan.fits else 'does not fit'}", flush=True)
 

@@ -107,7 +107,7 @@ def read_traffic(text: str, devices: int) -> Traffic:
       text: its HLO, as ``compiled.as_text()`` returns it.
       devices: that run it.
     """
-    module = _Module(text, devices)
+    module = Module(text, devices)
     matrix, other, collectives = 0.0, 0.0, Counter()
     for instruction, computation, runs in module.walk(module.entry, 1):
         kind = module.collective_kind(instruction)
@@ -132,8 +132,14 @@ def shape_bytes(text: str) -> int:
     return total
 
 
-class _Module:
-    """A parsed program."""
+class Module:
+    """A parsed program.
+
+    Attributes:
+      devices: that run it.
+      computations: name -> its instructions by name.
+      entry: name of the computation that is run.
+    """
 
     def __init__(self, text: str, devices: int):
         self.devices = devices
@@ -151,6 +157,12 @@ class _Module:
                 current[parsed.name] = parsed
         self._cost = functools.cache(self._fusion_cost)
         self._has_product = functools.cache(self._contains_product)
+
+    def opcodes(self, instruction: Instruction) -> set[str]:
+        """Returns the opcode of an instruction, or of a fusion those that are fused."""
+        if instruction.opcode != "fusion":
+            return {instruction.opcode}
+        return {each.opcode for name in instruction.called for each in self.computations.get(name, {}).values()}
 
     def walk(self, name: str, runs: int) -> Iterator[tuple[Instruction, str, int]]:
         """Yields every instruction of a computation and of those that it runs, and how often each runs."""

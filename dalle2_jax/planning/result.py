@@ -9,6 +9,7 @@ from typing import Any
 from dalle2_jax.files import write_atomically
 from dalle2_jax.planning.estimate import DAY, Estimate
 from dalle2_jax.planning.hlo import Traffic
+from dalle2_jax.planning.topology import shown_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Plan:
         return "\n".join([*self._memory_lines(), *self._work_lines(), *self._time_lines()])
 
     def _memory_lines(self) -> list[str]:
-        mesh = " ".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        mesh = shown_mesh(self.mesh.values(), " ")
         what = "train step" if self.program == "train" else "sampling"
         memory = self.memory
         lines = [

@@ -12,6 +12,7 @@ accumulation of gradients over micro-batches (``optim.accumulate``). Each costs 
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from dalle2_jax.errors import ConfigError, UsageError
 from dalle2_jax.planning import planner, program
 from dalle2_jax.planning.chips import CHIPS
 from dalle2_jax.planning.result import Plan, shown_bytes
-from dalle2_jax.planning.topology import AXES, all_meshes, check_name, find_topology
+from dalle2_jax.planning.topology import AXES, all_meshes, check_name, find_topology, shown_mesh
 from dalle2_jax.training.configs import OptimConfig
 
 REMAT = ((False, True), ("none", "dots", "blocks"))
@@ -207,8 +208,10 @@ def find(
         trial = attempt(Settings(remat_values(experiment)[-1], pieces[-1]), name, mesh)
         return trial if trial.plan.fits else None
 
-    possible = [name for name, mesh in dividing.items() if holds_state(name, mesh)]
-    smallest = next(filter(None, map(least, possible[:2])), None) or first_that_fits(least, possible[2:])
+    possible = (name for name, mesh in dividing.items() if holds_state(name, mesh))
+    smallest = next(filter(None, map(least, itertools.islice(possible, 2))), None) or first_that_fits(
+        least, [*possible]
+    )
     if smallest is None or not fastest:
         return Search(smallest, None, tuple(trials))
     name = smallest.plan.topology
@@ -336,6 +339,6 @@ def _trial_json(trial: Trial) -> dict[str, Any]:
 def _options(trial: Trial) -> str:
     """Returns the options of the command that repeats a trial."""
     plan = trial.plan
-    mesh = ",".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    mesh = shown_mesh(plan.mesh.values())
     changed = "".join(f" --set {name}={value}" for name, value in trial.overrides.items())
     return f"--topology {plan.topology} --mesh {mesh}{changed}"

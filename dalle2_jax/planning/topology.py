@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -77,12 +78,17 @@ class Topology:
             try:
                 devices = mesh_utils.create_device_mesh(sizes, list(self.devices))
             except NotImplementedError as error:
-                named = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-                message = f"{self.name} cannot be divided into the mesh {named}: give products of its sides"
+                mesh = shown_mesh(sizes)
+                message = f"{self.name} cannot be divided into the mesh {mesh}: give products of its sides"
                 raise ConfigError(message, "mesh") from error
         else:
             devices = np.array(self.devices).reshape(sizes)
         return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def shown_mesh(sizes: Iterable[int], separator: str = ",") -> str:
+    """Returns the sizes (data, fsdp, tensor) of a mesh as in "data=1,fsdp=8,tensor=1", which --mesh takes."""
+    return separator.join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
 
 
 def topology_names() -> list[str]:
@@ -187,9 +193,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     if sizes.count(-1) == 1 and devices % known == 0:
         sizes[sizes.index(-1)] = devices // known
     if -1 in sizes or math.prod(sizes) != devices:
-        named = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        near = nearest_mesh(sizes, devices)
-        offered = ",".join(f"{axis}={size}" for axis, size in zip(AXES, near, strict=True))
+        named, offered = shown_mesh(sizes, " "), shown_mesh(nearest_mesh(sizes, devices))
         raise ConfigError(
             f"mesh {named} does not fit {devices} devices: the nearest that does is --mesh {offered}", "mesh"
         )

@@ -90,7 +90,7 @@ def test_chunks_have_no_array_of_all_logits():
     assert f"f32[{B},{N},{attention.CHUNK},{LONG + 5}]" in program
 
 
-def test_few_logits_a_mask_for_each_query_and_other_devices_have_no_chunks(monkeypatch):
+def test_few_logits_a_mask_for_each_query_and_other_devices_have_no_chunks():
     queries, keys, values, _ = long(0)
     assert not attention.has_chunks(queries[:, :128], keys, None)
     assert not attention.has_chunks(queries[:, :-1], keys, None)
