@@ -14,7 +14,7 @@ from collections import defaultdict
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from peers import Side
+from peers import Side, peer
 
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
@@ -75,7 +75,7 @@ def main() -> None:
     example = "python benchmarks/peers_operations.py --peer .venv-parity/bin/python --section prior"
     text = "Compares a train step with that of diffusers, by kind of operation."
     parser = args.make_parser("python benchmarks/peers_operations.py", text, example)
-    parser.add_argument("--peer", required=True, help="a Python that has torch and diffusers")
+    parser.add_argument("--peer", type=peer, required=True, help="a Python that has torch and diffusers")
     parser.add_argument("--section", choices=("decoder", "prior"), default="decoder", help="the network")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the program")
     parser.add_argument(

@@ -272,6 +272,15 @@ def test_operations_of_both_sides_have_the_same_kinds(benchmark):
     assert lines[2] == "| convolutions | 1.00 | 0.25 |" and lines[-1] == "| all | 1.00 | 0.75 |"
 
 
+@pytest.mark.parametrize("name", ["peers", "peers_operations"])
+def test_no_side_starts_without_its_peer(benchmark, monkeypatch, tmp_path, name):
+    module = benchmark(name)
+    monkeypatch.setattr(module, "Side", None)  # a call would be a TypeError
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--peer", str(tmp_path / "no-python")])
+    with pytest.raises(UsageError, check=mentions("--peer", "no-python")):
+        module.main()
+
+
 def test_table_takes_its_place_on_a_page(benchmark, tmp_path):
     measured, page = benchmark("measured"), tmp_path / "page.md"
     page.write_text("before\n\n<!-- editing -->\nold\n<!-- /editing -->\n\nafter\n")
