@@ -5,6 +5,7 @@ import importlib
 import json
 import pathlib
 import runpy
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -278,6 +279,29 @@ def test_no_side_starts_without_its_peer(benchmark, monkeypatch, tmp_path, name)
     monkeypatch.setattr(module, "Side", None)  # a call would be a TypeError
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--peer", str(tmp_path / "no-python")])
     with pytest.raises(UsageError, check=mentions("--peer", "no-python")):
+        module.main()
+
+
+def test_checkouts_take_turns_each_from_an_empty_cache(benchmark, monkeypatch, tmp_path, capfd):
+    module = benchmark("checkouts")
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        rules = "install:\n\ttouch installed\n"
+        rules += 'demo:\n\tls "$(XDG_CACHE_HOME)" >> found\n\ttouch "$(XDG_CACHE_HOME)/program"\n\tmkdir $(DEMO)\n'
+        (tmp_path / name / "Makefile").write_text(rules)
+        git = ["git", "-C", str(tmp_path / name), "-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run([*git, "init", "--quiet"], check=True)
+        subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "first"], check=True)
+    folders = [str(tmp_path / name) for name in ("before", "after")]
+    monkeypatch.setattr(sys, "argv", ["checkouts.py", *folders, "--repeats", "2"])
+    module.main()
+    assert [json.loads(line)["checkout"] for line in capfd.readouterr().out.splitlines()] == 2 * folders
+    assert all((tmp_path / name / "found").read_text() == "" for name in ("before", "after"))
+    monkeypatch.setattr(sys, "argv", ["checkouts.py", *folders, "--target", "nothing"])
+    with pytest.raises(UserError, check=mentions("nothing", "before")):
+        module.main()
+    monkeypatch.setattr(sys, "argv", ["checkouts.py", str(tmp_path)])
+    with pytest.raises(UsageError, check=mentions("Makefile", str(tmp_path))):
         module.main()
 
 

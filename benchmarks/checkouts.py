@@ -1,0 +1,66 @@
+"""Seconds of a target of make in several checkouts, one after the other, as JSON lines: ``make demo`` before and after.
+
+git clone . ../before && git -C ../before checkout a245ff6
+python benchmarks/checkouts.py ../before . --target demo
+
+Each is installed first, which is not timed. Then each run starts with an empty cache of compiled programs and, as the
+variable DEMO of the Makefile, a folder that does not exist yet. The checkouts take turns.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
+from dalle2_jax.errors import UserError
+
+
+def checkout(word: str) -> pathlib.Path:
+    """Reads a folder with a Makefile for an argument parser."""
+    folder = pathlib.Path(word)
+    if not (folder / "Makefile").is_file():
+        raise argparse.ArgumentTypeError(f"{word} has no Makefile: give a checkout of the repository")
+    return folder
+
+
+def timed(folder: pathlib.Path, target: str) -> dict[str, str | float]:
+    """Runs a target once. Returns the commit and the seconds. Raises UserError with the last line of its output."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "XDG_CACHE_HOME": cache}
+        start = time.perf_counter()
+        _run(["make", target, f"DEMO={cache}/demo"], folder, environment)
+        seconds = time.perf_counter() - start
+    commit = _run(["git", "describe", "--always", "--dirty"], folder, os.environ)
+    return {"checkout": str(folder), "commit": commit.strip(), "target": target, "seconds": round(seconds, 1)}
+
+
+def _run(words: list[str], folder: pathlib.Path, environment: Mapping[str, str]) -> str:
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(words[:2])} in {folder}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return done.stdout
+
+
+def main() -> None:
+    """Runs the command line."""
+    example = "python benchmarks/checkouts.py ../before . --target demo"
+    parser = args.make_parser("python benchmarks/checkouts.py", "Times a target of make in checkouts.", example)
+    parser.add_argument("folders", nargs="+", type=checkout, help="checkouts of the repository")
+    parser.add_argument("--target", default="demo", help="of their Makefiles (default %(default)s)")
+    parser.add_argument("--repeats", type=args.positive_int, default=1, help="runs of each (default %(default)s)")
+    options = parser.parse_args()
+    for folder in options.folders:
+        _run(["make", "install"], folder, os.environ)
+    for _ in range(options.repeats):
+        for folder in options.folders:
+            print(json.dumps(timed(folder, options.target)), flush=True)
+
+
+if __name__ == "__main__":
+    run_cli.exit_process(run_cli.run_cli(main))
