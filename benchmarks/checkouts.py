@@ -1,10 +1,10 @@
 """Seconds of a target of make in several checkouts, one after the other, as JSON lines: ``make demo`` before and after.
 
 git clone . ../before && git -C ../before checkout a245ff6
-python benchmarks/checkouts.py ../before . --target demo
+python benchmarks/checkouts.py ../before . --target demo --out build/checkouts
 
-Each is installed first, which is not timed. Then each run starts with an empty cache of compiled programs and, as the
-variable DEMO of the Makefile, a folder that does not exist yet. The checkouts take turns.
+Each is installed first, which is not timed. Then the checkouts take turns. Each run has a folder of its own in OUT: its
+cache of compiled programs, empty at first, and what the target writes (the variable DEMO of the Makefile).
 """
 
 import argparse
@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping
 
@@ -29,13 +28,12 @@ def checkout(word: str) -> pathlib.Path:
     return folder
 
 
-def timed(folder: pathlib.Path, target: str) -> dict[str, str | float]:
-    """Runs a target once. Returns the commit and the seconds. Raises UserError with the last line of its output."""
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "XDG_CACHE_HOME": cache}
-        start = time.perf_counter()
-        _run(["make", target, f"DEMO={cache}/demo"], folder, environment)
-        seconds = time.perf_counter() - start
+def timed(folder: pathlib.Path, target: str, out: pathlib.Path) -> dict[str, str | float]:
+    """Runs a target once. Returns the commit and the seconds. Raises UserError with the last line of its errors."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(out / "cache")}
+    start = time.perf_counter()
+    _run(["make", target, f"DEMO={out}/demo"], folder, environment)
+    seconds = time.perf_counter() - start
     commit = _run(["git", "describe", "--always", "--dirty"], folder, os.environ)
     return {"checkout": str(folder), "commit": commit.strip(), "target": target, "seconds": round(seconds, 1)}
 
@@ -49,17 +47,22 @@ def _run(words: list[str], folder: pathlib.Path, environment: Mapping[str, str])
 
 def main() -> None:
     """Runs the command line."""
-    example = "python benchmarks/checkouts.py ../before . --target demo"
+    example = "python benchmarks/checkouts.py ../before . --target demo --out build/checkouts"
     parser = args.make_parser("python benchmarks/checkouts.py", "Times a target of make in checkouts.", example)
     parser.add_argument("folders", nargs="+", type=checkout, help="checkouts of the repository")
     parser.add_argument("--target", default="demo", help="of their Makefiles (default %(default)s)")
     parser.add_argument("--repeats", type=args.positive_int, default=1, help="runs of each (default %(default)s)")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder for what the runs write")
     options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"--out {options.out} exists: name a new folder")
     for folder in options.folders:
         _run(["make", "install"], folder, os.environ)
-    for _ in range(options.repeats):
-        for folder in options.folders:
-            print(json.dumps(timed(folder, options.target)), flush=True)
+    runs = [folder.resolve() for _ in range(options.repeats) for folder in options.folders]
+    for number, folder in enumerate(runs):
+        out = options.out.resolve() / f"{number}-{folder.name}"
+        out.mkdir(parents=True)
+        print(json.dumps(timed(folder, options.target, out)), flush=True)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def clip_large() -> ConfigDict:
 
 def prior() -> ConfigDict:
     """3 layers of width 96; it predicts the embedding."""
-    config = by_muon(1300, 64, 1e-3)
+    config = by_muon(1150, 64, 1e-3)
     config.model = {"width": 96, "layers": 3, "heads": 4, "text_input": "tokens"}
     config.conditioning = {"drop_text": 0.1}
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
@@ -135,7 +135,7 @@ def decoder() -> ConfigDict:
     docs/paper.md). It is sampled without guidance, which these captions do not need and which blurs edges (figure 9
     there).
     """
-    config = by_muon(2400, 32, 2e-3)
+    config = by_muon(2250, 32, 2e-3)
     config.model = {
         "unet": {
             "image_size": 32,

@@ -287,22 +287,29 @@ def test_checkouts_take_turns_each_from_an_empty_cache(benchmark, monkeypatch, t
     for name in ("before", "after"):
         (tmp_path / name).mkdir()
         rules = "install:\n\ttouch installed\n"
-        rules += 'demo:\n\tls "$(XDG_CACHE_HOME)" >> found\n\ttouch "$(XDG_CACHE_HOME)/program"\n\tmkdir $(DEMO)\n'
+        rules += "demo:\n\t! ls $(XDG_CACHE_HOME) >> found\n\tmkdir -p $(XDG_CACHE_HOME)/program $(DEMO)\n"
         (tmp_path / name / "Makefile").write_text(rules)
         git = ["git", "-C", str(tmp_path / name), "-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run([*git, "init", "--quiet"], check=True)
         subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "first"], check=True)
     folders = [str(tmp_path / name) for name in ("before", "after")]
-    monkeypatch.setattr(sys, "argv", ["checkouts.py", *folders, "--repeats", "2"])
+    out = ["--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["checkouts.py", *folders, "--repeats", "2", *out])
     module.main()
     assert [json.loads(line)["checkout"] for line in capfd.readouterr().out.splitlines()] == 2 * folders
     assert all((tmp_path / name / "found").read_text() == "" for name in ("before", "after"))
-    monkeypatch.setattr(sys, "argv", ["checkouts.py", *folders, "--target", "nothing"])
-    with pytest.raises(UserError, check=mentions("nothing", "before")):
-        module.main()
-    monkeypatch.setattr(sys, "argv", ["checkouts.py", str(tmp_path)])
-    with pytest.raises(UsageError, check=mentions("Makefile", str(tmp_path))):
-        module.main()
+    runs = ("0-before", "1-after", "2-before", "3-after")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*runs}
+    assert all((tmp_path / "out" / run / "demo").is_dir() for run in runs)
+    nothing = [*folders, "--target", "nothing", "--out", str(tmp_path / "other")]
+    for words, error, facts in (
+        (nothing, UserError, ["nothing", "before"]),
+        ([str(tmp_path), *out], UsageError, ["Makefile", str(tmp_path)]),
+        ([*folders, *out], UsageError, ["--out", str(tmp_path / "out")]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["checkouts.py", *words])
+        with pytest.raises(error, check=mentions(*facts)):
+            module.main()
 
 
 def test_table_takes_its_place_on_a_page(benchmark, tmp_path):
