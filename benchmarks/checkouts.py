@@ -31,10 +31,11 @@ def checkout(word: str) -> pathlib.Path:
 def timed(folder: pathlib.Path, target: str, out: pathlib.Path) -> dict[str, str | float]:
     """Runs a target once. Returns the commit and the seconds. Raises UserError with the last line of its errors."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(out / "cache")}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     start = time.perf_counter()
     _run(["make", target, f"DEMO={out}/demo"], folder, environment)
     seconds = time.perf_counter() - start
-    commit = _run(["git", "describe", "--always", "--dirty"], folder, os.environ)
+    commit = _run(["git", "rev-parse", "--short", "HEAD"], folder, os.environ)
     return {"checkout": str(folder), "commit": commit.strip(), "target": target, "seconds": round(seconds, 1)}
 
 
