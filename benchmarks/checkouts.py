@@ -11,18 +11,20 @@ import argparse
 import json
 import os
 import pathlib
-import subprocess
+import sys
 import time
-from collections.abc import Mapping
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from common import output
 
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
-from dalle2_jax.errors import UserError
 
 
 def checkout(word: str) -> pathlib.Path:
     """Reads a folder with a Makefile for an argument parser."""
-    folder = pathlib.Path(word)
+    folder = args.path(word)
     if not (folder / "Makefile").is_file():
         raise argparse.ArgumentTypeError(f"{word} has no Makefile: give a checkout of the repository")
     return folder
@@ -33,17 +35,10 @@ def timed(folder: pathlib.Path, target: str, out: pathlib.Path) -> dict[str, str
     environment = {**os.environ, "XDG_CACHE_HOME": str(out / "cache")}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     start = time.perf_counter()
-    _run(["make", target, f"DEMO={out}/demo"], folder, environment)
+    output(["make", "-C", folder, target, f"DEMO={out}/demo"], environment)
     seconds = time.perf_counter() - start
-    commit = _run(["git", "rev-parse", "--short", "HEAD"], folder, os.environ)
+    commit = output(["git", "-C", folder, "rev-parse", "--short", "HEAD"], os.environ)
     return {"checkout": str(folder), "commit": commit.strip(), "target": target, "seconds": round(seconds, 1)}
-
-
-def _run(words: list[str], folder: pathlib.Path, environment: Mapping[str, str]) -> str:
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(words[:2])} in {folder}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return done.stdout
 
 
 def main() -> None:
@@ -53,12 +48,12 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=checkout, help="checkouts of the repository")
     parser.add_argument("--target", default="demo", help="of their Makefiles (default %(default)s)")
     parser.add_argument("--repeats", type=args.positive_int, default=1, help="runs of each (default %(default)s)")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder for what the runs write")
+    parser.add_argument("--out", type=args.path, required=True, help="a new folder for what the runs write")
     options = parser.parse_args()
     if options.out.exists():
         parser.error(f"--out {options.out} exists: name a new folder")
     for folder in options.folders:
-        _run(["make", "install"], folder, os.environ)
+        output(["make", "-C", folder, "install"], os.environ)
     runs = [folder.resolve() for _ in range(options.repeats) for folder in options.folders]
     for number, folder in enumerate(runs):
         out = options.out.resolve() / f"{number}-{folder.name}"

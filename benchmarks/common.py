@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,14 +25,32 @@ from dalle2_jax.types import Batch
 
 ROOT = pathlib.Path(__file__).parents[1]
 
+PACKAGE = {"PYTHONPATH": str(ROOT)}
+"""Variables of programs that import this package."""
+
+
+def output(words: Sequence[object], environment: Mapping[str, str], folder: pathlib.Path | None = None) -> str:
+    """Runs a program and returns what it prints.
+
+    Args:
+        words: the program and its arguments.
+        environment: all its variables; `PACKAGE` lets it find this package.
+        folder: where it runs; None: here.
+
+    Raises:
+        UserError: it fails, with the last line of its errors.
+    """
+    line = " ".join(map(str, words))
+    done = subprocess.run([*map(str, words)], cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{line.splitlines()[0]}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return done.stdout
+
 
 def command(*words: object) -> float:
-    """Runs ``python WORDS`` and returns its seconds. Raises UserError with its output if it fails."""
+    """Runs ``python WORDS`` in the repository and returns its seconds. Raises UserError if it fails."""
     start = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(map(str, words))}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    output([sys.executable, *words], {**os.environ, **PACKAGE}, ROOT)
     return time.perf_counter() - start
 
 

@@ -11,12 +11,11 @@ import itertools
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from common import ROOT, load_config
+from common import PACKAGE, ROOT, load_config, output
 
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
@@ -59,14 +58,13 @@ def measure(spec: str, changes: list[str], steps: int) -> dict:
     """Returns the figures of a train step, measured in a process of its own."""
     words = [sys.executable, "benchmarks/train_step.py", "--config", spec, "--steps", str(steps)]
     words += [part for change in changes for part in ("--set", change)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        if "out of memory" in reason.lower() or "RESOURCE_EXHAUSTED" in reason:
+    try:
+        printed = output(words, {**os.environ, **PACKAGE}, ROOT)
+    except UserError as error:
+        if "out of memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error):
             return {}
-        raise UserError(f"{' '.join(words[1:])}: {reason}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        raise
+    return json.loads(printed.strip().splitlines()[-1])
 
 
 def measure_all(spec: str, rungs: list[str], batch_size: int, steps: int) -> list[dict]:

@@ -11,19 +11,18 @@ import json
 import os
 import pathlib
 import resource
-import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import jax
-from common import ROOT, build_with_clip, emit, frozen_for, median_seconds, random_batch
+from common import PACKAGE, build_with_clip, emit, frozen_for, median_seconds, output, random_batch
 
 from dalle2_jax import rng
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
 from dalle2_jax.config.experiment import Experiment, experiment
-from dalle2_jax.errors import UsageError, UserError
+from dalle2_jax.errors import UsageError
 from dalle2_jax.planning import planner
 from dalle2_jax.planning.chips import chip_of_kind
 from dalle2_jax.planning.program import batch_columns
@@ -62,13 +61,10 @@ def run(spec: str, overrides: list[str], steps: int) -> dict:
 
 def forced(spec: str, overrides: list[str], steps: int, devices: int) -> dict:
     """Runs train steps in a process with so many CPU devices."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    environment = {**os.environ, **PACKAGE, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     words = [sys.executable, __file__, "--config", spec, "--steps", str(steps), "--run"]
     words += [part for change in overrides for part in ("--set", change)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError((done.stderr.strip().splitlines() or ["the run failed"])[-1])
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(output(words, environment).strip().splitlines()[-1])
 
 
 def main() -> None:

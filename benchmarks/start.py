@@ -10,18 +10,16 @@ import json
 import os
 import pathlib
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from common import ROOT, emit
+from common import PACKAGE, emit, output
 
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
-from dalle2_jax.errors import UserError
 
 PHASES = """
 import json, sys, time
@@ -62,23 +60,17 @@ def _round(options, folder: pathlib.Path) -> tuple[dict[str, float], dict[str, l
 
     The phases are those of another process, which has the whole command's cache before and after it.
     """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder)}
+    environment = {**os.environ, **PACKAGE, "XDG_CACHE_HOME": str(folder)}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
     words = ["-m", "dalle2_jax", "sample", "text2image", "--system", options.system, "--prompt", options.prompt]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    _run([*words, "--num", str(options.num), "--out", str(folder / "images")], environment)
+    output([sys.executable, *words, "--num", str(options.num), "--out", str(folder / "images")], environment)
     after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    out = _run(["-c", PHASES, options.system, options.prompt, str(options.num), str(folder / "phases")], environment)
+    program = [sys.executable, "-c", PHASES]
+    out = output([*program, options.system, options.prompt, options.num, folder / "phases"], environment)
     command = {"cpu_seconds": round(cpu, 2), "seconds": round(seconds, 2)}
     return command, json.loads(out.splitlines()[-1])
-
-
-def _run(words: list[str], environment: dict[str, str]) -> str:
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(words[:4])}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return done.stdout
 
 
 if __name__ == "__main__":
