@@ -6,6 +6,7 @@ that finds the shapes of the weights.
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -13,7 +14,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,28 @@ def _writable(folder: str) -> bool:
     path = pathlib.Path(folder).absolute()
     nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def least_memory(platform: str) -> dict[str, bool]:
+    """Returns the compiler options for programs whose memory matters more than that their instructions run side by
+    side, which on a CPU each use all cores: the train step of a decoder of 108 M parameters needs 0.25 GB less.
+
+    Args:
+      platform: of the devices, such as "cpu".
+    """
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if platform == "cpu" else {}
+
+
+def compile_ahead(function: Callable[..., Any], *arguments: Any) -> None:
+    """Compiles a jitted function for these arguments, which are not donated: the next call with such arguments runs the
+    program. The memory that the compiler freed is returned to the operating system.
+
+    glibc keeps freed memory for later allocations, which do not reuse it: large arrays have mappings of their own. For
+    the train step of a decoder of 108 M parameters that is 0.75 GB.
+    """
+    cast(jax.stages.Wrapped, function).lower(*arguments).compile()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_or_build_shapes(description: str, build: Callable[[], Shapes]) -> Shapes:

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from dalle2_jax import rng
+from dalle2_jax.compilation import compile_ahead
 from dalle2_jax.errors import UserError
 from dalle2_jax.stages.base import Stage, Variables
 from dalle2_jax.training.configs import RunConfig
@@ -157,6 +158,8 @@ class Loop:
             self._data_state = fed.state
             self._meter.count_wait(fed.waited)
             with self._console.compiling(step == first + 1), self._reports.tracer.step(step):
+                if step == first + 1:
+                    compile_ahead(step_fn, state, job.frozen, self._key, fed.batch)
                 state, metrics = step_fn(state, job.frozen, self._key, fed.batch)
                 self._meter.add(step, metrics)
             self._reports.tracer.finish(metrics)

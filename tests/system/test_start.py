@@ -1,6 +1,9 @@
-"""What a process skips when it loads a system: libraries that it does not use, and shapes that are on disk."""
+"""What a process skips when it loads a system: libraries that it does not use, shapes that are on disk, and programs
+that are compiled.
+"""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -25,6 +28,18 @@ assert not unused & set(sys.modules), unused & set(sys.modules)
 def test_a_packed_system_is_loaded_without_libraries_of_data_and_training():
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_program_that_is_compiled_ahead_is_not_compiled_by_its_call(caplog):
+    function = jax.jit(lambda state, x: state + x, donate_argnums=0)
+    state = jax.numpy.ones(7)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        compilation.compile_ahead(function, state, 2.0)
+        assert sum("Finished XLA compilation" in record.message for record in caplog.records) == 1
+        assert not state.is_deleted()
+        caplog.clear()
+        assert function(state, 2.0).tolist() == [3.0] * 7
+    assert state.is_deleted() and not caplog.records
 
 
 # --- shapes on disk ---------------------------------------------------------------------------

@@ -154,6 +154,7 @@ def test_the_rate_excludes_compilation_and_previews(tmp_path, monkeypatch):
         clock.seconds += 500.0
 
     monkeypatch.setattr(loop, "make_train_step", tick(loop.make_train_step))
+    monkeypatch.setattr(loop, "compile_ahead", lambda *_: None)  # no program
     job = make_job(tmp_path, preview=preview, log_every=3, sample_every=2)
     state = train(job)
     assert [line["step"] for line in lines(job)] == [3, 6]
@@ -193,6 +194,7 @@ def test_the_host_is_few_steps_ahead_of_the_devices(tmp_path, monkeypatch):
         return stepped
 
     monkeypatch.setattr(loop, "make_train_step", slow)
+    monkeypatch.setattr(loop, "compile_ahead", lambda *_: None)  # no program
     train(make_job(tmp_path, total_steps=40, log_every=20, checkpoint_every=40))
     assert max(behind) == 1 + meter.AHEAD and len(given) == 40
     assert meter.idle([]) and meter.idle([(1, {"loss": Scalar(1, [1])})])
@@ -222,6 +224,7 @@ def test_waiting_for_data_is_a_share_of_the_time(tmp_path, monkeypatch, idle, sh
 
     make_train_step = loop.make_train_step
     monkeypatch.setattr(loop, "make_train_step", timed)
+    monkeypatch.setattr(loop, "compile_ahead", lambda *_: None)  # no program
     stream = Numbers(dict.fromkeys(range(STEPS + feed.PREFETCH), slow))
     job = make_job(tmp_path, stream, log_every=2, checkpoint_every=STEPS)
     train(job)
