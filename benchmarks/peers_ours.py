@@ -18,7 +18,7 @@ import optax
 from peers_worker import chosen, serve, sizes
 
 from dalle2_jax import rng
-from dalle2_jax.compilation import compile_ahead, least_memory
+from dalle2_jax.compilation import compile_ahead
 from dalle2_jax.diffusion import NoiseStatistics
 from dalle2_jax.models.clip import ClipConfig
 from dalle2_jax.models.decoder import DecoderConfig
@@ -106,7 +106,7 @@ def network_calls(network, inputs):
         return optax.apply_updates(params, updates), state
 
     held = [params, jax.jit(optimizer.init)(params)]
-    jitted = jax.jit(step, donate_argnums=(0, 1), compiler_options=least_memory(jax.default_backend()))
+    jitted = jax.jit(step, donate_argnums=(0, 1))
 
     @functools.cache
     def compiled():  # in the first step, whose seconds are reported

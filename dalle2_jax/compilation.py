@@ -51,16 +51,6 @@ def _writable(folder: str) -> bool:
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
-def least_memory(platform: str) -> dict[str, bool]:
-    """Returns the compiler options for programs whose memory matters more than that their instructions run side by
-    side, which on a CPU each use all cores: the train step of a decoder of 108 M parameters needs 0.25 GB less.
-
-    Args:
-      platform: of the devices, such as "cpu".
-    """
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if platform == "cpu" else {}
-
-
 def compile_ahead(function: Callable[..., Any], *arguments: Any) -> None:
     """Compiles a jitted function for these arguments, which are not donated: the next call with such arguments runs the
     program. The memory that the compiler freed is returned to the operating system.

@@ -9,7 +9,6 @@ import optax
 from jax.sharding import Mesh
 
 from dalle2_jax import rng
-from dalle2_jax.compilation import least_memory
 from dalle2_jax.stages.base import Stage, Variables, abstract_variables
 from dalle2_jax.training.accumulation import Gradients, loss_and_gradients
 from dalle2_jax.training.configs import HOST
@@ -100,8 +99,7 @@ def _jitted_step(
                 state = state.replace(ema=jax.device_put(state.ema, devices))
             return train_step(stage, optimizer, ema_decay, state, frozen, key, batch, accumulate)
 
-    options = least_memory(shardings.step.mesh.devices.flat[0].platform)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _create(

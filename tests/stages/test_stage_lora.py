@@ -1,6 +1,7 @@
 """LoRA by theory: the first step is the base's, a change is the product of its factors, and only factors learn."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -10,10 +11,11 @@ import pytest
 from jax.extend import core
 from raised import mentions
 
-from dalle2_jax import testing
+from dalle2_jax import rng, testing
 from dalle2_jax.errors import UserError
 from dalle2_jax.models.clip import ClipConfig
 from dalle2_jax.models.decoder import DecoderConfig
+from dalle2_jax.models.priors.prior import PriorConfig
 from dalle2_jax.models.transformer import TextConfig
 from dalle2_jax.models.unet import UNetConfig
 from dalle2_jax.models.vit import VisionConfig
@@ -23,10 +25,13 @@ from dalle2_jax.stages import (
     DiffusionConfig,
     LoraConfig,
     LoraStage,
+    PriorStage,
     SamplingConfig,
     Variables,
+    abstract_variables,
 )
 from dalle2_jax.stages.lora import TARGETS, merge
+from dalle2_jax.training.accumulation import loss_and_gradients
 
 CONVOLUTIONS = (r"conv_\d/kernel$", r"(^|/)skip/kernel$")
 BATCH = testing.tiny_batch(4)
@@ -288,3 +293,22 @@ def test_a_lora_is_small(sizes, full):
     share = size(LoraStage(stage, LoraConfig())) / size(stage)
     assert share < (0.01 if full else 0.05)
     assert full is None or size(stage) == full
+
+
+@pytest.mark.numerics
+def test_training_a_lora_of_karlos_prior_copies_none_of_its_weights():
+    """4.1 GB in float32; the temporaries of a step of one example are its activations, and less than 1.5 GB."""
+    text = TextConfig(600, 77, 768, layers=1, heads=12)
+    network = PriorConfig(2048, 20, 32, 768, 77, text_input="clip", text_width=768, learned_null=False)
+    clip = ClipStage(ClipConfig(768, text, None))
+    prior = PriorStage(DiffusionConfig("x0"), SamplingConfig("ddpm"), "prior", network, clip)
+    stage = LoraStage(prior, LoraConfig(rank=4))
+    columns = {"image_emb": (768,), "text_emb": (768,), "text_seq": (77, 768)}
+    batch = {name: jax.ShapeDtypeStruct((1, *shape), jnp.float32) for name, shape in columns.items()}
+    batch |= {"tokens": jax.ShapeDtypeStruct((1, 77), jnp.int32), "mask": jax.ShapeDtypeStruct((1, 77), jnp.bool_)}
+    frozen = {"prior": abstract_variables(prior), "clip": abstract_variables(clip)}
+    assert 4 * sum(leaf.size for leaf in jax.tree.leaves(frozen["prior"].params)) > 4e9
+
+    step = jax.jit(functools.partial(loss_and_gradients, stage, 1))
+    program = step.lower(abstract_variables(stage), frozen, rng.root(0), batch).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 1.5e9
