@@ -36,7 +36,7 @@ BOUNDARIES = {
     "workdir": ("reading", "files"),
     "pretrained": ("files", "lock", "data.storage.remote", "data.storage.retry", "workdir"),
     "stages": ("rng", "models", "diffusion"),
-    "training": ("reading", "rng", "files", "signals", "workdir", "stages.base"),
+    "training": ("reading", "rng", "files", "signals", "compilation", "workdir", "stages.base"),
     "config": (
         *("reading", "files", "signals", "pretrained", "workdir", "text", "data", "diffusion", "models", "stages"),
         "training",
