@@ -22,7 +22,7 @@ from dalle2_jax import rng
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
 from dalle2_jax.config.experiment import Experiment, experiment
-from dalle2_jax.errors import UsageError
+from dalle2_jax.errors import UsageError, UserError
 from dalle2_jax.planning import planner
 from dalle2_jax.planning.chips import chip_of_kind
 from dalle2_jax.planning.program import batch_columns
@@ -94,6 +94,8 @@ def main() -> None:
     found = (
         run(options.config, changes, options.steps) if chip else forced(options.config, changes, options.steps, count)
     )
+    if found["bytes"] <= 0:
+        raise UserError("the process did not need more memory for the steps than before: give a larger --batch_size")
     predicted = plan.memory.peak * (1 if chip else count)
     emit(
         benchmark="plan_error",
