@@ -79,7 +79,8 @@ def read(path: pathlib.Path, requested: Mapping[str, Any]) -> tuple[dict[str, An
 
     Raises:
       digests.Damaged: it is proven that the checkpoint is damaged.
-      UserError: it cannot be read, and nothing proves that it is damaged; or it is packed and lacks a tree.
+      UserError: it cannot be read, and nothing proves that it is damaged; or its arrays are not the requested ones; or
+        it is packed and lacks a tree.
     """
     if packed.is_packed(path):
         packed.check_trees(path, requested)
@@ -96,6 +97,8 @@ def read(path: pathlib.Path, requested: Mapping[str, Any]) -> tuple[dict[str, An
         if isinstance(loaded, _Failure):
             if known:
                 digests.check(path)  # of the other trees, too
+                if not loaded.may_pass:
+                    raise _unfit(path, loaded.reason)
             elif not loaded.may_pass:
                 digests.of_folder(path)  # OSError where a file cannot be read to its end
                 raise digests.Damaged(loaded.reason)
@@ -173,4 +176,11 @@ def _unreadable(path: pathlib.Path, reason: str) -> UserError:
     return UserError(
         f"checkpoint {path} cannot be read now ({reason}); it was left as it is. Run the same command again "
         "when that has passed, or move the folder away to use the checkpoint before it"
+    )
+
+
+def _unfit(path: pathlib.Path, reason: str) -> UserError:
+    return UserError(
+        f"checkpoint {path} is undamaged, but its arrays are not the expected ones ({reason}): use the version and the "
+        "optimizer that wrote it, or train in another --workdir that starts from its weights (--config.init_from)"
     )
