@@ -180,7 +180,8 @@ def _unreadable(path: pathlib.Path, reason: str) -> UserError:
 
 
 def _unfit(path: pathlib.Path, reason: str) -> UserError:
+    first = reason.partition(". ")[0]  # advice about orbax follows
     return UserError(
-        f"checkpoint {path} is undamaged, but its arrays are not the expected ones ({reason}): use the version and the "
+        f"checkpoint {path} is undamaged, but its arrays are not the expected ones ({first}): use the version and the "
         "optimizer that wrote it, or train in another --workdir that starts from its weights (--config.init_from)"
     )
