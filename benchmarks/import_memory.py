@@ -7,7 +7,6 @@ Both imports run in processes of their own; the peak of one of a tiny prior is w
 
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,26 +16,24 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import emit
+from common import PACKAGE, ROOT, emit, output
 
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
-from dalle2_jax.errors import UserError
 from dalle2_jax.models.priors.prior import PriorConfig, PriorNetwork
 from dalle2_jax.weights.karlo.priors import prior_config_file, prior_rules
 from dalle2_jax.weights.rules import shapes
 from dalle2_jax.weights.stage_writer import write_json
 from dalle2_jax.weights.tensors import write_safetensors
 
-ROOT = pathlib.Path(__file__).parents[1]
 CLIP = ROOT / "tests" / "fixtures" / "karlo_tiny" / "text_encoder"
 EMBED_DIM, CONTEXT_LENGTH = 48, 77
 """Of that CLIP."""
 
-WATCHED = "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
-WATCHED += "try: runpy.run_module('dalle2_jax.weights', run_name='__main__')\n"
+WATCHED = "import resource, runpy\n"
+WATCHED += "try: runpy.run_module('dalle2_jax', run_name='__main__')\n"
 WATCHED += "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-"""Runs the importer, and prints the peak of its memory in kB."""
+"""Runs a command, and prints the peak of its memory in kB."""
 
 
 def write_prior(folder: pathlib.Path, width: int, layers: int) -> int:
@@ -48,20 +45,18 @@ def write_prior(folder: pathlib.Path, width: int, layers: int) -> int:
     sizes = shapes(prior_rules(model), params) | {"clip_mean": (1, EMBED_DIM), "clip_std": (1, EMBED_DIM)}
     noise = np.random.default_rng(0)
     write_json(folder / "config.json", prior_config_file(model))
-    tensors = ((key, noise.standard_normal(shape, np.float32)) for key, shape in sizes.items())
+    # positive, as clip_std must be
+    tensors = ((key, np.abs(noise.standard_normal(shape, np.float32))) for key, shape in sizes.items())
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", sizes, tensors)
     return 4 * sum(int(np.prod(shape)) for shape in sizes.values())
 
 
 def measure(root: pathlib.Path, *words: object) -> tuple[int, float]:
     """Imports CLIP and a prior; returns the peak of the memory, in bytes, and seconds."""
-    start, environment = time.perf_counter(), {**os.environ, "PYTHONPATH": str(ROOT)}
-    sources = [CLIP, root / "prior", root / "system"]
-    given = [sys.executable, "-c", WATCHED, "weights", "import", "auto", *map(str, (*sources, *words))]
-    done = subprocess.run(given, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"the import failed: {done.stderr.strip().splitlines()[-1]}")
-    return 1024 * int(done.stdout.split()[-1]), time.perf_counter() - start
+    start = time.perf_counter()
+    given = ["weights", "import", "auto", CLIP, root / "prior", root / "system", *words]
+    printed = output([sys.executable, "-c", WATCHED, *given], {**os.environ, **PACKAGE}, ROOT)
+    return 1024 * int(printed.split()[-1]), time.perf_counter() - start
 
 
 def main() -> None:
