@@ -1,11 +1,13 @@
 """What the benchmarks share: stages with random weights, FLOP counts, timing, one JSON line a result."""
 
+import argparse
 import importlib.util
 import json
 import os
 import pathlib
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +31,13 @@ PACKAGE = {"PYTHONPATH": str(ROOT)}
 """Variables of programs that import this package."""
 
 
+def program(word: str) -> str:
+    """Reads the name of a program for an argument parser: an error before any process is started."""
+    if shutil.which(word) is None:
+        raise argparse.ArgumentTypeError(f"{word!r} is no program: give a Python as --help describes it")
+    return word
+
+
 def output(words: Sequence[object], environment: Mapping[str, str], folder: pathlib.Path | None = None) -> str:
     """Runs a program and returns what it prints.
 
@@ -45,6 +54,11 @@ def output(words: Sequence[object], environment: Mapping[str, str], folder: path
     if done.returncode:
         raise UserError(f"{line.splitlines()[0]}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return done.stdout
+
+
+def result(words: Sequence[object], environment: Mapping[str, str], folder: pathlib.Path | None = None) -> Any:
+    """Runs a program as `output` does and returns its last line, which is JSON."""
+    return json.loads(output(words, environment, folder).strip().splitlines()[-1])
 
 
 def command(*words: object) -> float:

@@ -1,18 +1,18 @@
 """FID, KID and precision and recall of given features, next to torch-fidelity and pytorch-fid in another interpreter.
 
-    OMP_NUM_THREADS=1 python benchmarks/frechet.py --peer_python /path/to/python [--images 2500] [--dim 2048]
+    OMP_NUM_THREADS=1 python benchmarks/frechet.py --peer PYTHON [--images 2500] [--dim 2048]
 
 Prints one JSON line: seconds and CPU seconds of each measure in both, and the relative difference of its values.
 """
 
-import argparse
-import json
-import subprocess
+import os
 import time
 from collections.abc import Callable
 
-import common
+from common import emit, program, result
 
+from dalle2_jax.cli import args
+from dalle2_jax.cli.process import run_cli
 from dalle2_jax.evaluation.distances import Statistics, frechet_distance, kid, precision_recall
 
 FEATURES = """
@@ -58,8 +58,9 @@ def timed(measure: Callable[[], float]) -> tuple[float, float, float]:
 
 def main() -> None:
     """Measures both, one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer_python", required=True, help="an interpreter with torch-fidelity and pytorch-fid")
+    example = "OMP_NUM_THREADS=1 python benchmarks/frechet.py --peer .venv-parity/bin/python"
+    parser = args.make_parser("python benchmarks/frechet.py", "Compares measures of features.", example)
+    parser.add_argument("--peer", type=program, required=True, help="a Python that has torch-fidelity and pytorch-fid")
     parser.add_argument("--images", type=int, default=2500, help="images of each set, at least 1000")
     parser.add_argument("--dim", type=int, default=2048, help="features of each image")
     options = parser.parse_args()
@@ -72,8 +73,8 @@ def main() -> None:
         "KID": timed(lambda: kid(a, b)[0]),
         "precision": timed(lambda: precision_recall(b, a).precision),
     }
-    words = [options.peer_python, "-W", "ignore", "-c", PEER, str(options.images), str(options.dim)]
-    theirs = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    words = [options.peer, "-W", "ignore", "-c", PEER, str(options.images), str(options.dim)]
+    theirs = result(words, os.environ)
     results = {}
     for name, (expected, seconds, cpu) in theirs.items():
         value, our_seconds, our_cpu = ours[name.split()[0]]
@@ -84,8 +85,8 @@ def main() -> None:
             "peer cpu": round(cpu, 2),
             "difference": float(f"{abs(value / expected - 1):.1e}"),
         }
-    common.emit(benchmark="measures of features", images=options.images, dim=options.dim, results=results)
+    emit(benchmark="measures of features", images=options.images, dim=options.dim, results=results)
 
 
 if __name__ == "__main__":
-    main()
+    run_cli.exit_process(run_cli.run_cli(main))

@@ -15,7 +15,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from common import PACKAGE, ROOT, load_config, output
+from common import PACKAGE, ROOT, load_config, result
 
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
@@ -59,12 +59,11 @@ def measure(spec: str, changes: list[str], steps: int) -> dict:
     words = [sys.executable, "benchmarks/train_step.py", "--config", spec, "--steps", str(steps)]
     words += [part for change in changes for part in ("--set", change)]
     try:
-        printed = output(words, {**os.environ, **PACKAGE}, ROOT)
+        return result(words, {**os.environ, **PACKAGE}, ROOT)
     except UserError as error:
         if "out of memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error):
             return {}
         raise
-    return json.loads(printed.strip().splitlines()[-1])
 
 
 def measure_all(spec: str, rungs: list[str], batch_size: int, steps: int) -> list[dict]:

@@ -8,16 +8,16 @@ ratio is their median over ours: above 1 ours is faster. Each section runs in a 
 peaks of memory are those of the section.
 """
 
-import argparse
 import json
 import os
 import pathlib
-import shutil
 import statistics
 import subprocess
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from common import program
 
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
@@ -27,13 +27,6 @@ from dalle2_jax.files import write_atomically
 HERE = pathlib.Path(__file__).parent
 SECTIONS = {"decoder": ("forward", "step"), "prior": ("forward", "step"), "sample": ("sample",)}
 """Section -> its calls."""
-
-
-def peer(word: str) -> str:
-    """Reads the program of the other side for an argument parser: an error before any process is started."""
-    if shutil.which(word) is None:
-        raise argparse.ArgumentTypeError(f"{word!r} is no program: give a Python that has torch and diffusers")
-    return word
 
 
 class Side:
@@ -109,7 +102,7 @@ def main() -> None:
     """Runs the command line."""
     example = "python benchmarks/peers.py --peer .venv-parity/bin/python --repeats 10 --out build/peers.json"
     parser = args.make_parser("python benchmarks/peers.py", "Compares this package with diffusers.", example)
-    parser.add_argument("--peer", type=peer, required=True, help="a Python that has torch and diffusers")
+    parser.add_argument("--peer", type=program, required=True, help="a Python that has torch and diffusers")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="separated by commas (default: %(default)s)")
     parser.add_argument("--repeats", type=args.positive_int, default=5, help="calls a side (default %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")

@@ -14,7 +14,8 @@ from collections import defaultdict
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from peers import Side, peer
+from common import program
+from peers import Side
 
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
@@ -75,7 +76,7 @@ def main() -> None:
     example = "python benchmarks/peers_operations.py --peer .venv-parity/bin/python --section prior"
     text = "Compares a train step with that of diffusers, by kind of operation."
     parser = args.make_parser("python benchmarks/peers_operations.py", text, example)
-    parser.add_argument("--peer", type=peer, required=True, help="a Python that has torch and diffusers")
+    parser.add_argument("--peer", type=program, required=True, help="a Python that has torch and diffusers")
     parser.add_argument("--section", choices=("decoder", "prior"), default="decoder", help="the network")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the program")
     parser.add_argument(
@@ -84,11 +85,11 @@ def main() -> None:
     options = parser.parse_args()
     words = ["--operations", *(["--tiny"] if options.tiny else [])]
     found = {}
-    for name, program, python, rules in (
+    for name, script, python, rules in (
         ("theirs", "peers_torch.py", options.peer, THEIRS),
         ("ours", "peers_ours.py", sys.executable, OURS),
     ):
-        durations, seconds = measure(program, python, options.section, words)
+        durations, seconds = measure(script, python, options.section, words)
         found[name] = by_kind(durations, rules, seconds)
         total = sum(durations.values())
         for operation, duration in sorted(durations.items(), key=lambda item: -item[1])[: options.largest]:

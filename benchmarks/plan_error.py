@@ -16,7 +16,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import jax
-from common import PACKAGE, build_with_clip, emit, frozen_for, median_seconds, output, random_batch
+from common import PACKAGE, build_with_clip, emit, frozen_for, median_seconds, random_batch, result
 
 from dalle2_jax import rng
 from dalle2_jax.cli import args
@@ -64,7 +64,7 @@ def forced(spec: str, overrides: list[str], steps: int, devices: int) -> dict:
     environment = {**os.environ, **PACKAGE, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     words = [sys.executable, __file__, "--config", spec, "--steps", str(steps), "--run"]
     words += [part for change in overrides for part in ("--set", change)]
-    return json.loads(output(words, environment).strip().splitlines()[-1])
+    return result(words, environment)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ Each round is a new process. The first one starts with an empty cache of compile
 CPU seconds are those of all threads, so they hardly depend on what else the machine does.
 """
 
-import json
 import os
 import pathlib
 import resource
@@ -16,7 +15,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from common import PACKAGE, emit, output
+from common import PACKAGE, emit, output, result
 
 from dalle2_jax.cli import args
 from dalle2_jax.cli.process import run_cli
@@ -68,9 +67,9 @@ def _round(options, folder: pathlib.Path) -> tuple[dict[str, float], dict[str, l
     after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     program = [sys.executable, "-c", PHASES]
-    out = output([*program, options.system, options.prompt, options.num, folder / "phases"], environment)
+    phases = result([*program, options.system, options.prompt, options.num, folder / "phases"], environment)
     command = {"cpu_seconds": round(cpu, 2), "seconds": round(seconds, 2)}
-    return command, json.loads(out.splitlines()[-1])
+    return command, phases
 
 
 if __name__ == "__main__":
