@@ -216,6 +216,44 @@ def decoder_adamw() -> ConfigDict:
     return config
 
 
+def with_two_objects(config: ConfigDict, total_steps: int, **data: bool) -> ConfigDict:
+    """Returns the config of a small stage changed for scenes of one or two objects, which need more steps."""
+    config.data.update(max_objects=2, **data)
+    config.text.context_length = 24
+    config.total_steps, config.optim.warmup_steps = total_steps, total_steps // 40
+    return config
+
+
+def clip_two() -> ConfigDict:
+    """CLIP on one or two objects. Its batches hold scenes that differ in what belongs to what."""
+    config = with_two_objects(clip(), 4000, hard_negatives=True)
+    config.model.embed_dim, config.model.text.layers = 96, 4
+    config.embedding.scale = 5.3
+    return config
+
+
+def prior_two() -> ConfigDict:
+    """The prior on one or two objects."""
+    return with_two_objects(prior(), 3000)
+
+
+def decoder_two() -> ConfigDict:
+    """The decoder on one or two objects. Without the image embedding in a fifth of the examples, it also learns to draw
+    from a caption alone.
+    """
+    config = with_two_objects(decoder(), 8000)
+    config.conditioning.drop_image = 0.2
+    config.optim.ema_decay = 0.998
+    return config
+
+
+def upsampler_1_two() -> ConfigDict:
+    """The upsampler on one or two objects."""
+    config = with_two_objects(upsampler_1(), 5000)
+    config.batch_size = 32
+    return config
+
+
 def upsampler_1_large() -> ConfigDict:
     """A U-Net of convolutions alone, of four levels."""
     config = large(20_000, 128, 2e-4, resolution=256)
@@ -295,6 +333,10 @@ STAGES = {
     "prior,adamw": prior_adamw,
     "decoder,adamw": decoder_adamw,
     "upsampler_1,adamw": upsampler_1,
+    "clip,two": clip_two,
+    "prior,two": prior_two,
+    "decoder,two": decoder_two,
+    "upsampler_1,two": upsampler_1_two,
     "clip,inpaint": clip,
     "prior,inpaint": prior,
     "decoder,inpaint": decoder_inpaint,

@@ -18,6 +18,7 @@ NOTES = {
     "num_examples": "examples of split `train`",
     "ShapesConfig.seed": "seed of the generated scenes",
     "jitter": "largest random offset of a shape's position, as a fraction of the image",
+    "hard_negatives": "training scenes of two objects come in fours that differ in what belongs to what",
     "unnamed_colours": "fraction of training scenes in any colours of RGB, which captions leave out",
     "path": "folder, brace expression, glob or URL; `~` is expanded",
     "crop": '"center", "random", or "shift": random after padding by an eighth of the side',

@@ -24,6 +24,7 @@ class ShapesConfig:
     seed: Annotated[int, Range(0, 2**64 - 1)] = 0
     jitter: Annotated[float, Range(0, 0.2)] = 0.2
     unnamed_colours: Fraction = 0.0
+    hard_negatives: bool = False
 
 
 @dataclass(frozen=True)

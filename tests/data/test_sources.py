@@ -18,7 +18,8 @@ def test_configurations_are_frozen_and_hashable():
 
 
 def test_every_field_reaches_the_source(tmp_path):
-    fields = {"seed": 5, "max_objects": 1, "num_examples": 7, "jitter": 0.1, "unnamed_colours": 0.5}
+    fields = {"seed": 5, "max_objects": 2, "num_examples": 8, "jitter": 0.1, "unnamed_colours": 0.5}
+    fields["hard_negatives"] = True
     source = make_source(ShapesConfig(resolution=24, **fields), "train")
     assert repr(source) == f"ShapesSource('train', 24, {', '.join(f'{key}={fields[key]}' for key in fields)})"
     with pytest.raises(DataError, check=mentions("no images", ".png", path=tmp_path)):

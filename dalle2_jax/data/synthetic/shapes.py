@@ -19,9 +19,12 @@ Captions are made by `dalle2_jax.data.synthetic.grammar`; they always name shape
 and the relation where there is one, and half of them name the background.
 """
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import partial
 
+import grain
 import numpy as np
 from jaxtyping import UInt8
 
@@ -118,6 +121,11 @@ class ShapesSource(Source):
         unnamed_colours: fraction of the scenes of ``train`` whose objects have any colours of RGB, which captions leave
             out. With few named colours an image encoder learns each shape in each of them, and does not recognise
             pairs of colour and shape that it has not seen; with these it learns shapes.
+        hard_negatives: whether the scenes of two objects of ``train`` come in fours: a scene, its mirror image, and
+            both again with colours exchanged (or shapes, where a colour would be held out or the colours are equal).
+            `order` keeps the four together. Captions of the four have nearly the same words, so that a contrastive
+            loss must learn which word belongs to which object; without them CLIP learns a bag of words (Yuksekgonul et
+            al. 2023, arXiv 2210.01936, section 4). Needs max_objects=2, and num_examples a multiple of 4.
 
     Raises:
         UserError: on any other value.
@@ -132,6 +140,7 @@ class ShapesSource(Source):
         num_examples: int = 50_000,
         jitter: float = _JITTER,
         unnamed_colours: float = 0.0,
+        hard_negatives: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"shapes has no split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -147,10 +156,14 @@ class ShapesSource(Source):
             raise UserError(f"unnamed_colours of shapes is a fraction from 0 to 1, got {unnamed_colours}")
         if num_examples < 1:
             raise UserError(f"num_examples of shapes must be at least 1, got {num_examples}")
+        if hard_negatives and (max_objects == 1 or num_examples % 4):
+            got = f"max_objects={max_objects}, num_examples={num_examples}"
+            raise UserError(f"hard_negatives of shapes need two objects, and a multiple of 4 examples: got {got}")
         self.columns = ("image", *DESCRIPTIVE)
         self.split, self.resolution, self.seed = split, resolution, seed
         self.max_objects, self.num_examples, self.jitter = max_objects, num_examples, jitter
         self.unnamed_colours = unnamed_colours if split == "train" else 0.0
+        self.hard_negatives = hard_negatives and split == "train"
 
     def __len__(self) -> int:
         return self.num_examples
@@ -159,7 +172,7 @@ class ShapesSource(Source):
         return (
             f"ShapesSource({self.split!r}, {self.resolution}, seed={self.seed}, "
             f"max_objects={self.max_objects}, num_examples={self.num_examples}, jitter={self.jitter}, "
-            f"unnamed_colours={self.unnamed_colours})"
+            f"unnamed_colours={self.unnamed_colours}, hard_negatives={self.hard_negatives})"
         )
 
     def fetch(self, indices: Indices, rngs: Generators | None = None) -> dict[str, np.ndarray]:
@@ -199,8 +212,22 @@ class ShapesSource(Source):
             raise IndexError(f"scene {index} of {len(self)}")
         index = int(index) % len(self)
         rng = self._rng(index, 0)
-        scene = _random_scene(rng, _LOOKS[self.split], self.max_objects, self.jitter)
+        scene = self._draw(rng)
+        if self.hard_negatives:
+            member = index % 4
+            scene = _hard_negative(self._draw(self._rng(index - member, 0)), member, _LOOKS[self.split]) or scene
         return _recoloured(scene, rng) if rng.random() < self.unnamed_colours else scene
+
+    def order(self, seed: int) -> grain.MapDataset:
+        """Returns an endless data set of indices; with ``hard_negatives`` the four that belong together follow one
+        another."""
+        if not self.hard_negatives:
+            return super().order(seed)
+        firsts = grain.MapDataset.range(0, len(self), 4).seed(seed).shuffle().repeat()
+        return grain.MapDataset.mix([firsts.map(partial(operator.add, member)) for member in range(4)])
+
+    def _draw(self, rng: np.random.Generator) -> Scene:
+        return _random_scene(rng, _LOOKS[self.split], self.max_objects, self.jitter)
 
     def _rng(self, index: int, use: int) -> np.random.Generator:
         # A Philox key takes two words and a counter four: no hashing, so it is quick to make.
@@ -232,6 +259,33 @@ def _random_scene(
         SceneObject(shape, colour, size, x, y) for (colour, shape, size), (x, y) in zip(chosen, places, strict=True)
     )
     return Scene(objects, background)
+
+
+def _hard_negative(scene: Scene, member: int, looks: Collection[tuple[str, str, str]]) -> Scene | None:
+    """Returns a scene of two objects as member 0 to 3 of its four, mirrored if odd, else exchanged from 2; None where
+    there is none."""
+    if len(scene.objects) == 1:
+        return None
+    exchanged = _exchanged(scene, looks) if member >= 2 else scene
+    return _mirrored(exchanged) if exchanged and member % 2 else exchanged
+
+
+def _exchanged(scene: Scene, looks: Collection[tuple[str, str, str]]) -> Scene | None:
+    """Returns the scene with the colours of its two objects exchanged, or their shapes; None if neither makes another
+    scene of these looks."""
+    first, second = scene.objects
+    for field in ("colour", "shape"):
+        own, other = getattr(first, field), getattr(second, field)
+        objects = (replace(first, **{field: other}), replace(second, **{field: own}))
+        if own != other and all((thing.colour, thing.shape, thing.size) in looks for thing in objects):
+            return replace(scene, objects=objects)
+    return None
+
+
+def _mirrored(scene: Scene) -> Scene:
+    """Returns the mirror image along the axis on which the two objects are further apart."""
+    axis = "x" if scene.relation in ("left", "right") else "y"
+    return replace(scene, objects=tuple(replace(thing, **{axis: 1 - getattr(thing, axis)}) for thing in scene.objects))
 
 
 def _recoloured(scene: Scene, rng: np.random.Generator) -> Scene:

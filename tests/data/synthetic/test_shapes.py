@@ -134,6 +134,8 @@ def test_the_source_samples_and_lists_captions():
         ({"num_examples": 0}, ["num_examples", 1, 0]),
         ({"seed": -1}, ["seed", -1]),
         ({"unnamed_colours": 1.5}, ["unnamed_colours", 1.5]),
+        ({"hard_negatives": True, "max_objects": 1}, ["hard_negatives", "max_objects=1"]),
+        ({"hard_negatives": True, "num_examples": 6}, ["hard_negatives", "num_examples=6", 4]),
     ],
 )
 def test_invalid_arguments_raise_user_errors(wrong, facts):
@@ -164,6 +166,49 @@ def test_colours_without_a_name_are_rendered_and_left_out_of_captions():
     assert 60 < unnamed < 120
     for split in ("val", "compositional"):
         assert ShapesSource(split, 8, unnamed_colours=1.0).scene(3) == ShapesSource(split, 8).scene(3)
+
+
+def things(scene, *fields):
+    return [tuple(getattr(thing, field) for field in fields) for thing in scene.objects]
+
+
+def test_hard_negatives_come_in_fours_that_differ_in_what_belongs_to_what():
+    source, plain = ShapesSource("train", 32, hard_negatives=True), ShapesSource("train", 32)
+    whole = 0
+    for first in range(0, 400, 4):
+        scene, mirrored, *exchanged = map(source.scene, range(first, first + 4))
+        assert scene == plain.scene(first)
+        if len(scene.objects) == 1:
+            assert [mirrored, *exchanged] == [*map(plain.scene, range(first + 1, first + 4))]
+            continue
+        looks = ("colour", "shape", "size")
+        assert things(mirrored, *looks) == things(scene, *looks)
+        assert mirrored.relation == grammar.CONVERSE[scene.relation]
+        if things(exchanged[0], "x", "y") != things(scene, "x", "y"):
+            continue  # another scene: the colours and shapes of this one cannot be exchanged
+        whole += 1
+        assert exchanged[0] != scene
+        assert [things(exchanged[1], *looks), exchanged[1].relation] == [
+            things(exchanged[0], *looks),
+            mirrored.relation,
+        ]
+        for field in looks:
+            assert sorted(things(exchanged[0], field)) == sorted(things(scene, field))
+        assert not shapes.HELD_OUT_LOOKS & {*things(exchanged[0], *looks)}
+        assert not shapes.HELD_OUT_PAIRS & {*things(exchanged[0], "colour", "shape")}
+    assert whole > 20
+
+
+def test_hard_negatives_are_read_together():
+    order = ShapesSource("train", 32, num_examples=40, hard_negatives=True).order(3)
+    passes = np.array([[order[place] for place in range(40 * n, 40 * n + 40)] for n in range(3)])
+    assert (np.sort(passes) == np.arange(40)).all() and (passes[0] != passes[1]).any()
+    fours = passes.reshape(-1, 4)
+    assert (fours == fours[:, :1] + np.arange(4)).all() and (fours[:, 0] % 4 == 0).all()
+    for split in ("val", "compositional"):
+        source = ShapesSource(split, 32, hard_negatives=True)
+        assert source.scene(5) == ShapesSource(split, 32).scene(5)
+        assert [source.order(0)[i] for i in range(8)] == [ShapesSource(split, 32).order(0)[i] for i in range(8)]
 
 
 def test_jitter_bounds_the_position_of_a_single_object():
