@@ -1,6 +1,7 @@
 """What the benchmarks of systems share: held-out scenes of ``shapes``, distances of images, and tables of figures."""
 
 import argparse
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -49,7 +50,7 @@ class HeldOut(NamedTuple):
 
 
 def held_out(system: System, count: int, split: str = "val") -> HeldOut:
-    """Returns the first scenes of a split of the data that a system was trained on.
+    """Returns the first scenes of one object of a split of the data that a system was trained on.
 
     Raises:
       UsageError: the system was not trained on shapes.
@@ -59,8 +60,10 @@ def held_out(system: System, count: int, split: str = "val") -> HeldOut:
     if not isinstance(source, ShapesSource):
         raise UsageError(f"{system.path} was not trained on shapes, whose attributes these measures read")
     side = image_side(system)
-    scenes = [source.scene(index) for index in range(count)]
-    captions = [source.caption(index) for index in range(count)]
+    alone = (index for index in range(len(source)) if len(source.scene(index).objects) == 1)
+    indices = list(itertools.islice(alone, count))
+    scenes = [source.scene(index) for index in indices]
+    captions = [source.caption(index) for index in indices]
     return HeldOut(scenes, captions, np.stack([render(scene, side) for scene in scenes]))
 
 
