@@ -212,10 +212,10 @@ class ShapesSource(Source):
             raise IndexError(f"scene {index} of {len(self)}")
         index = int(index) % len(self)
         rng = self._rng(index, 0)
-        scene = self._draw(rng)
+        scene = self._scene(rng)
         if self.hard_negatives:
             member = index % 4
-            scene = _hard_negative(self._draw(self._rng(index - member, 0)), member, _LOOKS[self.split]) or scene
+            scene = _hard_negative(self._scene(self._rng(index - member, 0)), member, _LOOKS[self.split]) or scene
         return _recoloured(scene, rng) if rng.random() < self.unnamed_colours else scene
 
     def order(self, seed: int) -> grain.MapDataset:
@@ -226,7 +226,7 @@ class ShapesSource(Source):
         firsts = grain.MapDataset.range(0, len(self), 4).seed(seed).shuffle().repeat()
         return grain.MapDataset.mix([firsts.map(partial(operator.add, member)) for member in range(4)])
 
-    def _draw(self, rng: np.random.Generator) -> Scene:
+    def _scene(self, rng: np.random.Generator) -> Scene:
         return _random_scene(rng, _LOOKS[self.split], self.max_objects, self.jitter)
 
     def _rng(self, index: int, use: int) -> np.random.Generator:
