@@ -38,6 +38,7 @@ MEASURES: Mapping[str, Measure] = {
     "digits": Measure("digits: share of images that a classifier reads as requested", CASCADE, 200, swept=True),
     "emoji": Measure("emoji: share of images whose nearest real image has the concept", CASCADE, 256, swept=True),
     "retrieval": Measure("CLIP: recall@1, 5 and 10 between images and captions", CLIP, 64),
+    "binding": Measure("CLIP: share of images closer to their caption than to one with parts exchanged", CLIP, 256),
     "zero_shot": Measure("CLIP: share of images whose class is found by its name", CLIP, 256),
     "linear_probe": Measure("CLIP: share of images whose class a linear classifier finds", CLIP, 256),
     "components": Measure("CLIP: principal components of embeddings, for reconstruct", CLIP, 8_192, False, "train"),

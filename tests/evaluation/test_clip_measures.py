@@ -9,7 +9,7 @@ from raised import mentions
 from dalle2_jax import data
 from dalle2_jax.data.synthetic import grammar
 from dalle2_jax.data.synthetic.digits import write
-from dalle2_jax.errors import ConfigError, DataError
+from dalle2_jax.errors import ConfigError, DataError, UserError
 from dalle2_jax.evaluation import examples
 from dalle2_jax.evaluation.context import Examples, unit
 from dalle2_jax.evaluation.measures import clip
@@ -153,3 +153,43 @@ def test_classes_have_to_be_named_and_several(known):
     known.clip_source, known.options = data.ShapesSource("val", 16, max_objects=1), Options(label="background")
     with pytest.raises(DataError, check=mentions("1 classes")):
         clip.zero_shot(known, 1)
+
+
+# --- binding ------------------------------------------------------------------------------------
+
+TWO = data.ShapesSource("val", 16, num_examples=300)
+
+
+def binding(monkeypatch, embed_text, num=100):
+    """Measures a CLIP that embeds the image of a scene as it embeds the scene's own caption."""
+    monkeypatch.setattr(
+        examples, "embed_images", lambda system, source, indices: unit(embed_text([source.caption(i) for i in indices]))
+    )
+    return clip.binding(SimpleNamespace(system=SimpleNamespace(embed_text=embed_text), clip_source=TWO), num)
+
+
+def words_in_order(texts):
+    """Embeddings of which every word and its place matter."""
+    generators = [np.random.default_rng(list(text.encode())) for text in texts]
+    return np.stack([generator.normal(size=64) for generator in generators])
+
+
+def words_alone(texts):
+    """Embeddings of the words without their order, or which of two opposites a relation is."""
+    opposite = {"right": "left", "below": "above", "under": "over"}
+    bags = [" ".join(sorted(opposite.get(word.strip(","), word.strip(",")) for word in text.split())) for text in texts]
+    return words_in_order(bags)
+
+
+def test_binding_of_a_clip_that_reads_and_of_a_bag_of_words(monkeypatch):
+    read, bag = binding(monkeypatch, words_in_order), binding(monkeypatch, words_alone)
+    assert read.keys() == bag.keys() == {"colour", "shape", "size", "place", "all"}
+    assert all(figure.value == 1 for figure in read.values()) and read["all"].n == read["place"].n == 100
+    assert read["size"].n < 100 and read["size"].baseline.value == 0.5
+    # articles ("an orange star") and synonyms of sizes tell some captions apart
+    assert bag["all"].value < 0.2 and bag["shape"].value < 0.2
+
+
+def test_binding_needs_enough_scenes(monkeypatch):
+    with pytest.raises(UserError, check=mentions(300)):
+        binding(monkeypatch, words_alone, num=300)

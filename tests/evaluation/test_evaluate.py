@@ -317,6 +317,8 @@ PLAIN = {"image": np.random.default_rng(0).integers(0, 256, (NUM, 20, 20, 3), np
         (["kid"], {"sampling": {"decoder": {"stepz": 4}}}, ConfigError, "decoder.stepz"),
         (["kid"], {"protocol": "coco"}, UsageError, None),
         (["attributes"], {"data": PLAIN}, UserError, None),
+        (["binding"], {}, UserError, None),
+        (["binding"], {"data": PLAIN}, UserError, None),
         (["emoji"], {}, DataError, None),
         (["digits"], {}, UserError, None),
         (["bits_per_dim"], {}, ConfigError, "stage"),

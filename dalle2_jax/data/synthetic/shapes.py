@@ -201,6 +201,21 @@ class ShapesSource(Source):
         """Returns the one caption by which a scene is known in evaluations, always the same."""
         return grammar.caption(self.scene(index), self._rng(index % len(self), 1), self.held_out)
 
+    def contrasts(self, index: int) -> dict[str, str]:
+        """Returns captions that are false of scene ``index`` and have the words of its `caption`, by what is exchanged.
+
+        Of two objects the "colour", "shape" or "size" is exchanged, where they differ in it, or the "place", so that
+        the relation is reversed. There are none for a single object, and for two that look alike.
+        """
+        scene = self.scene(index)
+        if len({(thing.colour, thing.shape, thing.size) for thing in scene.objects}) == 1:
+            return {}
+        others = {field: _with_exchanged(scene, field) for field in ("colour", "shape", "size")}
+        others["place"] = _mirrored(scene)
+        rngs = {name: self._rng(index % len(self), 1) for name in others}  # that of `caption`: the same template
+        found = {name: grammar.caption(other, rngs[name], self.held_out) for name, other in others.items()}
+        return {name: text for name, text in found.items() if text != self.caption(index)}
+
     @property
     def held_out(self) -> bool:
         """Whether captions follow the templates of ``val``."""
@@ -273,13 +288,20 @@ def _hard_negative(scene: Scene, member: int, looks: Collection[tuple[str, str, 
 def _exchanged(scene: Scene, looks: Collection[tuple[str, str, str]]) -> Scene | None:
     """Returns the scene with the colours of its two objects exchanged, or their shapes; None if neither makes another
     scene of these looks."""
-    first, second = scene.objects
-    for field in ("colour", "shape"):
-        own, other = getattr(first, field), getattr(second, field)
-        objects = (replace(first, **{field: other}), replace(second, **{field: own}))
-        if own != other and all((thing.colour, thing.shape, thing.size) in looks for thing in objects):
-            return replace(scene, objects=objects)
+    for other in (_with_exchanged(scene, field) for field in ("colour", "shape")):
+        if other != scene and all((thing.colour, thing.shape, thing.size) in looks for thing in other.objects):
+            return other
     return None
+
+
+def _with_exchanged(scene: Scene, field: str) -> Scene:
+    """Returns the scene in which each of two objects has the other's value of a field."""
+    first, second = scene.objects
+    exchanged = (
+        replace(first, **{field: getattr(second, field)}),
+        replace(second, **{field: getattr(first, field)}),
+    )
+    return replace(scene, objects=exchanged)
 
 
 def _mirrored(scene: Scene) -> Scene:

@@ -1,5 +1,6 @@
 """Measures of a system's CLIP: retrieval, zero-shot classification, linear probe (Radford et al. 2021, section 3)."""
 
+import itertools
 import warnings
 from collections.abc import Sequence
 
@@ -36,6 +37,9 @@ RETAINED = (90, 95, 99)
 PROBED = 4
 """Training examples of the linear probe for each example that it is measured on, where the data have as many."""
 
+EXCHANGED = ("colour", "shape", "size", "place")
+"""What captions exchange between two objects, see ``ShapesSource.contrasts``."""
+
 _INVERSE_REGULARISATION = 3.16
 """C of the logistic regression, of scikit-learn's convention; 0.316 per example of the paper at its sizes."""
 
@@ -57,6 +61,40 @@ def own_rank(similarity: Float[np.ndarray, "N N"]) -> Int[np.ndarray, "N"]:
     own = np.diagonal(similarity)[:, None]
     others = ~np.eye(len(similarity), dtype=bool)
     return ((similarity >= own) & others).sum(axis=1)
+
+
+def binding(context: Context, num: int) -> Figures:
+    """Measures how often an image is closer to its caption than to the one that exchanges what belongs to two objects.
+
+    Both captions have the same words but for the relation, so that an encoder of words without their order finds half
+    of them (Ramesh et al. 2022, section 7, on binding). ``all`` counts the images that are closer to their caption than
+    to every exchanged one; its chance depends on how many there are.
+
+    Raises:
+      UserError: the data are not scenes of ``shapes`` with two objects, or too few.
+    """
+    source = context.clip_source
+    if not isinstance(source, data.ShapesSource) or source.max_objects == 1:
+        raise UserError(
+            f"binding is measured on generated shapes of two objects (max_objects=2), the data are {source}"
+        )
+    indices = list(itertools.islice((index for index in range(len(source)) if source.contrasts(index)), num))
+    if num > len(indices):
+        raise UserError(f"num {num} is more than the {len(indices)} scenes of two objects in {source}: reduce num")
+    texts = [{"own": source.caption(index), **source.contrasts(index)} for index in indices]
+    text_emb = unit(context.system.embed_text([text for each in texts for text in each.values()]))
+    rows = iter(text_emb)
+    nearer: dict[str, list[bool]] = {name: [] for name in (*EXCHANGED, "all")}
+    for emb, each in zip(examples.embed_images(context.system, source, indices), texts, strict=True):
+        scores = {name: float(emb @ next(rows)) for name in each}
+        own = scores.pop("own")
+        for name, score in scores.items():
+            nearer[name].append(own > score)
+        nearer["all"].append(own > max(scores.values()))
+    figures = {name: share_of(hits) for name, hits in nearer.items() if hits}
+    everything = figures.pop("all")
+    chance = {name: Figure(0.5, figure.n, share=True) for name, figure in figures.items()}
+    return {name: figure.compared(chance[name], "chance") for name, figure in figures.items()} | {"all": everything}
 
 
 def zero_shot(context: Context, num: int) -> Figures:

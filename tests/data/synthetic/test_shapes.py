@@ -1,4 +1,5 @@
 import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -242,3 +243,24 @@ def test_jitter_bounds_the_position_of_two_objects():
         assert np.ptp(values, axis=0).max() == 0, key
         moved = np.abs(places(0.05)[key] - values[:1])
         assert 0.01 < moved.max() <= 0.1, key
+
+
+def test_contrasts_are_captions_of_other_scenes_in_the_same_words():
+    source = ShapesSource("val", 32, num_examples=200)
+    for index in range(200):
+        scene, contrasts = source.scene(index), source.contrasts(index)
+        looks = [(thing.colour, thing.shape, thing.size) for thing in scene.objects]
+        own = {"caption": source.caption(index), **contrasts}
+        assert len({*own.values()}) == len(own) and not {*contrasts.values()} & {*grammar.captions(scene, True)}
+        if len({*looks}) == 1:
+            assert not contrasts
+            continue
+        differing = {
+            name
+            for name, pair in zip(("colour", "shape", "size"), zip(*looks, strict=True), strict=True)
+            if len({*pair}) == 2
+        }
+        assert contrasts.keys() == {*differing, "place"}
+        for name in differing & {"shape"}:
+            words, exchanged = (re.findall("|".join(SHAPES), text) for text in (source.caption(index), contrasts[name]))
+            assert words == exchanged[::-1]
