@@ -25,7 +25,9 @@ prior and decoder are trained by Muon, which needs about half of AdamW's steps. 
 narrow network learns within the first hundred steps; the noise eps would have to pass through it pixel by pixel.
 
 Add `,large` to a stage's name for its large form (`configs/shapes.py:decoder,large`), and `,adamw` for that of the
-included system, which takes 27 minutes; all stages of a system must be of one form.
+included system, which takes 27 minutes; all stages of a system must be of one form. `,two` is trained on scenes of one
+or two objects: its CLIP tells which object has what ("Binding" in docs/howto/evaluation.md), its decoder does not draw
+two objects reliably yet.
 
 `,distilled` trains a student of a trained stage, which is sampled in 4 evaluations:
 
