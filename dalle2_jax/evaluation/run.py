@@ -57,7 +57,7 @@ FUNCTIONS: Mapping[str, Functions] = {
     "digits": Functions(captions.digits, captions.check_digits),
     "emoji": Functions(captions.emoji, captions.check_emoji),
     "retrieval": Functions(clip.retrieval),
-    "binding": Functions(clip.binding),
+    "binding": Functions(clip.binding, clip.check_binding),
     "zero_shot": Functions(clip.zero_shot),
     "linear_probe": Functions(clip.linear_probe),
     "components": Functions(clip.components),

@@ -318,6 +318,7 @@ PLAIN = {"image": np.random.default_rng(0).integers(0, 256, (NUM, 20, 20, 3), np
         (["kid"], {"protocol": "coco"}, UsageError, None),
         (["attributes"], {"data": PLAIN}, UserError, None),
         (["binding"], {}, UserError, None),
+        (["attributes", "binding"], {}, UserError, None),
         (["binding"], {"data": PLAIN}, UserError, None),
         (["emoji"], {}, DataError, None),
         (["digits"], {}, UserError, None),

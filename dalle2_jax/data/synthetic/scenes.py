@@ -26,6 +26,11 @@ class SceneObject:
         """The colour, None if it has no name."""
         return self.colour if self.has_named_colour else None
 
+    @property
+    def look(self) -> tuple[str, str, str]:
+        """Colour, shape and size: the object without its place."""
+        return self.colour, self.shape, self.size
+
 
 @dataclass(frozen=True)
 class Scene:

@@ -199,7 +199,7 @@ class ShapesSource(Source):
 
     def caption(self, index: int) -> str:
         """Returns the one caption by which a scene is known in evaluations, always the same."""
-        return grammar.caption(self.scene(index), self._rng(index % len(self), 1), self.held_out)
+        return self._fixed_caption(self.scene(index), index)
 
     def contrasts(self, index: int) -> dict[str, str]:
         """Returns captions that are false of scene ``index`` and have the words of its `caption`, by what is exchanged.
@@ -208,13 +208,13 @@ class ShapesSource(Source):
         the relation is reversed. There are none for a single object, and for two that look alike.
         """
         scene = self.scene(index)
-        if len({(thing.colour, thing.shape, thing.size) for thing in scene.objects}) == 1:
+        if len({thing.look for thing in scene.objects}) == 1:
             return {}
         others = {field: _with_exchanged(scene, field) for field in ("colour", "shape", "size")}
         others["place"] = _mirrored(scene)
-        rngs = {name: self._rng(index % len(self), 1) for name in others}  # that of `caption`: the same template
-        found = {name: grammar.caption(other, rngs[name], self.held_out) for name, other in others.items()}
-        return {name: text for name, text in found.items() if text != self.caption(index)}
+        own = self._fixed_caption(scene, index)
+        found = {name: self._fixed_caption(other, index) for name, other in others.items()}
+        return {name: text for name, text in found.items() if text != own}
 
     @property
     def held_out(self) -> bool:
@@ -240,6 +240,10 @@ class ShapesSource(Source):
             return super().order(seed)
         firsts = grain.MapDataset.range(0, len(self), 4).seed(seed).shuffle().repeat()
         return grain.MapDataset.mix([firsts.map(partial(operator.add, member)) for member in range(4)])
+
+    def _fixed_caption(self, scene: Scene, index: int) -> str:
+        """Returns the caption of a scene by the template and the words that are always those of scene ``index``."""
+        return grammar.caption(scene, self._rng(index % len(self), 1), self.held_out)
 
     def _scene(self, rng: np.random.Generator) -> Scene:
         return _random_scene(rng, _LOOKS[self.split], self.max_objects, self.jitter)
@@ -289,7 +293,7 @@ def _exchanged(scene: Scene, looks: Collection[tuple[str, str, str]]) -> Scene |
     """Returns the scene with the colours of its two objects exchanged, or their shapes; None if neither makes another
     scene of these looks."""
     for other in (_with_exchanged(scene, field) for field in ("colour", "shape")):
-        if other != scene and all((thing.colour, thing.shape, thing.size) in looks for thing in other.objects):
+        if other != scene and all(thing.look in looks for thing in other.objects):
             return other
     return None
 
@@ -297,11 +301,8 @@ def _exchanged(scene: Scene, looks: Collection[tuple[str, str, str]]) -> Scene |
 def _with_exchanged(scene: Scene, field: str) -> Scene:
     """Returns the scene in which each of two objects has the other's value of a field."""
     first, second = scene.objects
-    exchanged = (
-        replace(first, **{field: getattr(second, field)}),
-        replace(second, **{field: getattr(first, field)}),
-    )
-    return replace(scene, objects=exchanged)
+    own, other = getattr(first, field), getattr(second, field)
+    return replace(scene, objects=(replace(first, **{field: other}), replace(second, **{field: own})))
 
 
 def _mirrored(scene: Scene) -> Scene:

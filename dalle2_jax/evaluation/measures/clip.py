@@ -1,4 +1,5 @@
-"""Measures of a system's CLIP: retrieval, zero-shot classification, linear probe (Radford et al. 2021, section 3)."""
+"""Measures of a system's CLIP: retrieval, zero-shot classification, linear probe (Radford et al. 2021, section 3), and
+binding."""
 
 import itertools
 import warnings
@@ -73,28 +74,39 @@ def binding(context: Context, num: int) -> Figures:
     Raises:
       UserError: the data are not scenes of ``shapes`` with two objects, or too few.
     """
+    source = _two_objects(context)
+    contrasts = ((index, source.contrasts(index)) for index in range(len(source)))
+    chosen = dict(itertools.islice((one for one in contrasts if one[1]), num))
+    if num > len(chosen):
+        raise UserError(f"num {num} is more than the {len(chosen)} scenes of two objects in {source}: reduce num")
+    texts = [text for index, others in chosen.items() for text in (source.caption(index), *others.values())]
+    text_emb = iter(unit(context.system.embed_text(texts)))
+    image_emb = examples.embed_images(context.system, source, list(chosen))
+    nearer: dict[str, list[bool]] = {name: [] for name in EXCHANGED}
+    nearest: list[bool] = []
+    for emb, others in zip(image_emb, chosen.values(), strict=True):
+        own = emb @ next(text_emb)
+        hits = {name: bool(own > emb @ next(text_emb)) for name in others}
+        for name, hit in hits.items():
+            nearer[name].append(hit)
+        nearest.append(all(hits.values()))
+    shares = {name: share_of(hits) for name, hits in nearer.items() if hits}
+    half = {name: Figure(0.5, share.n, share=True) for name, share in shares.items()}
+    return {name: share.compared(half[name], "chance") for name, share in shares.items()} | {"all": share_of(nearest)}
+
+
+def check_binding(context: Context, num: int) -> None:
+    """Raises UserError unless the data are scenes of ``shapes`` with two objects, and enough of them."""
+    examples.check_count(num, _two_objects(context))
+
+
+def _two_objects(context: Context) -> data.ShapesSource:
     source = context.clip_source
     if not isinstance(source, data.ShapesSource) or source.max_objects == 1:
         raise UserError(
             f"binding is measured on generated shapes of two objects (max_objects=2), the data are {source}"
         )
-    indices = list(itertools.islice((index for index in range(len(source)) if source.contrasts(index)), num))
-    if num > len(indices):
-        raise UserError(f"num {num} is more than the {len(indices)} scenes of two objects in {source}: reduce num")
-    texts = [{"own": source.caption(index), **source.contrasts(index)} for index in indices]
-    text_emb = unit(context.system.embed_text([text for each in texts for text in each.values()]))
-    rows = iter(text_emb)
-    nearer: dict[str, list[bool]] = {name: [] for name in (*EXCHANGED, "all")}
-    for emb, each in zip(examples.embed_images(context.system, source, indices), texts, strict=True):
-        scores = {name: float(emb @ next(rows)) for name in each}
-        own = scores.pop("own")
-        for name, score in scores.items():
-            nearer[name].append(own > score)
-        nearer["all"].append(own > max(scores.values()))
-    figures = {name: share_of(hits) for name, hits in nearer.items() if hits}
-    everything = figures.pop("all")
-    chance = {name: Figure(0.5, figure.n, share=True) for name, figure in figures.items()}
-    return {name: figure.compared(chance[name], "chance") for name, figure in figures.items()} | {"all": everything}
+    return source
 
 
 def zero_shot(context: Context, num: int) -> Figures:
